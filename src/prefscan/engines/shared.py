@@ -1,0 +1,180 @@
+"""Log-probabilities of preference pairs without padding and with one copy of each prompt.
+
+A pair is one stretch `[prompt | chosen | rejected]` of a flat row, and a micro-batch is several such stretches one
+after the other. The rejected branch takes the position ids that follow the prompt and attends to `[prompt | rejected]`
+only, so each response sees exactly the context it would see alone. Against the usual layout (prompt + chosen and
+prompt + rejected as padded rows) the prompt is computed once, nothing is computed for padding, and the LM head runs
+only where a response token is predicted, in chunks, so that the full logits never exist.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from prefscan.errors import UserError
+
+ATTENTION = "prefscan_prefix_shared"
+LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+HEAD_CHUNK = 256  # positions a call of the LM head: 50 MB of fp32 logits at a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """B pairs in one flat row of T tokens, with N response tokens to predict."""
+
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T], restarting after the prompt for the rejected branch
+    lengths: list[tuple[int, int, int]]  # B × (prompt, chosen, rejected)
+    predictors: Tensor  # [N], the place in the row whose hidden state predicts a response token
+    targets: Tensor  # [N], that response token
+    segments: Tensor  # [N], the response it belongs to: 0 … B−1 chosen, B … 2B−1 rejected
+
+    def to(self, device: torch.device) -> "PackedPairs":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> PackedPairs:
+    """Lay out pairs, each with the token lists `prompt_ids`, `chosen_ids` and `rejected_ids`, in one unpadded row."""
+    ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[tuple[int, int, int]] = []
+    predictors: list[list[int]] = [[] for _ in range(2 * len(pairs))]
+    for i, pair in enumerate(pairs):
+        prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
+        p, c, r = len(prompt), len(chosen), len(rejected)
+        last = len(ids) + p - 1  # the prompt's last token predicts the first token of both responses
+        predictors[i] = list(range(last, last + c))
+        predictors[len(pairs) + i] = [last, *range(last + c + 1, last + c + r)]
+        ids += [*prompt, *chosen, *rejected]
+        positions += [*range(p + c), *range(p, p + r)]
+        lengths.append((p, c, r))
+    responses = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
+    return PackedPairs(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        lengths=lengths,
+        predictors=torch.tensor([i for places in predictors for i in places]),
+        targets=torch.tensor([token for response in responses for token in response]),
+        segments=torch.repeat_interleave(torch.tensor([len(response) for response in responses])),
+    )
+
+
+def prefix_shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    pair_lengths: Iterable[tuple[int, int, int]] = (),
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """SDPA over packed pairs; the signature is that of transformers' `AttentionInterface`.
+
+    `query` is `[1, heads, T, head_dim]`; returns `[1, T, heads, head_dim]`. Causal within `[prompt | chosen]`;
+    the rejected branch attends to the prompt and, causally, to itself. Raises UserError for a pair longer than the
+    model's sliding window, which this layout does not apply.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    outputs = []
+    start = 0
+    for p, c, r in pair_lengths:
+        if sliding_window is not None and p + max(c, r) > sliding_window:
+            raise UserError(
+                f"a pair of {p + max(c, r)} tokens exceeds the model's sliding window of {sliding_window}; "
+                "lower data.max_length, or set train.engine: trl"
+            )
+        shared, branch, end = start + p, start + p + c, start + p + c + r
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:branch],
+                key[:, :, start:branch],
+                value[:, :, start:branch],
+                dropout_p=dropout,
+                is_causal=True,
+                scale=scaling,
+            )
+        )
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, branch:end],
+                torch.cat([key[:, :, start:shared], key[:, :, branch:end]], dim=2),
+                torch.cat([value[:, :, start:shared], value[:, :, branch:end]], dim=2),
+                attn_mask=causal_lower_right(r, p + r),
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+        start = end
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, prefix_shared_attention)
+# The layout is in `pair_lengths`: transformers need not build a mask.
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Log-probability of each target under a frozen LM head, in chunks.
+
+    For a frozen head the gradient with respect to a hidden state, W[target] − softmax(logits)·W, needs the same
+    logits as the value, so it is taken in the forward pass: nothing is recomputed and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        needs_grad = hidden.requires_grad
+        logps, slopes = [], []
+        for states, ids in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+            logits = (states @ weight.T).float()
+            logp = F.log_softmax(logits, dim=-1)
+            logps.append(logp.gather(1, ids[:, None])[:, 0])
+            if needs_grad:
+                slopes.append(weight[ids] - logp.exp_().to(weight.dtype) @ weight)
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return grad_outputs[0][:, None].to(slopes.dtype) * slopes, None, None
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an optional PEFT wrapper, set to the packed layout's attention."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
+    head = base.get_output_embeddings()
+    scaled = [name for name in LOGIT_SCALES if getattr(base.config, name, None) is not None]
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad or scaled:
+        raise UserError(
+            f"train.engine: 'shared' needs a frozen, plain LM head, and {type(base).__name__} has "
+            f"{' and '.join(scaled) or 'another'}; set it to trl for this model"
+        )
+    if base.config._attn_implementation != ATTENTION:
+        base.set_attn_implementation(ATTENTION)
+    return base
+
+
+def pair_logps(model: nn.Module, batch: PackedPairs) -> tuple[Tensor, Tensor]:
+    """Log-probability, in nats, of the chosen `[B]` and of the rejected `[B]` responses, summed over their tokens."""
+    base = causal_lm(model)
+    batch = batch.to(base.device)
+    hidden = base.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pair_lengths=batch.lengths
+    ).last_hidden_state[0]
+    logps = _TokenLogps.apply(hidden[batch.predictors], base.get_output_embeddings().weight, batch.targets)
+    sums = torch.zeros(2 * len(batch.lengths), dtype=torch.float32, device=logps.device)
+    chosen, rejected = sums.index_add(0, batch.segments, logps).chunk(2)
+    return chosen, rejected

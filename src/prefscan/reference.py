@@ -1,0 +1,63 @@
+"""The base model's log-probability of every response, once for the whole sweep.
+
+    python -m prefscan.reference
+
+Writes one row a pair: `id`, `ref_chosen_logps` and `ref_rejected_logps` (nats, summed over the response) and the token
+counts `chosen_tokens` and `rejected_tokens`. Every train cell reads it and makes no reference pass.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from prefscan.engines import Engine, load_engine
+from prefscan.errors import run_stage
+from prefscan.files import read_jsonl, write_jsonl
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import Train, load
+from prefscan.paths import BASE, HELDOUT_PAIRS, REFERENCE, TRAIN_PAIRS
+
+
+def micro_batches(pairs: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+@torch.no_grad()
+def reference_rows(
+    model: torch.nn.Module, engine: Engine, pairs: list[Any], batch_size: int, pad_token_id: int
+) -> Iterator[dict[str, Any]]:
+    """One row a pair, in order; computed in micro-batches of the training's size and layout."""
+    # No model.eval(): the base has no dropout to switch off, and a 4-bit base on CPU repacks its weights on eval.
+    for batch in micro_batches(pairs, batch_size):
+        chosen, rejected = engine.pair_logps(model, engine.collate(batch, pad_token_id))
+        for pair, ref_chosen, ref_rejected in zip(batch, chosen.tolist(), rejected.tolist(), strict=True):
+            yield {
+                "id": pair["id"],
+                "ref_chosen_logps": ref_chosen,
+                "ref_rejected_logps": ref_rejected,
+                "chosen_tokens": len(pair["chosen_ids"]),
+                "rejected_tokens": len(pair["rejected_ids"]),
+            }
+
+
+def load_base(train: Train) -> torch.nn.Module:
+    """The frozen base model in the dtype and quantisation that training uses."""
+    model = load_model(BASE, train.dtype, train.quantization, train.double_quantization)
+    return model.requires_grad_(False)
+
+
+def main() -> None:
+    params = load()
+    train = params.train
+    pairs = read_jsonl(TRAIN_PAIRS) + read_jsonl(HELDOUT_PAIRS)
+    rows = reference_rows(
+        load_base(train), load_engine(train.engine), pairs, train.batch_size, load_tokenizer(BASE).pad_token_id
+    )
+    write_jsonl(REFERENCE, list(track(rows, "reference log-probabilities", total=len(pairs))))
+
+
+if __name__ == "__main__":
+    run_stage(main)

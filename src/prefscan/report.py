@@ -1,0 +1,272 @@
+"""Collect the sweep's metrics into charts, tables, reports/report.html, reports/report.md and metrics/summary.json.
+
+    python -m prefscan.report
+
+It reads the cells that the grid names and no others, and removes the metrics of other cells from the workspace (DVC's
+cache keeps them), so that the recorded hash of its inputs belongs to the grid.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import pandas as pd
+
+from prefscan import charts
+from prefscan.errors import run_stage
+from prefscan.files import new_folder, read_json, read_text, write_json, write_text
+from prefscan.params import Cell, Params, load
+from prefscan.paths import (
+    ANSWER_METRICS,
+    CELL_JUDGEMENTS,
+    CURVES,
+    JUDGEMENTS,
+    MERGE_METRICS,
+    MTBENCH_METRICS,
+    PREPARE_METRICS,
+    REPORTS,
+    SUMMARY,
+    TRAIN_METRICS,
+)
+
+FOLDERS = (TRAIN_METRICS, CURVES, MERGE_METRICS, ANSWER_METRICS, MTBENCH_METRICS, CELL_JUDGEMENTS)
+
+
+def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
+    """Delete files of cells that are not in the grid."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.stem not in keys:
+                path.unlink()
+
+
+def cell_row(cell: Cell) -> dict[str, Any]:
+    """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
+    key = cell.key
+    train, merge = read_json(TRAIN_METRICS / f"{key}.json"), read_json(MERGE_METRICS / f"{key}.json")
+    answer, mtbench = read_json(ANSWER_METRICS / f"{key}.json"), read_json(MTBENCH_METRICS / f"{key}.json")
+    held = train["heldout"]
+    return {
+        "cell": key,
+        "loss": cell.loss,
+        "beta": cell.beta,
+        "steps": str(cell.steps),
+        **score_columns(mtbench),
+        **{name: held[name] for name in ("accuracy", "accuracy_low", "accuracy_high")},
+        **{name: held[name] for name in ("margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")},
+        "margin_kept": merge["margin_kept"],
+        "weights_changed": merge["weights_changed"],
+        "share_cut": answer["share_cut"],
+        "mean_tokens": answer["mean_tokens"],
+        "train_seconds": train["cost"]["seconds"],
+        "peak_memory_gib": train["cost"]["peak_memory_gib"],
+    }
+
+
+def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
+    return {
+        "score": mtbench["average"],
+        "score_low": mtbench["average_low"],
+        "score_high": mtbench["average_high"],
+        "first_turn": mtbench["first_turn"],
+        "second_turn": mtbench["second_turn"],
+    }
+
+
+SUMMARY_COLUMNS = (
+    "score",
+    "score_low",
+    "score_high",
+    "first_turn",
+    "second_turn",
+    "accuracy",
+    "margin",
+    "margin_low",
+    "margin_high",
+    "margin_kept",
+)
+
+
+def highest_scoring(cells: pd.DataFrame) -> dict[str, str]:
+    """The key of each loss's cell with the highest score, the first of equals."""
+    ordered = cells.sort_values("score", ascending=False, kind="stable").drop_duplicates("loss")
+    return dict(zip(ordered["loss"], ordered["cell"], strict=True))
+
+
+def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[str, Any]:
+    """metrics/summary.json: the recipe first, then the base and the highest-scoring cell of each loss."""
+
+    def entry(key: str) -> dict[str, Any]:
+        row = cells[cells["cell"] == key].iloc[0]
+        values = {name: float(row[name]) for name in SUMMARY_COLUMNS}
+        return {"cell": key} | {name: None if pd.isna(value) else round(value, 6) for name, value in values.items()}
+
+    return {
+        "recipe": entry(recipe.key),
+        "base": {name: round(value, 6) for name, value in score_columns(base).items()}
+        | {"accuracy": 0.5, "margin": 0.0},
+        "highest": {loss: entry(key) for loss, key in highest_scoring(cells).items()},
+    }
+
+
+def sentences(params: Params, cells: pd.DataFrame, base: dict[str, Any], prepared: dict[str, Any]) -> list[str]:
+    """What was compared and what may be concluded, computed from the data."""
+    lines = []
+    if params.judge.kind == "local":
+        lines.append(
+            f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
+            "not which method is better."
+        )
+    questions = len(base["questions"])
+    lines.append(
+        f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
+        f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
+        f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
+    )
+    overlap = ((cells["score_low"] <= base["average_high"]) & (cells["score_high"] >= base["average_low"])).sum()
+    lines.append(
+        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
+        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}; the 95 % intervals of {overlap} of {len(cells)} "
+        f"cells overlap the base's. With {questions} questions and one seed, the order of the cells is not "
+        "established, and the highest of several cells is a pick that favours chance."
+    )
+    moved = (cells["margin_low"] > 0).sum()
+    lines.append(
+        f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
+        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
+        f"interval in {moved} of {len(cells)} cells. β means something else in each loss: equal β is not equal strength."
+    )
+    kept = cells["margin_kept"].dropna()
+    if len(kept):
+        lines.append(
+            f"The merges, in {params.merge.dtype}, kept {kept.min():.1%} to {kept.max():.1%} of the held-out margin; "
+            f"{cells['share_cut'].min():.0%} to {cells['share_cut'].max():.0%} of the answers were cut at "
+            f"{params.answer.max_new_tokens} tokens."
+        )
+    return lines
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(str(value) for value in dict.fromkeys(values))
+
+
+def category_scores(cells: pd.DataFrame, base: dict[str, Any]) -> pd.DataFrame:
+    """The base's and each loss's highest-scoring cell's score in every category."""
+    highest = highest_scoring(cells).values()
+    sources = {"base": base} | {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in highest}
+    return pd.DataFrame(
+        [
+            {"model": name, "category": category, "score": score}
+            for name, metrics in sources.items()
+            for category, score in metrics["categories"].items()
+        ]
+    )
+
+
+def curve_table(cells: list[Cell]) -> pd.DataFrame:
+    return pd.concat(
+        pd.read_csv(CURVES / f"{cell.key}.csv").assign(cell=cell.key, loss_name=cell.loss, beta=cell.beta)
+        for cell in cells
+    )
+
+
+def write_report(
+    folder: Path, title: str, lines: list[str], figures: dict[str, tuple[str, Any]], table: pd.DataFrame
+) -> None:
+    """Charts as SVG and PNG, the page, the Markdown and the table of cells, all into one folder.
+
+    `figures` maps a file name to its caption and chart. Text from models and data is escaped by the template.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prefscan"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    svgs = {}
+    for name, (_, chart) in figures.items():
+        chart.save(folder / f"{name}.svg")
+        chart.save(folder / f"{name}.png", scale_factor=2)
+        svgs[name] = read_text(folder / f"{name}.svg")
+    captions = {name: caption for name, (caption, _) in figures.items()}
+    rows = table.to_dict("records")
+    page = environment.get_template("report.html").render(
+        title=title, lines=lines, captions=captions, svgs=svgs, columns=COLUMNS, rows=rows
+    )
+    write_text(folder / "report.html", page)
+    markdown = jinja2.Environment(loader=jinja2.PackageLoader("prefscan"), autoescape=False, trim_blocks=True)
+    text = markdown.get_template("report.md").render(
+        title=title, lines=lines, captions=captions, columns=COLUMNS, rows=rows
+    )
+    write_text(folder / "report.md", text)
+    table.to_csv(folder / "cells.csv", index=False)
+
+
+# Column of the table of cells → heading and how a value is printed.
+COLUMNS = {
+    "cell": ("cell", "{}"),
+    "score": ("score", "{:.2f}"),
+    "score_low": ("95 % low", "{:.2f}"),
+    "score_high": ("95 % high", "{:.2f}"),
+    "first_turn": ("first turn", "{:.2f}"),
+    "second_turn": ("second turn", "{:.2f}"),
+    "accuracy": ("held-out accuracy", "{:.2f}"),
+    "margin": ("held-out margin, nats", "{:.2f}"),
+    "margin_low": ("95 % low", "{:.2f}"),
+    "margin_high": ("95 % high", "{:.2f}"),
+    "chosen_shift": ("chosen shift, nats", "{:.2f}"),
+    "rejected_shift": ("rejected shift, nats", "{:.2f}"),
+    "margin_kept": ("margin kept by merge", "{:.1%}"),
+    "share_cut": ("answers cut", "{:.0%}"),
+    "train_seconds": ("training, s", "{:.0f}"),
+}
+
+
+def main() -> None:
+    params = load()
+    cells = params.grid.cells
+    remove_other_cells(FOLDERS, {"base"} | {cell.key for cell in cells})
+    base = read_json(MTBENCH_METRICS / "base.json")
+    prepared = read_json(PREPARE_METRICS)
+    table = pd.DataFrame([cell_row(cell) for cell in cells])
+    base_row = {
+        "cell": "base",
+        **score_columns(base),
+        "accuracy": 0.5,
+        "margin": 0.0,
+        "chosen_shift": 0.0,
+        "rejected_shift": 0.0,
+    }
+    base_row["share_cut"] = read_json(ANSWER_METRICS / "base.json")["share_cut"]
+    figures: dict[str, tuple[str, alt.TopLevelMixin]] = {
+        "score": (
+            "MT-Bench score against β; bars are 95 % intervals over questions",
+            charts.score_against_beta(table, base["average"]),
+        ),
+        "categories": (
+            "The base and the highest-scoring cell of each loss, by category",
+            charts.scores_by_category(category_scores(table, base)),
+        ),
+        "accuracy": (
+            "Held-out reward accuracy against β, with 95 % Wilson intervals",
+            charts.accuracy_against_beta(table),
+        ),
+        "margin": ("Held-out margin against β, with 95 % intervals over pairs", charts.margin_against_beta(table)),
+        "curves": ("Training curves, one micro-batch a point", charts.training_curves(curve_table(cells))),
+    }
+    with new_folder(REPORTS) as folder:
+        write_report(
+            folder,
+            f"{params.model.name}: {len(cells)} cells",
+            sentences(params, table, base, prepared),
+            figures,
+            pd.concat([pd.DataFrame([base_row]), table]),
+        )
+    # One file for all models, where FastChat's show_result looks for it.
+    write_text(
+        JUDGEMENTS / f"{params.judge.name}_single.jsonl",
+        "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in ("base", *(cell.key for cell in cells))),
+    )
+    write_json(SUMMARY, summarise(table, params.recipe, base))
+
+
+if __name__ == "__main__":
+    run_stage(main)

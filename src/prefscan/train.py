@@ -1,0 +1,276 @@
+"""Tune a LoRA adapter with one loss, at one β, for a number of steps.
+
+    python -m prefscan.train ipo-0.5-8
+
+The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
+losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from prefscan.engines import Engine, load_engine
+from prefscan.errors import UserError, run_stage
+from prefscan.files import new_folder, read_jsonl, write_json, write_text
+from prefscan.losses import LOSSES, PairLogps
+from prefscan.models import clean_adapter_config, load_tokenizer
+from prefscan.params import Cell, Lora, Train, load
+from prefscan.paths import ADAPTERS, BASE, CURVES, HELDOUT_PAIRS, REFERENCE, RUNS, TRAIN_METRICS, TRAIN_PAIRS
+from prefscan.reference import load_base, micro_batches
+from prefscan.stats import mean_interval, share_interval
+
+CURVE_COLUMNS = {
+    "step": "step",
+    "loss": "loss",
+    "rewards/margins": "reward_margin",
+    "rewards/accuracies": "reward_accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+
+
+class PairTrainer(DPOTrainer):
+    """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
+
+    def __init__(self, *, cell: Cell, engine: Engine, pad_token_id: int, **kwargs: Any) -> None:
+        self.cell = cell
+        self.engine = engine
+        self.pad_token_id = pad_token_id
+        super().__init__(data_collator=self.collate, **kwargs)
+        self.precompute_ref_logps = True
+        self.model.get_base_model().prefscan_fused_head = True  # DPOTrainer has just added it
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset  # tokenised by prepare
+
+    def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
+        return batch | {"pairs": self.engine.collate(pairs, self.pad_token_id)}
+
+    def logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PairLogps:
+        chosen, rejected = self.engine.pair_logps(model, inputs["pairs"])
+        reference = {key: inputs[key].to(chosen.device) for key in REFERENCE_COLUMNS}
+        return PairLogps(
+            chosen=chosen,
+            rejected=rejected,
+            ref_chosen=reference["ref_chosen_logps"],
+            ref_rejected=reference["ref_rejected_logps"],
+            chosen_tokens=reference["chosen_tokens"],
+            rejected_tokens=reference["rejected_tokens"],
+        )
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
+        logps = self.logps(model, inputs)
+        loss = LOSSES[self.cell.loss](logps, self.cell.beta).mean()
+        with torch.no_grad():
+            chosen, rejected = self.cell.beta * logps.chosen_logratio, self.cell.beta * logps.rejected_logratio
+            logged = {
+                "rewards/chosen": chosen.mean(),
+                "rewards/rejected": rejected.mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+                "rewards/accuracies": accuracy(logps).mean(),
+            }
+        for name, value in logged.items():
+            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+        return loss
+
+    @torch.no_grad()
+    def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+        """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base."""
+        parts = []
+        losses = []
+        for batch in micro_batches(pairs, batch_size):
+            with self.compute_loss_context_manager():
+                logps = self.logps(self.model, self.collate(batch))
+            losses += LOSSES[self.cell.loss](logps, self.cell.beta).tolist()
+            parts.append(torch.stack([logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)]))
+        chosen, rejected, accuracies = torch.cat(parts, dim=1).double()
+        margin, low, high = mean_interval((chosen - rejected).tolist())
+        share, share_low, share_high = share_interval(accuracies.sum().item(), len(pairs))
+        return {
+            "pairs": len(pairs),
+            "loss": sum(losses) / len(losses),
+            "accuracy": share,
+            "accuracy_low": share_low,
+            "accuracy_high": share_high,
+            "base_accuracy": 0.5,  # by definition: policy and reference tie, and a tie counts one half
+            "margin": margin,
+            "margin_low": low,
+            "margin_high": high,
+            "reward_margin": self.cell.beta * margin,
+            "chosen_shift": chosen.mean().item(),
+            "rejected_shift": rejected.mean().item(),
+        }
+
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
+
+
+def accuracy(logps: PairLogps) -> Tensor:
+    """1 where the chosen response gained more log-probability than the rejected, ½ for a tie; shape `[B]`."""
+    return (torch.sign(logps.chosen_logratio - logps.rejected_logratio) + 1) / 2
+
+
+def with_reference(pairs: list[dict[str, Any]], reference: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with the reference's columns; raises UserError for a pair that the reference stage has not seen."""
+    missing = [pair["id"] for pair in pairs if pair["id"] not in reference]
+    if missing:
+        raise UserError(f"{REFERENCE} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again")
+    return [pair | {key: reference[pair["id"]][key] for key in REFERENCE_COLUMNS} for pair in pairs]
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(train: Train, cell: Cell, steps: int, seed: int) -> DPOConfig:
+    """TRL's arguments for a cell. Its own `loss_type` is not used: PairTrainer computes the loss."""
+    on_gpu = torch.cuda.is_available()
+    return DPOConfig(
+        output_dir=str(RUNS / "trainer" / cell.key),
+        beta=cell.beta,
+        max_steps=steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=train.optimizer,
+        bf16=on_gpu and train.dtype == "bf16",
+        fp16=on_gpu and train.dtype == "fp16",
+        gradient_checkpointing=train.activation_checkpointing,
+        disable_dropout=train.disable_dropout,
+        max_length=None,  # prepare has dropped what does not fit
+        remove_unused_columns=False,
+        seed=seed,
+        logging_steps=1,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to=[] if train.report_to in ("none", "dvclive") else [train.report_to],
+        run_name=cell.key,
+        use_cpu=not on_gpu,
+    )
+
+
+def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
+    """DVCLive into runs/dvclive/CELL; the other back ends need no callback of ours."""
+    if train.report_to != "dvclive":
+        return []
+    from dvclive import Live
+    from transformers.integrations import DVCLiveCallback
+
+    live = Live(dir=str(RUNS / "dvclive" / cell.key), save_dvc_exp=False, dvcyaml=None, report=None)
+    return [DVCLiveCallback(live=live, log_model=False)]
+
+
+def update_count(steps: int | str, pairs: int, train: Train) -> int:
+    """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
+    return -(-pairs // (train.batch_size * train.accumulation)) if steps == "epoch" else int(steps)
+
+
+def curve_csv(history: list[dict[str, Any]]) -> str:
+    lines = [",".join(CURVE_COLUMNS.values())]
+    lines += [",".join(f"{entry[key]:.9g}" for key in CURVE_COLUMNS) for entry in history if "loss" in entry]
+    return "\n".join(lines) + "\n"
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU where there is one, else of the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def train_cell(
+    cell: Cell,
+    train: Train,
+    seed: int,
+    pairs: list[dict[str, Any]],
+    heldout: list[dict[str, Any]],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PairTrainer, dict[str, Any]]:
+    """Train one cell; returns the trainer and the contents of metrics/train/CELL.json."""
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS)
+    updates = update_count(cell.steps, len(pairs), train)
+    trainer = PairTrainer(
+        cell=cell,
+        engine=load_engine(train.engine),
+        pad_token_id=tokenizer.pad_token_id,
+        model=model,
+        args=training_arguments(train, cell, updates, seed),
+        train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
+        processing_class=tokenizer,
+        peft_config=lora_config(train.lora),
+        callbacks=live_logging(train, cell),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
+    metrics = {
+        "loss": sum(losses) / len(losses),
+        "last_loss": losses[-1],
+        "updates": updates,
+        "heldout": trainer.held_out(heldout, train.batch_size),
+        "cost": {
+            "seconds": round(seconds, 1),
+            # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
+            "tokens_per_second": round(tokens * updates * train.batch_size * train.accumulation / seconds, 1),
+            "peak_memory_gib": round(peak_memory_gib(), 2),
+        },
+    }
+    return trainer, metrics
+
+
+def main() -> None:
+    params = load()
+    (key,) = sys.argv[1:]
+    cell = params.cell(key)
+    print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
+    reference = {row["id"]: row for row in read_jsonl(REFERENCE)}
+    trainer, metrics = train_cell(
+        cell,
+        params.train,
+        params.seed,
+        with_reference(read_jsonl(TRAIN_PAIRS), reference),
+        with_reference(read_jsonl(HELDOUT_PAIRS), reference),
+        load_base(params.train),
+        load_tokenizer(BASE),
+    )
+    with new_folder(ADAPTERS / key) as folder:
+        trainer.model.save_pretrained(folder)
+        clean_adapter_config(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
+    write_json(TRAIN_METRICS / f"{key}.json", metrics)
+    shutil.rmtree(RUNS / "trainer" / key, ignore_errors=True)
+    held = metrics["heldout"]
+    print(
+        f"{key}: held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats "
+        f"[{held['margin_low']:.2f}, {held['margin_high']:.2f}], {metrics['cost']['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)
