@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from fastchat.llm_judge.common import temperature_config
 from rich.progress import Progress
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +26,17 @@ from prefscan.models import load_cell, load_model, load_tokenizer
 from prefscan.params import Answer, load
 from prefscan.paths import ANSWER_METRICS, ANSWERS, BASE, MERGED, QUESTIONS
 
+# FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
 
 
@@ -57,11 +67,11 @@ def select_questions(questions: list[Any], count: int) -> list[Any]:
     for question in questions:
         by_category[question["category"]].append(question)
     each, rest = divmod(count, len(by_category))
-    if rest or each > min(map(len, by_category.values())):
+    most = min(map(len, by_category.values()))
+    if rest or each > most:
         raise UserError(
-            f"answer.questions: {count} cannot be drawn evenly from {len(by_category)} categories of "
-            f"{min(map(len, by_category.values()))} questions; choose a multiple of {len(by_category)} up to "
-            f"{len(questions)}"
+            f"answer.questions: {count} cannot be drawn evenly from {len(by_category)} categories of {most} questions; "
+            f"choose a multiple of {len(by_category)} up to {len(by_category) * most}"
         )
     chosen = {id(q) for group in by_category.values() for q in group[:each]}
     return [q for q in questions if id(q) in chosen]
@@ -120,7 +130,7 @@ def answer_questions(
     """
     for start in range(0, len(questions), answer.batch_size):
         batch = questions[start : start + answer.batch_size]
-        temperatures = [temperature_config.get(q["category"], 0.7) for q in batch]
+        temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in batch]
         conversations: list[list[dict[str, str]]] = [[] for _ in batch]
         turns: list[list[str]] = [[] for _ in batch]
         sizes: list[list[tuple[int, bool]]] = [[] for _ in batch]

@@ -6,46 +6,61 @@ import altair as alt
 import pandas as pd
 
 # Okabe and Ito's colours, told apart under every common colour blindness; the shape says the same as the colour.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 PANEL = {"width": 300, "height": 240}
+MOST_POINTS = 50  # of a training curve; 54 curves of 800 updates would be one green area and an SVG of 18 MB
 
 
-def _loss_colour(cells: pd.DataFrame) -> Any:
-    losses = list(dict.fromkeys(cells["loss"]))
-    return alt.Color("loss:N", scale=alt.Scale(domain=losses, range=COLOURS[: len(losses)]), title="loss")
+def _in_order(values: pd.Series) -> list[Any]:
+    """Each value once, in the order of the grid; the alphabet would put 16 steps before 8."""
+    return list(dict.fromkeys(values))
+
+
+def _colour_and_shape(names: list[str], field: str, title: str | None, colours: list[str] = COLOURS) -> dict[str, Any]:
+    """Two encodings of one field, alike enough for Vega-Lite to draw one legend."""
+    return {
+        "color": alt.Color(field, scale=alt.Scale(domain=names, range=colours[: len(names)]), title=title),
+        "shape": alt.Shape(field, scale=alt.Scale(domain=names), title=title),
+    }
+
+
+def _note(text: str) -> alt.TitleParams:
+    return alt.TitleParams(text, fontSize=11, fontWeight="normal")
 
 
 def _against_beta(
-    cells: pd.DataFrame, value: str, low: str | None, high: str | None, title: str, rule: float, rule_name: str
+    cells: pd.DataFrame, value: str, low: str, high: str, title: str, rule: float, rule_name: str
 ) -> alt.FacetChart:
     """A line a loss and a panel a step count; a dashed rule for the base."""
     # Points at one β would hide each other's intervals: set the losses side by side, a little apart.
-    losses = list(dict.fromkeys(cells["loss"]))
-    spread = 0.02 * (cells["beta"].max() - cells["beta"].min() or 1)
+    losses, betas = _in_order(cells["loss"]), sorted(set(cells["beta"]))
+    spread = 0.02 * (betas[-1] - betas[0] or betas[0])
+    margin = spread * (len(losses) + 3) / 2
     data = cells.assign(
         x=cells["beta"] + [spread * (losses.index(loss) - (len(losses) - 1) / 2) for loss in cells["loss"]], base=rule
     )
-    x = alt.X("x:Q", title="β", scale=alt.Scale(zero=False, nice=True))
-    y = alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False))
+    x = alt.X(
+        "x:Q",
+        title="β",
+        scale=alt.Scale(domain=[betas[0] - margin, betas[-1] + margin], nice=False, zero=False),
+        axis=alt.Axis(values=betas, format="~g", labelOverlap=True),
+    )
+    y = alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False, padding=8))
+    loss = _colour_and_shape(losses, "loss:N", "loss")
     tooltip = ["cell:N", alt.Tooltip(f"{value}:Q", format=".3f")]
     chart = alt.Chart()
     layers = [
-        chart.mark_line(opacity=0.6).encode(x=x, y=y, color=_loss_colour(cells)),
-        chart.mark_point(filled=True, size=60).encode(
-            x=x, y=y, color=_loss_colour(cells), shape="loss:N", tooltip=tooltip
-        ),
+        chart.mark_rule(opacity=0.7).encode(x=x, y=alt.Y(f"{low}:Q", title=title), y2=f"{high}:Q", color=loss["color"]),
+        chart.mark_line(opacity=0.6).encode(x=x, y=y, color=loss["color"]),
+        chart.mark_point(filled=True, size=60).encode(x=x, y=y, tooltip=tooltip, **loss),
         chart.mark_rule(strokeDash=[5, 3], color="#666666").encode(y="mean(base):Q"),
     ]
-    if low and high:
-        bars = chart.mark_rule(opacity=0.7).encode(
-            x=x, y=alt.Y(f"{low}:Q", title=title), y2=f"{high}:Q", color=_loss_colour(cells)
-        )
-        layers.insert(0, bars)
+    header = alt.Header(labelExpr="datum.value == 'epoch' ? 'one epoch' : datum.value + ' steps'")
     return (
         alt.layer(*layers, data=data)
         .properties(**PANEL)
-        .facet(column=alt.Column("steps:N", title="optimizer steps"))
-        .properties(title=f"dashed: {rule_name}")
+        .facet(column=alt.Column("steps:N", title=None, sort=_in_order(cells["steps"]), header=header))
+        .properties(title=_note(f"dashed: {rule_name}"))
     )
 
 
@@ -73,44 +88,53 @@ def scores_by_category(scores: pd.DataFrame) -> alt.LayerChart:
 
     `scores` has a row a model and category: `model`, `category`, `score`.
     """
-    models = list(dict.fromkeys(scores["model"]))
-    colour = alt.Color(
-        "model:N", scale=alt.Scale(domain=models, range=["#666666", *COLOURS][: len(models)]), title=None
-    )
     y = alt.Y("category:N", title=None)
     x = alt.X("score:Q", title="MT-Bench score (1 to 10)", scale=alt.Scale(zero=False))
+    model = _colour_and_shape(_in_order(scores["model"]), "model:N", None, ["#666666", *COLOURS])
     line = alt.Chart(scores).mark_rule(opacity=0.25).encode(y=y, x=alt.X("min(score):Q"), x2="max(score):Q")
     points = (
         alt.Chart(scores)
         .mark_point(filled=True, size=90, opacity=0.9)
-        .encode(y=y, x=x, color=colour, shape="model:N", tooltip=["model:N", "category:N", "score:Q"])
+        .encode(y=y, x=x, tooltip=["model:N", "category:N", "score:Q"], **model)
     )
     return (line + points).properties(width=420, height=alt.Step(34))
 
 
 def training_curves(curves: pd.DataFrame) -> alt.FacetChart:
-    """Loss and reward margin of each micro-batch against the update; the scales differ by loss.
+    """Loss and reward margin against the update, in long runs as means over equal spans; the scales differ by loss.
 
-    `curves` has `cell`, `loss_name`, `beta`, `step`, `loss` and `reward_margin`.
+    `curves` has `cell`, `loss_name`, `beta`, `steps`, `step`, `loss` and `reward_margin`.
     """
-    long = curves.melt(
-        id_vars=["cell", "loss_name", "beta", "step"],
-        value_vars=["loss", "reward_margin"],
-        var_name="quantity",
-        value_name="value",
+    span = -(-int(curves["step"].max()) // MOST_POINTS)
+    cell = ["cell", "loss_name", "beta", "steps"]
+    spans = curves.groupby([*cell, (curves["step"] - 1) // span], sort=False)
+    long = (
+        spans[["step", "loss", "reward_margin"]]
+        .mean()
+        .reset_index(cell)
+        .melt(id_vars=[*cell, "step"], var_name="quantity", value_name="value")
     )
     long["quantity"] = long["quantity"].str.replace("_", " ")
+    steps = _in_order(curves["steps"])
+    base = alt.Chart().encode(
+        x=alt.X("step:Q", title="update", axis=alt.Axis(tickMinStep=1)),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+        # The light end of the scheme would not show on white.
+        color=alt.Color(
+            "beta:O", title="β", scale=alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0, 0.85]))
+        ),
+        detail="cell:N",
+        tooltip=["cell:N", "step:Q", "value:Q"],
+    )
+    dash = alt.StrokeDash("steps:N", title="steps", sort=steps, legend=alt.Legend() if len(steps) > 1 else None)
+    note = "a point is one update" if span == 1 else f"a point is the mean of {span} updates"
     return (
-        alt.Chart(long)
-        .mark_line(point=alt.OverlayMarkDef(size=18))
-        .encode(
-            x=alt.X("step:Q", title="update", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=alt.Color("beta:O", title="β", scale=alt.Scale(scheme="viridis")),
-            detail="cell:N",
-            tooltip=["cell:N", "step:Q", "value:Q"],
-        )
+        alt.layer(base.mark_line().encode(strokeDash=dash), base.mark_point(filled=True, size=18, opacity=1), data=long)
         .properties(width=220, height=150)
-        .facet(column=alt.Column("loss_name:N", title=None), row=alt.Row("quantity:N", title=None))
+        .facet(
+            column=alt.Column("loss_name:N", title=None, sort=_in_order(curves["loss_name"])),
+            row=alt.Row("quantity:N", title=None),
+        )
         .resolve_scale(y="independent")
+        .properties(title=_note(note))
     )

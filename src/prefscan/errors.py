@@ -1,8 +1,11 @@
 """The one exception whose text is meant for the user, and how a stage ends with it."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class UserError(Exception):
@@ -15,8 +18,11 @@ def run_stage(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"prefscan: {error}")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            where = f" at {error.filename}" if error.filename else ""
-            sys.exit(f"prefscan: cannot write{where}: {error.strerror}; make room or access and run `dvc repro` again")
+    except Exception as error:
+        # Libraries written in Rust (tokenizers, safetensors) raise errors of their own, with the system's text in them.
+        for code in CANNOT_WRITE:
+            if getattr(error, "errno", None) == code or f"(os error {code})" in str(error):
+                where = f" at {path}" if (path := getattr(error, "filename", None)) else ""
+                reason = f"cannot write{where}: {os.strerror(code)}"
+                sys.exit(f"prefscan: {reason}; make room or access and run `dvc repro` again")
         raise

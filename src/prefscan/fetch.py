@@ -18,10 +18,11 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from prefscan.errors import UserError, run_stage
+from prefscan.errors import CANNOT_WRITE, UserError, run_stage
 from prefscan.files import new_folder, read_jsonl
 from prefscan.params import HubPairs, HubSource, Model, PackagePairs, PackageSource, Questions, load
 from prefscan.paths import BASE, QUESTIONS, RAW_PAIRS
@@ -90,31 +91,32 @@ def extract(archive: Path, member: str, destination: Path) -> None:
 def hub_snapshot(source: HubSource, repo_type: str, patterns: list[str], folder: Path) -> None:
     """Download the files that match the patterns at the pinned commit; raises UserError when the hub fails."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     print(f"fetching {source.repo} at {source.revision} from the hub", flush=True)
     try:
         snapshot = snapshot_download(
             source.repo, repo_type=repo_type, revision=source.revision, allow_patterns=patterns
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
             f"{source.repo} at revision {source.revision} is not on the hub, or is closed to you "
             f"({type(error).__name__}); correct repo and revision in conf/, or log in with `hf auth login`"
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's HTTP client lets errors of its own through, and releases change the client
+        if getattr(error, "errno", None) in CANNOT_WRITE:
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{source.repo}: the hub could not be reached or did not serve the files ({reason}); check the network "
             "and HF_ENDPOINT, then run `dvc repro` again: files already fetched are kept in the hub's own cache"
         ) from None
-    # The hub's cache holds links; the stage's output is files of its own.
-    shutil.copytree(snapshot, folder, dirs_exist_ok=True)
+    # The hub's cache holds links, and whatever else was ever fetched of this commit; the output is files of its own.
+    for path in sorted(Path(snapshot).rglob("*")):
+        name = path.relative_to(snapshot).as_posix()
+        if path.is_file() and any(fnmatch(name, pattern) for pattern in patterns):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
@@ -134,9 +136,15 @@ def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> 
     """Store the pad token and padding side with the tokenizer; raises UserError without pad token or chat template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.source: no tokenizer that loads without code of its own ({' '.join(str(error).split())[:150]}); "
+            "choose another model"
+        ) from None
     if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+        if pad_token not in tokenizer.get_vocab():
             raise UserError(f"model.pad_token: {pad_token!r} is not in the vocabulary; choose a token that is")
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token is None:
@@ -161,6 +169,9 @@ def fetch_model(model: Model, destination: Path = BASE) -> None:
             with package_archive(model.source) as archive, tempfile.TemporaryDirectory(prefix="prefscan-") as temporary:
                 gguf = Path(temporary, PurePosixPath(model.source.file).name)
                 extract(archive, model.source.file, gguf)
+                with gguf.open("rb") as file:
+                    if file.read(4) != b"GGUF":
+                        raise UserError(f"model.source.file: {model.source.file} is no GGUF file; name one in conf/")
                 gguf_to_safetensors(gguf, folder)
         if not list(folder.glob("*.safetensors")):
             raise UserError(
@@ -181,8 +192,8 @@ def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) 
                 if not found:
                     raise UserError(f"data.source.{split}: {source.repo} has no file {pattern!r}; correct it")
                 (folder / split).mkdir()
-                for path in found:
-                    path.rename(folder / split / path.name)
+                for path in found:  # files of one name in two folders are both kept
+                    path.rename(folder / split / "-".join(path.relative_to(folder / "snapshot").parts))
             shutil.rmtree(folder / "snapshot")
         else:
             with package_archive(source) as archive:

@@ -11,6 +11,8 @@ from typing import Any
 
 from prefscan.errors import UserError
 
+BAD_JSON = (ValueError, RecursionError)  # also a number of over 4,300 digits, and brackets nested too deep
+
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
@@ -75,7 +77,7 @@ def read_json(path: Path) -> Any:
     text = read_text(path)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except BAD_JSON as error:
         raise UserError(f"{path} is not JSON: {error}; the file may be cut short, fetch it again") from None
 
 
@@ -86,7 +88,7 @@ def read_jsonl(path: Path) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except BAD_JSON as error:
                 raise UserError(
                     f"{path}, line {number} is not JSON: {error}; the file may be cut short, fetch it again"
                 ) from None

@@ -51,7 +51,9 @@ def merge_cell(base: Path, adapter: Path, pairs: list[Any], merge: Merge) -> tup
     with model.disable_adapter():
         before = margins(model, engine, pairs, "base")
     with_adapter = (margins(model, engine, pairs, "base + adapter") - before).mean().item()
-    original = {name: weight.clone() for name, weight in load_model(base, "fp32").named_parameters()}
+    rounded_base = load_model(base, "fp32")
+    round_weights(rounded_base, merge.dtype)  # or weights that only rounding changed would count as the adapter's
+    original = dict(rounded_base.named_parameters())
     merged: Any = model.merge_and_unload(safe_merge=True)
     round_weights(merged, merge.dtype)
     after = (margins(merged, engine, pairs, "merged") - before).mean().item()

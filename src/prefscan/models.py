@@ -26,6 +26,8 @@ def device() -> torch.device:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises UserError for a folder that holds no tokenizer, or one without chat template or pad token."""
+    if not folder.is_dir():  # transformers would take the path for a repository of the hub, and ask for it
+        raise UserError(f"{folder} is missing; run `dvc repro` to make it, or `dvc pull` to fetch it")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -98,8 +100,9 @@ def load_cell(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def clean_adapter_config(folder: Path) -> None:
-    """Name the base by its path in the repository, so that an adapter is the same bytes in every clone."""
+    """Make an adapter the same bytes in every clone: the base by its path in the repository, the targets in order."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = "models/base"
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set: in another order in each process
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastchat.llm_judge.common import NEED_REF_CATS
 from rich.progress import Progress
 
 from prefscan.errors import UserError, run_stage
@@ -26,6 +25,9 @@ from prefscan.judges import Prompt, Verdict, load_judge
 from prefscan.params import LocalJudge, OpenAIJudge, load
 from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, JUDGE_STORE, MTBENCH_METRICS, QUESTIONS
 from prefscan.stats import mean_interval
+
+# FastChat's NEED_REF_CATS as far as MT-Bench has them, which a test compares; importing it costs seconds.
+NEED_REFERENCE = {"math", "reasoning", "coding"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def build_turns(
         for i in range(2):
             fields |= {f"question_{i + 1}": question["turns"][i], f"answer_{i + 1}": replies[i]}
         kind = "single"
-        if question["category"] in NEED_REF_CATS:
+        if question["category"] in NEED_REFERENCE:
             kind = "single-math"
             reference = references.get(question["question_id"])
             if reference is None:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from prefscan.errors import UserError
 from prefscan.files import read_text
@@ -20,13 +29,19 @@ DType = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
-    """A mapping of params.yaml: unknown keys are refused, and so is a number given as text."""
+    """A mapping of params.yaml: unknown keys are refused, and so are a number given as text, .nan and .inf."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Check the value and keep it: 1 stays 1, since DVC names a cell after the number as params.yaml writes it."""
+    check(value)
+    return value
 
 
 Loss = Annotated[str, Field(pattern=r"^\w+$")]
-Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(gt=0), WrapValidator(as_written)]
 Steps = Positive | Literal["epoch"]
 
 
@@ -95,7 +110,7 @@ class Data(Section):
     @model_validator(mode="after")
     def held_out_exists(self) -> "Data":
         if self.source.heldout is None and self.heldout_share == 0:
-            raise ValueError("heldout_share is 0 and source.heldout names no file, so nothing would be held out")
+            raise ValueError("heldout_share is 0 and source.heldout names no file, so nothing is held out; set either")
         return self
 
 
@@ -156,7 +171,9 @@ class Merge(Section):
     @classmethod
     def not_bf16(cls, dtype: Any) -> Any:
         if dtype == "bf16":
-            raise ValueError("bf16 has 8 bits of precision and rounds small adapters away (16 % of the margin kept)")
+            raise ValueError(
+                "bf16 has 8 bits of precision and rounds small adapters away (16 % of the margin kept); set fp32"
+            )
         return dtype
 
 
@@ -230,17 +247,34 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raw = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys and values, found {raw!r:.100}; `dvc exp run` composes it from conf/")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+        complaints: dict[str, list[Any]] = {}
+        for complaint in error.errors():
+            complaints.setdefault(_key(complaint, raw), []).append(complaint)
+        raise UserError(f"{path}: " + "; ".join(_sentence(key, found) for key, found in complaints.items())) from None
 
 
-def _sentence(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if part not in ("package", "hub", "local", "openai", "int"))
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key (value {error['input']!r}); remove it or correct its spelling"
-    if error["type"] == "missing":
+def _key(error: Any, raw: Any) -> str:
+    """The key as params.yaml has it; pydantic also names the member of a union, as in `model.source.hub.repo`."""
+    parts = []
+    for part in error["loc"]:
+        if isinstance(raw, (dict, list)) and part in (raw if isinstance(raw, dict) else range(len(raw))):
+            parts.append(str(part))
+            raw = raw[part]
+    return ".".join([*parts, str(error["loc"][-1])] if error["type"] == "missing" else parts)
+
+
+def _sentence(key: str, errors: list[Any]) -> str:
+    """What is wrong with the value; several errors are the members of a union, each with what it allows."""
+    kind, value = errors[0]["type"], errors[0]["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key (value {value!r}); remove it or correct its spelling"
+    if kind == "missing":
         return f"{key}: missing; conf/ shows its meaning, `dvc exp run` composes it"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {error['input']!r} is refused: {message[0].lower()}{message[1:]}"
+    messages = [error["msg"].removeprefix("Value error, ") for error in errors]
+    allowed = ", or ".join(message[0].lower() + message[1:] for message in messages)
+    return f"{key}: {allowed}" if isinstance(value, dict) else f"{key}: {value!r} is refused: {allowed}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prefscan.errors import UserError, run_stage
@@ -63,7 +64,10 @@ def read_rows(folder: Path) -> Iterator[tuple[str, Any]]:
         elif path.suffix == ".parquet":
             import pandas as pd
 
-            rows = json.loads(pd.read_parquet(path).to_json(orient="records"))
+            try:
+                rows = json.loads(pd.read_parquet(path).to_json(orient="records"))
+            except ValueError as error:
+                raise UserError(f"{path} is not Parquet: {error}; it may be cut short, fetch it again") from None
         else:
             raise UserError(
                 f"{path}: pairs are read from .jsonl, .json and .parquet files, not {path.suffix or 'this'}"
@@ -83,19 +87,20 @@ def parse_pair(row: Any, place: str) -> Pair:
             raise UserError(
                 f"{place}: the pair has no {key!r} (keys: {', '.join(sorted(row))}); add it or remove the row"
             )
+    prompt = [("system", row["system"])] if row.get("system") else []
     try:
         if "conversations" in row:
-            prompt = [_message(m, "from", "value") for m in row["conversations"]]
-            chosen, rejected = (_message(row[key], "from", "value")[1] for key in ("chosen", "rejected"))
+            prompt += [_message(m, "from", "value") for m in row["conversations"]]
+            answers = [_message(row[key], "from", "value") for key in ("chosen", "rejected")]
         elif "question" in row:
-            prompt = [("system", row["system"])] if row.get("system") else []
             prompt.append(("user", row["question"]))
-            chosen, rejected = row["chosen"] or "", row["rejected"] or ""
+            answers = [("assistant", row[key] or "") for key in ("chosen", "rejected")]
         elif isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
-            prompt = [_message(m, "role", "content") for m in row["chosen"][:-1]]
-            if prompt != [_message(m, "role", "content") for m in row["rejected"][:-1]]:
+            turns = [[_message(m, "role", "content") for m in row[key][:-1]] for key in ("chosen", "rejected")]
+            prompt += turns[0]
+            if turns[0] != turns[1]:
                 raise UserError(f"{place}: chosen and rejected answer different prompts; correct or remove the row")
-            chosen, rejected = (_message(row[key][-1], "role", "content")[1] for key in ("chosen", "rejected"))
+            answers = [_message(row[key][-1], "role", "content") for key in ("chosen", "rejected")]
         else:
             raise UserError(
                 f"{place}: unknown shape (keys: {', '.join(sorted(row))}); prefscan reads system/question, "
@@ -105,28 +110,45 @@ def parse_pair(row: Any, place: str) -> Pair:
         raise UserError(
             f"{place}: malformed pair ({type(error).__name__}: {error}); correct or remove the row"
         ) from None
-    if not all(isinstance(text, str) for text in (chosen, rejected, *(content for _, content in prompt))):
+    if not all(_is_text(content) for _, content in (*prompt, *answers)):
         raise UserError(f"{place}: a prompt or response is not text; correct or remove the row")
     if not prompt or prompt[-1][0] != "user":
         raise UserError(f"{place}: the prompt does not end with the user's turn; correct or remove the row")
-    return Pair(prompt=tuple(prompt), chosen=chosen, rejected=rejected)
+    if any(role != "assistant" for role, _ in answers):
+        raise UserError(f"{place}: chosen or rejected is not the assistant's turn; correct or remove the row")
+    return Pair(prompt=tuple(prompt), chosen=answers[0][1], rejected=answers[1][1])
 
 
 def _message(message: Any, role_key: str, content_key: str) -> tuple[str, str]:
     return ROLES[message[role_key]], message[content_key] or ""
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold; JSON can also escape one half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
+
 def tokenize(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The pair as text and as tokens under the tokenizer's chat template.
 
     A response starts where the tokens of prompt and of prompt + response part, as in TRL.
-    Raises UserError when the template renders a conversation so that it does not start with its own prompt.
+    Raises UserError when the template refuses a conversation, and when it renders one so that it does not start with
+    its own prompt.
     """
-    prompt = str(tokenizer.apply_chat_template(pair.messages, add_generation_prompt=True, tokenize=False))
+
+    def render(messages: list[Message], for_generation: bool) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages, add_generation_prompt=for_generation, tokenize=False))
+        except TemplateError as error:  # for instance a template without a system turn
+            raise UserError(
+                f"pair {pair.id}: the chat template refuses the conversation ({' '.join(str(error).split())}); choose "
+                "another model or remove such rows"
+            ) from None
+
+    prompt = render(pair.messages, True)
     responses = {}
     for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        answered = [*pair.messages, {"role": "assistant", "content": text}]
-        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        whole = render([*pair.messages, {"role": "assistant", "content": text}], False)
         if not whole.startswith(prompt):
             raise UserError(
                 f"pair {pair.id}: the chat template renders prompt + answer so that it does not start with the prompt; "
@@ -208,12 +230,15 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, raw: Path) -> tuple[
     )
     over_cap = max(0, len(heldout) - data.heldout_max) if data.heldout_max else 0
     heldout = heldout[: data.heldout_max]
-    for name, rows, least in (("training", train, 1), ("held-out", heldout, 2)):
+    for name, rows, least, keys in (
+        ("training", train, 1, "the limits or lower data.heldout_share"),
+        ("held-out", heldout, 2, "the limits, data.heldout_share or data.heldout_max"),
+    ):
         if len(rows) < least:
             raise UserError(
                 f"{len(rows)} {name} pairs are left, {least} needed, of {counts['rows']} rows: {counts['too_long']} "
                 f"are longer than data.max_length = {data.max_length} or data.max_prompt_length = "
-                f"{data.max_prompt_length} tokens; raise the limits"
+                f"{data.max_prompt_length} tokens; raise {keys}"
             )
     metrics = {
         "rows": counts["rows"],

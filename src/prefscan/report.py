@@ -6,6 +6,7 @@ It reads the cells that the grid names and no others, and removes the metrics of
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
 
     def entry(key: str) -> dict[str, Any]:
         row = cells[cells["cell"] == key].iloc[0]
-        values = {name: float(row[name]) for name in SUMMARY_COLUMNS}
-        return {"cell": key} | {name: None if pd.isna(value) else round(value, 6) for name, value in values.items()}
+        values = {name: row[name] for name in SUMMARY_COLUMNS}
+        return {"cell": key} | {n: None if pd.isna(value) else round(float(value), 6) for n, value in values.items()}
 
     return {
         "recipe": entry(recipe.key),
@@ -135,15 +136,15 @@ def sentences(params: Params, cells: pd.DataFrame, base: dict[str, Any], prepare
     lines.append(
         f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
         f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
-        f"interval in {moved} of {len(cells)} cells. β means something else in each loss: equal β is not equal strength."
+        f"interval in {moved} of {len(cells)} cells. "
+        "β means something else in each loss: equal β is not equal strength."
     )
     kept = cells["margin_kept"].dropna()
-    if len(kept):
-        lines.append(
-            f"The merges, in {params.merge.dtype}, kept {kept.min():.1%} to {kept.max():.1%} of the held-out margin; "
-            f"{cells['share_cut'].min():.0%} to {cells['share_cut'].max():.0%} of the answers were cut at "
-            f"{params.answer.max_new_tokens} tokens."
-        )
+    share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
+    lines.append(
+        f"The merges, in {params.merge.dtype}, kept {share}; {cells['share_cut'].min():.0%} to "
+        f"{cells['share_cut'].max():.0%} of the answers were cut at {params.answer.max_new_tokens} tokens."
+    )
     return lines
 
 
@@ -152,9 +153,10 @@ def _listed(values: pd.Series) -> str:
 
 
 def category_scores(cells: pd.DataFrame, base: dict[str, Any]) -> pd.DataFrame:
-    """The base's and each loss's highest-scoring cell's score in every category."""
-    highest = highest_scoring(cells).values()
-    sources = {"base": base} | {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in highest}
+    """The base's and each loss's highest-scoring cell's score in every category, the losses in the grid's order."""
+    highest = highest_scoring(cells)
+    keys = [highest[loss] for loss in dict.fromkeys(cells["loss"])]
+    sources = {"base": base} | {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
     return pd.DataFrame(
         [
             {"model": name, "category": category, "score": score}
@@ -166,7 +168,9 @@ def category_scores(cells: pd.DataFrame, base: dict[str, Any]) -> pd.DataFrame:
 
 def curve_table(cells: list[Cell]) -> pd.DataFrame:
     return pd.concat(
-        pd.read_csv(CURVES / f"{cell.key}.csv").assign(cell=cell.key, loss_name=cell.loss, beta=cell.beta)
+        pd.read_csv(StringIO(read_text(CURVES / f"{cell.key}.csv"))).assign(
+            cell=cell.key, loss_name=cell.loss, beta=cell.beta, steps=str(cell.steps)
+        )
         for cell in cells
     )
 
@@ -176,7 +180,7 @@ def write_report(
 ) -> None:
     """Charts as SVG and PNG, the page, the Markdown and the table of cells, all into one folder.
 
-    `figures` maps a file name to its caption and chart. Text from models and data is escaped by the template.
+    `figures` maps a file name to its caption and chart. The templates escape text from models and data.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prefscan"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -250,8 +254,10 @@ def main() -> None:
             charts.accuracy_against_beta(table),
         ),
         "margin": ("Held-out margin against β, with 95 % intervals over pairs", charts.margin_against_beta(table)),
-        "curves": ("Training curves, one micro-batch a point", charts.training_curves(curve_table(cells))),
+        "curves": ("Training curves", charts.training_curves(curve_table(cells))),
     }
+    keys = ("base", *(cell.key for cell in cells))
+    judgements = "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys)
     with new_folder(REPORTS) as folder:
         write_report(
             folder,
@@ -261,10 +267,7 @@ def main() -> None:
             pd.concat([pd.DataFrame([base_row]), table]),
         )
     # One file for all models, where FastChat's show_result looks for it.
-    write_text(
-        JUDGEMENTS / f"{params.judge.name}_single.jsonl",
-        "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in ("base", *(cell.key for cell in cells))),
-    )
+    write_text(JUDGEMENTS / f"{params.judge.name}_single.jsonl", judgements)
     write_json(SUMMARY, summarise(table, params.recipe, base))
 
 

@@ -87,6 +87,7 @@ class PairTrainer(DPOTrainer):
     @torch.no_grad()
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base."""
+        self.model.eval()  # LoRA dropout, where it is not disabled, acts in training alone
         parts = []
         losses = []
         for batch in micro_batches(pairs, batch_size):

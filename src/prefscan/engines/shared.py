@@ -22,6 +22,8 @@ from prefscan.errors import UserError
 
 ATTENTION = "prefscan_prefix_shared"
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+ATTENTION_CHANGES = ("softcap", "s_aux", "position_bias")  # logit cap, attention sinks, ALiBi and its like
+LAYERS = {"full_attention", "sliding_attention"}  # a convolution or a recurrence would read on into the next branch
 HEAD_CHUNK = 256  # positions a call of the LM head: 50 MB of fp32 logits at a vocabulary of 49,152
 
 
@@ -37,7 +39,7 @@ class PackedPairs:
     segments: Tensor  # [N], the response it belongs to: 0 … B−1 chosen, B … 2B−1 rejected
 
     def to(self, device: torch.device) -> "PackedPairs":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
 
@@ -77,14 +79,19 @@ def prefix_shared_attention(
     dropout: float = 0.0,
     pair_lengths: Iterable[tuple[int, int, int]] = (),
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """SDPA over packed pairs; the signature is that of transformers' `AttentionInterface`.
 
     `query` is `[1, heads, T, head_dim]`; returns `[1, T, heads, head_dim]`. Causal within `[prompt | chosen]`;
     the rejected branch attends to the prompt and, causally, to itself. Raises UserError for a pair longer than the
-    model's sliding window, which this layout does not apply.
+    model's sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v.
     """
+    if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
+        raise UserError(
+            f"train.engine: 'shared' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
+            "set it to trl for this model"
+        )
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -156,11 +163,18 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside an optional PEFT wrapper, set to the packed layout's attention."""
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, assignment]
     head = base.get_output_embeddings()
-    scaled = [name for name in LOGIT_SCALES if getattr(base.config, name, None) is not None]
+    config = base.config.get_text_config()
+    scaled = [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad or scaled:
         raise UserError(
             f"train.engine: 'shared' needs a frozen, plain LM head, and {type(base).__name__} has "
             f"{' and '.join(scaled) or 'another'}; set it to trl for this model"
+        )
+    layers = set(getattr(config, "layer_types", None) or ())
+    if base._is_stateful or not base._supports_attention_backend or not layers <= LAYERS:
+        raise UserError(
+            "train.engine: 'shared' needs a model that is attention throughout, through transformers' "
+            f"AttentionInterface, and {type(base).__name__} is not; set it to trl for this model"
         )
     if base.config._attn_implementation != ATTENTION:
         base.set_attn_implementation(ATTENTION)

@@ -64,7 +64,7 @@ class ExpectedScore:
         for place, prompt in enumerate(prompts):
             scores = self.probabilities(prompt)
             mass = scores.sum().item()
-            if mass < LEAST_MASS:
+            if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
                 yield place, Verdict(None, "", f"the judge gives any score with probability {mass:.1e} only")
                 continue
             expected = (scores / mass @ torch.arange(1.0, 11.0, dtype=torch.float64)).item()

@@ -5,12 +5,14 @@ rate limits, time-outs, broken connections and server errors; the reply must hol
 from 1 to 10.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import openai
+from openai.types.chat import ChatCompletion
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from prefscan.errors import UserError
@@ -59,23 +61,35 @@ class ChatJudge:
             return Verdict(None, "", f"the server answered {error.status_code} ({type(error).__name__})")
         except openai.OpenAIError as error:
             return Verdict(None, "", f"the request failed {self.judge.attempts} times ({type(error).__name__})")
-        text = reply.choices[0].message.content if reply.choices else None
+        except json.JSONDecodeError:
+            reply = None
+        if not isinstance(reply, ChatCompletion):  # the client hands on whatever came with status 200
+            return Verdict(None, "", "the server sent no chat completion; check judge.base_url")
+        message = reply.choices[0].message if reply.choices else None
+        text = message.content if message else None
         return parse_rating(text) if text else Verdict(None, "", "the server sent an empty reply")
 
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
-        with ThreadPoolExecutor(self.judge.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.judge.concurrency)
+        try:
             futures = {pool.submit(self.ask, prompt): place for place, prompt in enumerate(prompts)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a caller that stops early pays for no more
 
 
 def make(judge: OpenAIJudge) -> ChatJudge:
-    """Raises UserError when the environment variable that should hold the key is not set."""
+    """Raises UserError when the environment variable that should hold the key holds none."""
     key = os.environ.get(judge.key_variable)
     if not key:
         raise UserError(
             f"judge.key_variable: the environment has no {judge.key_variable}; export it, or take the local judge with "
             "`dvc exp run -S judge=local`"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"judge.key_variable: {judge.key_variable} holds a line end or a typographic sign; export it again"
         )
     # Tenacity does the retrying, so that attempts are counted in one place.
     client = openai.OpenAI(api_key=key, base_url=judge.base_url, timeout=judge.timeout, max_retries=0)

@@ -1,0 +1,37 @@
+# `make` lists the targets. Each makes the virtual environment first if it is missing or older than its pins.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help sweep test test-all check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+sweep: $(BIN)/.ready  ## run what is stale of the sweep in params.yaml, and make reports/report.html
+	dvc repro
+	@echo "Report: reports/report.html"
+
+test: $(BIN)/.ready  ## run the tests (under 15 minutes on 2 cores)
+	python -m pytest
+
+test-all: $(BIN)/.ready  ## run the slow tests too
+	python -m pytest -m ""
+
+check: $(BIN)/.ready  ## lint, format and type check
+	ruff check src tests
+	ruff format --check src tests
+	mypy
+
+clean:  ## remove the virtual environment, caches and logs; DVC's cache and outputs stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build runs src/*.egg-info
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and pinned: a later package's loose range must not pull in another build.
+$(BIN)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefscan needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,134 @@
+"""The local judge against probabilities computed another way, and with models whose next token is known."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtbench_data import local_judge
+from prefscan.errors import UserError
+from prefscan.judges import Prompt, load_judge
+from prefscan.judges.local import ExpectedScore
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import LocalJudge
+
+PROMPT = Prompt("You judge.", "[Question]\nWhat is 2 + 2?\n[Answer]\nFour β.")
+
+
+@pytest.fixture
+def judge(tiny_model: Path) -> Any:
+    return load_judge(LocalJudge.model_validate(local_judge(tiny_model)))
+
+
+def next_token(judge: ExpectedScore, text: str) -> torch.Tensor:
+    """Probabilities of the token after a text, from one full forward pass without cache; shape `[V]`."""
+    ids = judge.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return judge.model(input_ids=ids, use_cache=False).logits[0, -1].double().softmax(-1)
+
+
+def rig(judge: ExpectedScore, follows: dict[str, str], otherwise: str = "x") -> None:
+    """Make the model predict, with near certainty, the character that `follows` gives for the last one."""
+    token = {char: judge.tokenizer(char, add_special_tokens=False)["input_ids"][0] for char in "[]0123456789x"}
+    model: Any = judge.model
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing but the last token's embedding reaches the head
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embeddings.zero_()
+        head.zero_()
+        embeddings[:, 0] = 1
+        head[token[otherwise], 0] = 10
+        for place, (last, following) in enumerate(follows.items(), start=1):
+            embeddings[token[last]] = torch.eye(32)[place]
+            head[token[following], place] = 10
+
+
+def test_probabilities_are_those_of_full_forward_passes(judge: ExpectedScore) -> None:
+    text = (
+        f"<|im_start|>system\n{PROMPT.system}<|im_end|>\n<|im_start|>user\n{PROMPT.user}<|im_end|>\n"
+        "<|im_start|>assistant\nRating: [["
+    )
+    digits = [judge.tokenizer(str(digit), add_special_tokens=False)["input_ids"][0] for digit in range(10)]
+    first, second = next_token(judge, text), next_token(judge, text + "1")
+    ten = first[digits[1]] * second[digits[0]]
+    expected = torch.stack([first[digits[1]] * (1 - second[digits[0]]), *first[digits[2:]], ten])
+    torch.testing.assert_close(judge.probabilities(PROMPT), expected, rtol=1e-5, atol=1e-9)
+    assert expected[9] > 1e-6  # else a forgotten "10" would not show
+    ((_, verdict),) = judge.verdicts([PROMPT])
+    by_hand = sum(score * p for score, p in enumerate(expected.tolist(), start=1)) / expected.sum().item()
+    assert verdict.score == pytest.approx(by_hand, rel=1e-6)
+    assert f"P(any score) = {expected.sum():.3f}" in verdict.text
+
+
+def test_scores_lie_between_1_and_10_and_differ(judge: ExpectedScore) -> None:
+    prompts = [Prompt("Judge.", f"Answer {i}: " + "so " * i) for i in range(8)]
+    scores = [verdict.score for _, verdict in judge.verdicts(prompts)]
+    assert all(score is not None and 1 < score < 10 for score in scores)
+    assert len(set(scores)) == 8
+
+
+def test_verdicts_are_deterministic_and_independent_of_their_neighbours(judge: ExpectedScore) -> None:
+    prompts = [PROMPT, Prompt("Judge.", "Another")]
+    both = list(judge.verdicts(prompts))
+    assert [place for place, _ in both] == [0, 1]
+    assert list(judge.verdicts(prompts)) == both
+    assert [verdict for _, verdict in judge.verdicts(prompts[1:])] == [both[1][1]]
+
+
+@pytest.mark.parametrize(
+    ("follows", "score"),
+    [
+        *(({"[": str(digit)}, digit) for digit in range(1, 10)),
+        ({"[": "1", "1": "]"}, 1),
+        ({"[": "1", "1": "0"}, 10),
+        ({"[": "1", "1": "1"}, 1),  # "11" is no score of its own: only "10" is told apart from "1"
+    ],
+)
+def test_a_rigged_model_gives_its_score(judge: ExpectedScore, follows: dict[str, str], score: int) -> None:
+    rig(judge, follows)
+    ((_, verdict),) = judge.verdicts([PROMPT])
+    assert verdict.score == pytest.approx(score, abs=1e-6)
+    assert verdict.text.startswith(f"Rating: [[{score}.0000]]")
+
+
+@pytest.mark.parametrize("other", ["x", "0", "]"])
+def test_too_little_probability_of_any_score_is_no_score(judge: ExpectedScore, other: str) -> None:
+    rig(judge, {"[": other})
+    ((_, verdict),) = judge.verdicts([PROMPT])
+    assert verdict.score is None
+    assert "the judge gives any score with probability" in verdict.reason
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_overflows_gives_no_score(judge: ExpectedScore, value: float) -> None:
+    with torch.no_grad():
+        judge.model.get_output_embeddings().weight.fill_(value)
+    ((_, verdict),) = judge.verdicts([PROMPT])
+    assert verdict.score is None
+    assert "the judge gives any score with probability nan" in verdict.reason
+
+
+def test_a_prompt_longer_than_the_context_is_refused(judge: ExpectedScore) -> None:
+    length = len(judge.tokenizer("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n")["input_ids"])
+    length += len(judge.tokenizer("<|im_start|>assistant\nRating: [[")["input_ids"])
+    judge.model.config.max_position_embeddings = 100
+    fits = Prompt("", "x" * (99 - length))  # the second pass adds a token
+    assert judge.probabilities(fits).shape == (10,)
+    with pytest.raises(UserError, match=r"^judge\.folder: a prompt of 100 tokens exceeds the judge's context of 100"):
+        judge.probabilities(Prompt("", fits.user + "x"))
+
+
+def test_a_tokenizer_that_merges_digits_is_refused(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.add_tokens(["[7"])
+    with pytest.raises(UserError, match=r"^judge\.folder: the tokenizer merges '7' into 'Rating: \[\['; choose"):
+        ExpectedScore(load_model(tiny_model, "fp32"), tokenizer)
+
+
+def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no safetensors file; run `dvc repro`"):
+        load_judge(LocalJudge.model_validate(local_judge(tmp_path)))

@@ -1,0 +1,111 @@
+"""The parameters that dvc.yaml declares are the ones that the stages read: each stage is run and its reads recorded."""
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.workspace import Workspace
+from prefscan import params as params_module
+from prefscan.params import Params, Section
+
+CELL = "kto_pair-0.1-3"
+# Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
+STAGES: dict[str, tuple[str, list[str], set[str]]] = {
+    "fetch@model": ("fetch", ["model"], {"model.name"}),  # read in error messages only
+    "fetch@pairs": ("fetch", ["pairs"], set()),
+    "fetch@questions": ("fetch", ["questions"], set()),
+    "prepare": ("prepare", [], set()),
+    "reference": ("reference", [], set()),
+    "train": ("train", [CELL], set()),
+    "merge": ("merge", [CELL], set()),
+    "answer-base": ("answer", ["base"], set()),
+    "answer": ("answer", [CELL], set()),
+    "mtbench-base": ("mtbench", ["base"], set()),
+    "mtbench": ("mtbench", [CELL], set()),
+    "report": ("report", [], set()),
+}
+# Read only to find a cell among the stages themselves: were it declared, a new β would make every cell stale.
+MEMBERSHIP = {"grid.loss", "grid.beta", "grid.steps"}
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[str]:
+    for name, child in value.items():
+        key = f"{prefix}{name}"
+        if isinstance(child, dict):
+            yield from leaves(child, f"{key}.")
+        else:
+            yield key
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The dotted leaves of params.yaml that are read from now on."""
+    paths: dict[int, str] = {}
+    found: set[str] = set()
+    loaded: list[Params] = []  # kept alive, or an id could be used again
+
+    def index(section: Section, prefix: str) -> None:
+        paths[id(section)] = prefix
+        for name, value in section.__dict__.items():
+            if isinstance(value, Section):
+                index(value, f"{prefix}{name}.")
+
+    def load(*arguments: Any) -> Params:
+        loaded.append(original_load(*arguments))
+        index(loaded[-1], "")
+        return loaded[-1]
+
+    def getattribute(self: Section, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        prefix = paths.get(id(self))
+        if prefix is not None and name in type(self).model_fields and not isinstance(value, Section):
+            found.add(f"{prefix}{name}")
+        return value
+
+    original_load = params_module.load
+    for module in {module for module, _, _ in STAGES.values()}:
+        monkeypatch.setattr(import_module(f"prefscan.{module}"), "load", load)
+    monkeypatch.setattr(Section, "__getattribute__", getattribute)
+    return found
+
+
+@pytest.fixture(scope="module")
+def work(sweep: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return sweep.copy(tmp_path_factory.mktemp("declared") / "work")
+
+
+def declared(stage: str, folder: Path) -> set[str]:
+    """The leaves below the keys that a stage declares."""
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    name, _, item = stage.partition("@")
+    keys = [stages["fetch"]["foreach"][item]["params"]] if item else stages[name]["params"]
+    values = yaml.safe_load((folder / "params.yaml").read_text())
+    return {leaf for leaf in leaves(values) if any(leaf == key or leaf.startswith(f"{key}.") for key in keys)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_declared_parameters_are_the_read_ones(
+    stage: str, work: Workspace, reads: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, arguments, unread = STAGES[stage]
+    monkeypatch.chdir(work.folder)
+    for name, value in work.environment.items():
+        monkeypatch.setenv(name, value)
+    if stage.startswith("fetch"):
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", work.environment["HF_ENDPOINT"])
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    import_module(f"prefscan.{module}").main()
+    expected = declared(stage, work.folder) - unread
+    assert reads - (MEMBERSHIP - expected) == expected
+
+
+def test_the_gate_declares_every_parameter(work: Workspace) -> None:
+    stages = yaml.safe_load((work.folder / "dvc.yaml").read_text())["stages"]
+    assert set(stages["check"]["params"]) == set(Params.model_fields)

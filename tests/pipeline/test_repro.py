@@ -1,0 +1,141 @@
+"""Real `dvc repro` and `dvc exp run` over every stage, on a tiny model."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.workspace import ROOT, Workspace, stages_run
+
+CELL_STAGES = ("train", "merge", "answer", "mtbench")
+
+
+def of_cells(*keys: str) -> set[str]:
+    return {f"{stage}@{key}" for stage in CELL_STAGES for key in keys}
+
+
+def test_sweep_runs_to_the_report_and_then_nothing_is_stale(sweep: Workspace) -> None:
+    summary = sweep.json("metrics/summary.json")
+    assert list(summary) == ["recipe", "base", "highest"]
+    assert summary["recipe"]["cell"] == "sigmoid-0.1-3"
+    assert set(summary["highest"]) == {"sigmoid", "kto_pair"}
+    assert "<svg" in (sweep.folder / "reports/report.html").read_text()
+    assert stages_run(sweep.dvc("repro")) == []
+    assert sweep.git("status", "--short") == ""
+
+
+def test_a_new_beta_runs_only_its_cells_and_shows_in_the_diff(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    ran = stages_run(work.dvc("exp", "run", "-S", "beta=0.7"))
+    assert set(ran) == of_cells("sigmoid-0.7-3", "kto_pair-0.7-3") | {"check", "report"}
+    # The recipe's β replaced 0.1: the sweep around it was empty.
+    assert yaml.safe_load((work.folder / "params.yaml").read_text())["grid"]["beta"] == [0.7]
+    diff = work.dvc("metrics", "diff")
+    row = next(line for line in diff.splitlines() if "recipe.score " in line)
+    before, after = (float(value) for value in row.split()[2:4])
+    assert before == pytest.approx(sweep.json("metrics/summary.json")["recipe"]["score"], abs=1e-4)
+    assert after == pytest.approx(work.json("metrics/summary.json")["recipe"]["score"], abs=1e-4)
+    # Back on the committed parameters nothing but the report, which had read other cells, may run.
+    work.git("checkout", "--quiet", "--force", "HEAD")
+    assert set(stages_run(work.dvc("repro"))) <= {"check", "report"}
+    assert work.git("status", "--short") == ""
+
+
+def test_sweep_none_runs_one_cell(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    ran = stages_run(work.dvc("exp", "run", "-S", "sweep=none", "-S", "loss=ipo"))
+    assert set(ran) == of_cells("ipo-0.1-3") | {"check", "report"}
+    assert list(work.json("metrics/summary.json")["highest"]) == ["ipo"]
+
+
+def test_queue_takes_two_experiments(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    work.dvc("exp", "run", "--queue", "-S", "beta=0.3,0.7")
+    assert work.dvc("queue", "status").count("Queued") == 2
+
+
+def test_the_study_is_54_train_stages(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    planned = stages_run(work.dvc("exp", "run", "--dry", "-S", "+experiment=openhermes"))
+    assert len({stage for stage in planned if stage.startswith("train@")}) == 54
+
+
+def test_one_cell_alone_in_another_clone_is_bit_identical(sweep: Workspace, tmp_path: Path) -> None:
+    clone = sweep.clone(tmp_path / "clone")
+    ran = stages_run(clone.dvc("repro", "train@kto_pair-0.1-3"))
+    assert {stage for stage in ran if stage.startswith("train@")} == {"train@kto_pair-0.1-3"}
+    adapter = "models/adapters/kto_pair-0.1-3"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (clone.folder / adapter / name).read_bytes() == (sweep.folder / adapter / name).read_bytes()
+
+
+def test_another_clone_restores_everything_from_the_remote(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    work.dvc("remote", "add", "--default", "shared", str(tmp_path / "remote"))
+    work.commit("Add a remote")
+    work.dvc("push")
+    clone = work.clone(tmp_path / "clone")
+    clone.dvc("pull")
+    assert stages_run(clone.dvc("repro")) == []
+    assert (clone.folder / "models/merged/kto_pair-0.1-3/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [("charts.py", {"report"}), ("losses.py", {"check", "train@sigmoid-0.1-3", "train@kto_pair-0.1-3"})],
+)
+def test_touched_code_makes_its_own_stages_stale(
+    sweep: Workspace, tmp_path: Path, module: str, first: set[str]
+) -> None:
+    work = sweep.copy(tmp_path / "work")
+    path = work.folder / "src/prefscan" / module
+    path.write_text(path.read_text() + "\n# touched\n")
+    stale = {stage.strip() for stage in re.findall(r"^(\S+):$", work.dvc("status"), re.MULTILINE)}
+    assert stale == first
+    ran = set(stages_run(work.dvc("repro", "--dry")))
+    assert first <= ran
+    assert ("train@kto_pair-0.1-3" in ran) == (module == "losses.py")
+
+
+def test_fastchat_prints_the_averages_of_the_metrics(sweep: Workspace) -> None:
+    printed = sweep.run(sys.executable, "-m", "fastchat.llm_judge.show_result", "--judge-model", "smollm2-expected")
+    average = printed.split("Average")[1]
+    for key in ("base", "sigmoid-0.1-3", "kto_pair-0.1-3"):
+        shown = re.search(rf"^{re.escape(key)}\s+(\S+)", average, re.MULTILINE)
+        assert shown is not None
+        expected = sweep.json(f"metrics/mtbench/{key}.json")["average"]
+        assert float(shown[1]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_plots_are_drawn(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    work.dvc("plots", "show", "--out", "shown")
+    page = (work.folder / "shown/index.html").read_text()
+    assert "Training loss" in page
+    assert "MT-Bench score against β" in page
+    work.dvc("plots", "diff", "HEAD~1", "--out", "compared")
+    assert "Training loss" in (work.folder / "compared/index.html").read_text()
+
+
+def test_a_wrong_parameter_stops_before_the_first_stage(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    output = work.dvc("exp", "run", "-S", "loss=dppo", fails=True)
+    assert "'dppo' is no known loss; known are sigmoid" in output
+    assert stages_run(output) == ["check"]
+    work.git("checkout", "--quiet", "--force", "HEAD")
+    assert stages_run(work.dvc("repro")) == []
+
+
+def test_the_committed_lock_belongs_to_the_committed_code() -> None:
+    """What a clone without data can check: no stage's code or parameters changed since the committed run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, stages_run(done.stdout)) == (0, [])

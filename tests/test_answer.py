@@ -1,0 +1,335 @@
+"""The answer stage: FastChat's format and temperatures, exact seeded sampling, and no error taken for an answer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fastchat.llm_judge.common as fastchat
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+
+from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
+from prefscan import answer
+from prefscan.answer import SeededSampling, answer_questions, end_tokens, select_questions
+from prefscan.errors import UserError
+from prefscan.files import write_json
+from prefscan.models import load_cell, load_model, load_tokenizer, manifest
+from prefscan.params import Answer
+
+GREEDY = ("extraction", "math", "coding", "reasoning")
+
+
+def settings(**changes: Any) -> Answer:
+    return Answer.model_validate({"questions": 8, "max_new_tokens": 12, "batch_size": 4, "dtype": "fp32"} | changes)
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    return load_model(tiny_model, "fp32").eval()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+def answers(model: Any, tokenizer: Any, questions: list[Any], seed: int = 0, **changes: Any) -> dict[int, Any]:
+    """Of each question: its two replies, and each one's length and whether the limit cut it."""
+    rows = answer_questions(model, tokenizer, questions, "base", settings(**changes), seed)
+    return {record["question_id"]: (record["choices"][0]["turns"], size) for record, size in rows}
+
+
+@pytest.mark.parametrize("count", [8, 40, 80])
+def test_questions_are_drawn_evenly_and_in_order(count: int) -> None:
+    chosen = select_questions(make_questions(), count)
+    assert [q["category"] for q in chosen] == [c for c in CATEGORIES for _ in range(count // 8)]
+    assert [q["question_id"] for q in chosen] == [81 + 10 * c + i for c in range(8) for i in range(count // 8)]
+
+
+@pytest.mark.parametrize("count", [12, 1, 88, 160])
+def test_an_uneven_draw_is_refused_with_a_remedy(count: int) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"^answer\.questions: {count} cannot be drawn evenly from 8 categories of 10 questions; "
+        "choose a multiple of 8 up to 80",
+    ):
+        select_questions(make_questions(), count)
+
+
+def test_the_remedy_for_categories_of_unlike_size_works() -> None:
+    questions = [*make_questions(2), *make_questions(3, ["writing"])]
+    with pytest.raises(UserError, match="choose a multiple of 8 up to 16"):
+        select_questions(questions, 24)
+    assert len(select_questions(questions, 16)) == 16
+
+
+def test_temperatures_are_fastchats() -> None:
+    assert {category: fastchat.temperature_config[category] for category in CATEGORIES} == answer.TEMPERATURES
+
+
+def one_at_a_time(model: Any, tokenizer: Any, question: dict[str, Any], limit: int) -> list[str]:
+    """Both replies by plain greedy decoding, without padding or a processor of ours."""
+    messages, replies = [], []
+    for turn in question["turns"]:
+        messages.append({"role": "user", "content": turn})
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
+        reply = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": reply})
+        replies.append(reply)
+    return replies
+
+
+def test_temperature_0_is_plain_greedy_decoding_in_both_turns(model: Any, tokenizer: Any) -> None:
+    """Beside sampled rows and with padding; the second reply shows that its context holds the first."""
+    questions = make_questions(1)
+    replies = answers(model, tokenizer, questions, batch_size=8)
+    for question in questions:
+        plain = one_at_a_time(model, tokenizer, question, 12)
+        assert (replies[question["question_id"]][0] == plain) == (question["category"] in GREEDY)
+
+
+CURT = "{% for m in messages %}<|im_start|>{{ m.role[0] }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
+
+
+@pytest.mark.parametrize("template", [None, CURT])
+def test_prompts_come_from_the_tokenizers_own_template(model: Any, tokenizer: Any, template: str | None) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    prompts: list[list[int]] = []
+
+    def record(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].shape[1] > 1:  # a prompt, not a generated token
+            prompts.append(inputs[0][0].tolist())
+
+    model.get_input_embeddings().register_forward_pre_hook(record)
+    (question,) = make_questions(1, ["math"])
+    ((turns, _),) = answers(model, tokenizer, [question]).values()
+    ask, again = question["turns"]
+    if template:
+        first = f"<|im_start|>u: {ask}<|im_end|><|im_start|>"
+        second = f"<|im_start|>u: {ask}<|im_end|><|im_start|>a: {turns[0]}<|im_end|><|im_start|>u: {again}<|im_end|>"
+        expected = [first, second + "<|im_start|>"]
+    else:
+        first = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
+        expected = [first, f"{first}{turns[0]}<|im_end|>\n<|im_start|>user\n{again}<|im_end|>\n<|im_start|>assistant\n"]
+    assert [tokenizer.decode(ids) for ids in prompts] == expected
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def draw(seeds: list[str], temperature: float) -> torch.Tensor:
+    """A token a seed, at logits whose softmax at this temperature is that of LOGITS."""
+    sampling = SeededSampling(seeds, [temperature] * len(seeds))
+    return sampling(torch.zeros(len(seeds), 1), temperature * LOGITS.repeat(len(seeds), 1)).argmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+def test_sampling_draws_from_the_softmax(temperature: float) -> None:
+    count = 6000
+    drawn = torch.bincount(draw([f"0/{i}/0" for i in range(count)], temperature), minlength=6).numpy()
+    right, wrong = (count * (LOGITS.double() / t).softmax(-1).numpy() for t in (1.0, 1.1))
+    assert chisquare(drawn, right).pvalue > 1e-3
+    assert chisquare(drawn, wrong).pvalue < 1e-3  # so many draws do tell a temperature that is off by a tenth
+
+
+def test_successive_draws_of_a_row_are_independent() -> None:
+    """The second token's draw, given the first's, is again from the softmax."""
+    sampling = SeededSampling([str(i) for i in range(3000)], [1.0] * 3000)
+    first, second = (sampling(torch.zeros(3000, 1), LOGITS.repeat(3000, 1)).argmax(-1) for _ in range(2))
+    after = torch.bincount(second[first == 0], minlength=6)[:4].double()
+    expected = LOGITS[:4].double().softmax(-1) * after.sum()
+    assert chisquare(after.numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_its_seed_and_on_nothing_beside_it() -> None:
+    seeds = [f"0/{i}/1" for i in range(64)]
+    drawn = draw(seeds, 1.0)
+    assert torch.equal(draw(seeds, 1.0), drawn)
+    assert torch.equal(draw(seeds[::-1], 1.0).flip(0), drawn)
+    assert torch.equal(torch.cat([draw([seed], 1.0) for seed in seeds]), drawn)
+    assert not torch.equal(draw([f"1/{i}/1" for i in range(64)], 1.0), drawn)
+    assert not torch.equal(draw([f"0/{i}/0" for i in range(64)], 1.0), drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 9e-5])
+def test_a_temperature_of_0_leaves_the_logits(temperature: float) -> None:
+    scores = SeededSampling(["0"], [temperature])(torch.zeros(1, 1), LOGITS[None].bfloat16())
+    assert torch.equal(scores, LOGITS[None].bfloat16().float())
+
+
+def test_an_answer_does_not_depend_on_the_questions_beside_it(model: Any, tokenizer: Any) -> None:
+    questions = make_questions(1)
+    together = answers(model, tokenizer, questions, batch_size=4)
+    assert answers(model, tokenizer, questions, batch_size=1) == together
+    assert answers(model, tokenizer, questions[::-1], batch_size=3) == together
+    some = questions[1::3]
+    assert answers(model, tokenizer, some) == {q["question_id"]: together[q["question_id"]] for q in some}
+
+
+def test_sampled_answers_change_with_the_seed_and_greedy_ones_do_not(model: Any, tokenizer: Any) -> None:
+    questions = make_questions(1)
+    first, again, other = (answers(model, tokenizer, questions, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    same = {q["category"] for q in questions if first[q["question_id"]] == other[q["question_id"]]}
+    assert same == set(GREEDY)
+
+
+def with_constant_logits(model: Any, tokenizer: Any, logits: dict[str, float]) -> Any:
+    """The model, but with these logits at every position and −30 for every other token."""
+    head = torch.nn.Linear(32, model.config.vocab_size)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-30)
+        for token, logit in logits.items():
+            head.bias[tokenizer.convert_tokens_to_ids(token)] = logit
+    model.set_output_embeddings(head)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("logits", "limit", "expected"),
+    [
+        ({"a": 1, "<|im_end|>": 0}, 5, ("aaaaa", 5, True)),
+        ({"a": 0, "<|im_end|>": 1}, 5, ("", 1, False)),
+        ({"a": 0, "<|im_end|>": 1}, 1, ("", 1, False)),
+        ({"a": 1, "<|im_end|>": 0}, 1, ("a", 1, True)),
+    ],
+    ids=["cut", "ends at once", "ends at the limit", "cut at once"],
+)
+def test_lengths_and_cuts_of_greedy_answers(
+    model: Any, tokenizer: Any, logits: dict[str, float], limit: int, expected: tuple[str, int, bool]
+) -> None:
+    text, length, cut = expected
+    with_constant_logits(model, tokenizer, logits)
+    ((turns, sizes),) = answers(model, tokenizer, make_questions(1, ["math"]), max_new_tokens=limit).values()
+    assert turns == [text, text]
+    assert sizes == [(length, cut)] * 2
+
+
+def test_lengths_and_cuts_of_rows_that_end_at_different_places(model: Any, tokenizer: Any) -> None:
+    """Expected from the noise itself, one row at a time."""
+    logits = {"a": 1.0, "b": 1.0, "<|im_end|>": 0.3}
+    with_constant_logits(model, tokenizer, logits)
+    scores = model.get_output_embeddings().bias.detach()[None]
+    questions = make_questions(8, ["writing"])
+    measured = answers(model, tokenizer, questions, max_new_tokens=6, batch_size=8)
+    outcomes = set()
+    for question in questions:
+        for turn in range(2):
+            sampling = SeededSampling([f"0/{question['question_id']}/{turn}"], [0.7])
+            tokens = [sampling(torch.zeros(1, 1), scores.clone()).argmax(-1).item() for _ in range(6)]
+            ended = tokenizer.eos_token_id in tokens
+            length = tokens.index(tokenizer.eos_token_id) + 1 if ended else 6
+            texts, sizes = measured[question["question_id"]]
+            assert texts[turn] == tokenizer.decode(tokens[: length - ended])
+            assert sizes[turn] == (length, not ended)
+            outcomes.add((length, ended))
+    assert len(outcomes) > 3  # among them cut ones and ended ones
+    assert {ended for _, ended in outcomes} == {True, False}
+
+
+@pytest.mark.parametrize("own", ["b", ["b", "c"], ["<|im_end|>"], None])
+def test_a_turn_ends_with_the_models_tokens_and_the_tokenizers(model: Any, tokenizer: Any, own: Any) -> None:
+    ids = tokenizer.convert_tokens_to_ids(own) if own else None
+    model.generation_config.eos_token_id = ids
+    expected = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids] if ids else [])}
+    assert set(end_tokens(model, tokenizer)) == expected
+    for token in tokenizer.convert_ids_to_tokens(sorted(expected)):
+        with_constant_logits(model, tokenizer, {token: 1})
+        ((_, sizes),) = answers(model, tokenizer, make_questions(1, ["math"])).values()
+        assert sizes == [(1, False)] * 2
+
+
+def prepare(root: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    write_params(root, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4})
+    write_questions(root, make_questions(2))
+    (root / "models").mkdir()
+    (root / "models/base").symlink_to(tiny_model)
+    monkeypatch.setattr(sys, "argv", ["answer", key])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] alloc")])
+def test_out_of_memory_is_an_error_and_no_answer(
+    in_tmp: Path, tiny_model: Path, model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """In the second batch, when there are answers that could be written."""
+    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    forward, prompts = model.forward, []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] > 1:
+            prompts.append(kwargs["input_ids"].shape)
+        if len(prompts) > 2:
+            raise error
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", full)
+    monkeypatch.setattr(answer, "load_model", lambda *_: model)
+    with pytest.raises(type(error), match=r"CUDA out of memory|enforce fail"):
+        answer.main()
+    assert len(prompts) == 3
+    assert not list(in_tmp.rglob("base.json*"))
+
+
+def test_a_cell_outside_the_grid_is_refused(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(in_tmp, tiny_model, monkeypatch, "ipo-9.0-1")
+    with pytest.raises(UserError, match=r"cell 'ipo-9\.0-1' is not in the grid; its cells are "):
+        answer.main()
+
+
+def save_adapter(tiny_model: Path, folder: Path) -> None:
+    """An adapter whose second factor is not zero, as training leaves it."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(load_model(tiny_model, "fp32"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(folder)
+
+
+def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base, and a cell of which merge has written a manifest; each as `dvc repro` runs it."""
+    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    cell = "sigmoid-0.1-8"
+    save_adapter(tiny_model, in_tmp / "models/adapters" / cell)
+    write_json(
+        Path("models/merged", cell, "manifest.json"), manifest(Path("models/base"), Path("models/adapters", cell))
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    for key in ("base", cell):
+        command = [sys.executable, "-m", "prefscan.answer", key]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    written = fastchat.load_model_answers("data/mt_bench/model_answer")
+    assert set(written) == {"base", cell}
+    tokenizer = load_tokenizer(tiny_model)
+    questions = select_questions(make_questions(2), 8)
+    models = {"base": load_model(tiny_model, "fp32"), cell: load_cell(Path("models/merged", cell), "fp32")}
+    for key, loaded in models.items():
+        assert list(written[key]) == [q["question_id"] for q in questions]
+        for record in written[key].values():
+            assert list(record) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+            assert record["model_id"] == key
+            assert [list(choice) for choice in record["choices"]] == [["index", "turns"]]
+            assert len(record["choices"][0]["turns"]) == 2
+        fastchat.check_data(questions, written, {}, [key], {"default": fastchat.Judge("gpt-4", {})})
+        rows = list(answer_questions(loaded.eval(), tokenizer, questions, key, settings(max_new_tokens=6), seed=0))
+        assert list(written[key].values()) == [record for record, _ in rows]
+        sizes = [turn for _, size in rows for turn in size]
+        metrics = json.loads(Path(f"metrics/answer/{key}.json").read_text())
+        assert metrics["questions"] == 8
+        assert metrics["mean_tokens"] == sum(length for length, _ in sizes) / 16
+        assert metrics["share_cut"] == sum(cut for _, cut in sizes) / 16
+    identities = [record["answer_id"] for records in written.values() for record in records.values()]
+    assert len(set(identities)) == 16
+    base, tuned = ([record["choices"] for record in records.values()] for records in written.values())
+    assert base != tuned

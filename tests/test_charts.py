@@ -1,0 +1,191 @@
+"""Every chart is valid Vega-Lite, renders, and shows all of its data and nothing else."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from prefscan import charts
+from prefscan.losses import LOSSES
+
+GRIDS: dict[str, tuple[list[str], list[float], list[str]]] = {
+    "one cell": (["ipo"], [0.3], ["8"]),
+    "several β": (["sigmoid", "ipo", "kto_pair"], [0.1, 0.5, 0.9], ["8"]),
+    "several steps": (["sigmoid", "ipo"], [0.1], ["8", "16", "epoch"]),
+    "the study": (["sigmoid", "ipo", "kto_pair"], [0.01, *(n / 10 for n in range(1, 10))], ["200", "800"]),
+    "many losses": ([f"loss{n}" for n in range(8)], [0.1, 0.2], ["1"]),
+}
+
+
+def table(losses: list[str], betas: list[float], steps: list[str]) -> pd.DataFrame:
+    """A table of cells as report makes it, each value its own."""
+    cells = [(loss, beta, step) for loss in losses for beta in betas for step in steps]
+    values = [
+        {"cell": f"{loss}-{beta}-{step}", "loss": loss, "beta": beta, "steps": step}
+        | {"score": 3 + i / 40, "score_low": 2.5 + i / 40, "score_high": 3.75 + i / 40}
+        | {"accuracy": 0.3 + i / 200, "accuracy_low": 0.2 + i / 200, "accuracy_high": 0.35 + i / 200}
+        | {"margin": i - 4.5, "margin_low": i - 6, "margin_high": i - 2}
+        for i, (loss, beta, step) in enumerate(cells)
+    ]
+    return pd.DataFrame(values)
+
+
+def curves(cells: pd.DataFrame, updates: dict[str, int]) -> pd.DataFrame:
+    """Curves whose loss falls and whose margin rises by one a step, apart by cell."""
+    parts = []
+    for i, cell in enumerate(cells.to_dict("records")):
+        step = pd.Series(range(1, updates[cell["steps"]] + 1), name="step")
+        part = pd.DataFrame({"step": step, "loss": 1000 * i - step, "reward_margin": 1000.0 * i + step})
+        parts.append(part.assign(cell=cell["cell"], loss_name=cell["loss"], beta=cell["beta"], steps=cell["steps"]))
+    return pd.concat(parts)
+
+
+def render(chart: Any) -> str:
+    chart.to_dict()  # validates against Vega-Lite's schema
+    file = io.StringIO()
+    chart.save(file, format="svg")
+    return file.getvalue()
+
+
+def marks(svg: str, kind: str) -> list[str]:
+    """The labels of the marks of a kind, which name the values that each of them shows."""
+    return [m[1] for m in re.finditer(rf'aria-label="([^"]*)" role="\S+" aria-roledescription="{kind}"', svg)]
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r">([^<>]+)</text>", svg)
+
+
+AGAINST_BETA: dict[str, tuple[Callable[[pd.DataFrame], Any], float]] = {
+    "score": (lambda cells: charts.score_against_beta(cells, 5.125), 5.125),
+    "accuracy": (charts.accuracy_against_beta, 0.5),
+    "margin": (charts.margin_against_beta, 0),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("value", AGAINST_BETA)
+def test_against_beta_shows_every_cell_with_its_interval(value: str, grid: tuple[Any, Any, Any]) -> None:
+    draw, base = AGAINST_BETA[value]
+    losses, _, steps = grid
+    cells = table(*grid)
+    svg = render(draw(cells))
+    shown = Counter(re.search(r"cell: (\S+); \w+: (\S+)$", label).groups() for label in marks(svg, "point"))  # type: ignore[union-attr]
+    wanted = {(row["cell"], f"{row[value]:.3f}".replace("-", "−")) for row in cells.to_dict("records")}
+    assert shown == Counter(wanted)
+    bars = [re.findall(r": (−?[\d.]+)", label) for label in marks(svg, "rule mark")]
+    intervals = sorted((float(b[1].replace("−", "-")), float(b[2].replace("−", "-"))) for b in bars if len(b) == 3)
+    wanted_bars = cells[[f"{value}_low", f"{value}_high"]].itertuples(index=False, name=None)
+    assert intervals == [pytest.approx(bar) for bar in sorted(wanted_bars)]
+    assert [float(b[0]) for b in bars if len(b) == 1] == [base] * len(steps)  # the dashed rule of each panel
+    assert len(marks(svg, "line mark")) == len(losses) * len(steps)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_against_beta_labels_what_the_grid_holds_in_its_order(grid: tuple[Any, Any, Any]) -> None:
+    losses, betas, steps = grid
+    found = texts(render(charts.score_against_beta(table(*grid), 5.125)))
+    headers = ["one epoch" if step == "epoch" else f"{step} steps" for step in steps]
+    assert [text for text in found if text in headers] == headers
+    assert [text for text in found if text in losses] == losses  # one legend, not one for colour and one for shape
+    axis = [f"{beta:g}" for beta in betas]
+    ticks = [text for text in found[found.index(headers[-1]) + 1 : found.index(losses[0])] if text != "β"]
+    assert ticks == axis * len(steps)
+    assert "dashed: base model" in found
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_losses_at_one_beta_stand_side_by_side_near_it(grid: tuple[Any, Any, Any]) -> None:
+    _, betas, _ = grid
+    cells = table(*grid)
+    data = charts.margin_against_beta(cells).data
+    assert not data.duplicated(["x", "steps"]).any()
+    gap = min((b - a for a, b in pairwise(betas)), default=betas[0])
+    assert ((data["x"] - data["beta"]).abs() < gap).all()
+    low, high = charts.margin_against_beta(cells).to_dict()["spec"]["layer"][0]["encoding"]["x"]["scale"]["domain"]
+    assert low < data["x"].min()
+    assert data["x"].max() < high
+
+
+def test_categories_show_every_model_in_every_category() -> None:
+    models, categories = ["base", "sigmoid-0.1-8", "ipo-0.5-8", "kto_pair-0.1-8"], ["writing", "math", "stem"]
+    scores = pd.DataFrame(
+        [
+            {"model": model, "category": category, "score": 1 + i + 2.5 * j}
+            for i, model in enumerate(models)
+            for j, category in enumerate(categories)
+        ]
+    )
+    svg = render(charts.scores_by_category(scores))
+    shown = Counter(
+        (m["model"], m["category"], float(m["score"]))
+        for label in marks(svg, "point")
+        if (m := dict(part.split(": ", 1) for part in label.split("; ")))
+    )
+    assert shown == Counter(scores.itertuples(index=False, name=None))
+    found = texts(svg)
+    assert [text for text in found if text in models] == models
+    assert [text for text in found if text in categories] == sorted(categories)
+
+
+def test_a_category_whose_models_agree_is_drawn() -> None:
+    scores = pd.DataFrame([{"model": model, "category": "math", "score": 5.0} for model in ("base", "ipo-0.1-8")])
+    assert len(marks(render(charts.scores_by_category(scores)), "point")) == 2
+
+
+def test_a_loss_keeps_its_colour_from_chart_to_chart() -> None:
+    losses = ["sigmoid", "ipo", "kto_pair"]
+    cells = table(losses, [0.1], ["8"])
+    against = charts.score_against_beta(cells, 5.0).to_dict()["spec"]["layer"][2]["encoding"]["color"]["scale"]
+    scores = pd.DataFrame([{"model": name, "category": "math", "score": 5.0} for name in ("base", *cells["cell"])])
+    category = charts.scores_by_category(scores).to_dict()["layer"][1]["encoding"]["color"]["scale"]
+    assert against["domain"] == losses
+    assert category["domain"] == ["base", *cells["cell"]]
+    assert category["range"] == ["#666666", *against["range"]]
+    assert len(set(category["range"])) == 4
+
+
+@pytest.mark.parametrize("grid", [GRIDS["one cell"], GRIDS["several β"], GRIDS["several steps"]])
+def test_curves_of_short_runs_show_every_update(grid: tuple[Any, Any, Any]) -> None:
+    losses, betas, steps = grid
+    cells = table(*grid)
+    data = curves(cells, {"8": 8, "16": 16, "epoch": 12})
+    svg = render(charts.training_curves(data))
+    assert len(marks(svg, "point")) == 2 * len(data)
+    assert len(marks(svg, "line mark")) == 2 * len(cells)
+    found = texts(svg)
+    assert "a point is one update" in found
+    assert [text for text in found if text in losses] == losses
+    assert [text for text in found if text in ("loss", "reward margin")] == ["loss", "reward margin"]
+    assert [text for text in found if text == "steps"] == ["steps"] * (len(steps) > 1)
+    beta_legend = found[found.index("β") - len(betas) : found.index("β")]
+    assert beta_legend == [f"{beta:g}" for beta in betas]
+
+
+def test_curves_of_long_runs_are_means_over_equal_spans() -> None:
+    cells = table(["sigmoid", "ipo"], [0.1, 0.5], ["200", "800"])
+    chart = charts.training_curves(curves(cells, {"200": 200, "800": 800}))
+    data = chart.data
+    first = data[(data["cell"] == "sigmoid-0.1-200") & (data["quantity"] == "loss")]
+    # Spans of 16 updates: their centres, and the means of 0 − step; the last span holds the 8 updates that are left.
+    centres = [8.5 + 16 * n for n in range(12)] + [196.5]
+    assert list(first["step"]) == centres
+    assert list(first["value"]) == [-centre for centre in centres]
+    assert len(data) == 2 * 4 * (13 + 50)
+    svg = render(chart)
+    assert "a point is the mean of 16 updates" in texts(svg)
+    assert len(marks(svg, "point")) == len(data)
+
+
+def test_a_run_of_one_update_shows_its_point() -> None:
+    svg = render(charts.training_curves(curves(table(["ipo"], [0.1], ["1"]), {"1": 1})))
+    assert len(marks(svg, "point")) == 2
+
+
+def test_colours_differ_and_are_enough_for_the_losses() -> None:
+    assert len(set(charts.COLOURS)) == len(charts.COLOURS) >= len(LOSSES)

@@ -1,0 +1,65 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefscan.check import check_losses, main
+from prefscan.errors import UserError
+from prefscan.losses import LOSSES
+
+REPOSITORY = Path(__file__).parents[1]
+KNOWN = "known are sigmoid, ipo, ipo_sum, kto_pair"
+
+
+def write_params(folder: Path, **changes: Any) -> None:
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    raw["grid"] |= changes.pop("grid", {})
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"loss": ["sigmoid", "dpo"]}}, f"params.yaml: grid.loss: 'dpo' is no known loss; {KNOWN}"),
+        ({"beta": 0}, "params.yaml: beta: 0 is refused: input should be greater than 0"),
+    ],
+)
+def test_the_command_ends_with_status_1_and_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_params(tmp_path, **changes)
+    done = subprocess.run(
+        [sys.executable, "-m", "prefscan.check"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"prefscan: {message}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_a_recipe_with_an_unknown_loss_is_refused(in_tmp: Path) -> None:
+    write_params(in_tmp, loss="dpo")
+    with pytest.raises(UserError, match=f"'dpo' is no known loss; {KNOWN}"):
+        main()
+    assert not (in_tmp / "data").exists()
+
+
+def test_every_loss_that_is_defined_is_known() -> None:
+    check_losses(list(LOSSES))
+    with pytest.raises(UserError, match=KNOWN):
+        check_losses([*LOSSES, ""])
+
+
+def test_the_output_is_the_same_for_all_valid_parameters(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for beta in (0.1, 0.7):
+        write_params(in_tmp, beta=beta)
+        main()
+        assert f"recipe sigmoid-{beta}-8, 6 cells" in capsys.readouterr().out
+        outputs.append((in_tmp / "data/params-checked.txt").read_bytes())
+    assert outputs == [b"params.yaml was valid\n"] * 2

@@ -1,0 +1,168 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefscan import merge as merge_stage
+from prefscan import paths
+from prefscan.errors import UserError
+from prefscan.files import sha256
+from prefscan.merge import merge_cell
+from prefscan.models import load_cell, load_model
+from prefscan.params import Merge
+from tiny import plain_logps, random_adapter, write_rows
+
+KEY = "sigmoid-0.1-8"
+ADAPTER = paths.ADAPTERS / KEY
+MERGED = paths.MERGED / KEY
+IDS = torch.tensor([[5, 60, 7, 120, 33, 90]])
+TUNED = ("self_attn", "mlp")  # the adapter's weights; embeddings, head and norms stay
+
+
+def section(dtype: str = "fp32", format: str = "model") -> Merge:
+    return Merge(dtype=dtype, format=format, check_pairs=8)
+
+
+@pytest.fixture
+def policy(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: Any) -> Any:
+    """The working directory as dvc has it before a merge, and base + adapter as trained."""
+    shutil.copytree(tiny_model, paths.BASE)
+    write_rows(paths.HELDOUT_PAIRS, pairs[:12])
+    set_merge(params, section())
+    return save_adapter(scale=0.1)
+
+
+def save_adapter(scale: float) -> Any:
+    shutil.rmtree(ADAPTER, ignore_errors=True)
+    policy = random_adapter(load_model(paths.BASE, "fp32"), scale).eval()
+    policy.save_pretrained(ADAPTER)
+    return policy
+
+
+def set_merge(params: Any, merge: Merge) -> None:
+    grid = params.grid.model_copy(update={"loss": ["sigmoid"], "beta": [0.1], "steps": [8]})
+    written = params.model_copy(update={"grid": grid, "merge": merge}).model_dump()
+    Path("params.yaml").write_text(yaml.safe_dump(written))
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, key: str = KEY) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["merge", key])
+    merge_stage.main()
+    metrics: dict[str, Any] = json.loads((paths.MERGE_METRICS / f"{key}.json").read_text())
+    return metrics
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())}
+
+
+@torch.no_grad()
+def mean_margin(policy: Any, base: Any, pairs: list[Any]) -> float:
+    """Against the base, by plain forwards."""
+    margins = []
+    for pair in pairs:
+        (chosen, rejected), (ref_chosen, ref_rejected) = plain_logps(policy, pair), plain_logps(base, pair)
+        margins.append((chosen - ref_chosen - rejected + ref_rejected).item())
+    return sum(margins) / len(margins)
+
+
+def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any]) -> None:
+    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section())
+    expected = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:8])
+    assert abs(expected) > 0.1
+    assert metrics["margin_adapter"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["margin_merged"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["margin_kept"] == pytest.approx(1, abs=1e-3)
+    sizes = {name: weight.numel() for name, weight in merged.named_parameters()}
+    tuned = sum(size for name, size in sizes.items() if any(part in name for part in TUNED))
+    assert metrics["weights_changed"] == pytest.approx(tuned / sum(sizes.values()), rel=1e-2)
+    assert metrics | {"dtype": "fp32", "format": "model", "pairs": 8} == metrics
+
+
+def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]) -> None:
+    # A base whose weights are fp16 numbers, as published models' are, so that fp16 rounds the adapter alone.
+    file = paths.BASE / "model.safetensors"
+    save_file({name: w.half().float() for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    kept, changed = {}, {}
+    for scale in (1.0, 1e-4):
+        save_adapter(scale)
+        for dtype in ("fp32", "fp16"):
+            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype))
+            assert metrics["margin_adapter"] != 0
+            kept[scale, dtype], changed[scale, dtype] = metrics["margin_kept"], metrics["weights_changed"]
+    assert kept[1.0, "fp32"] == pytest.approx(1, abs=1e-3)
+    assert kept[1.0, "fp16"] == pytest.approx(1, abs=0.02)
+    assert kept[1e-4, "fp32"] == pytest.approx(1, abs=0.1)
+    assert abs(kept[1e-4, "fp16"]) < 0.5
+    assert changed[1e-4, "fp16"] < 0.1 * changed[1e-4, "fp32"]
+    assert changed[1e-4, "fp16"] < 0.1 * changed[1.0, "fp16"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_zero_adapter_has_no_margin_to_keep_and_changes_no_weight(policy: Any, pairs: list[Any], dtype: str) -> None:
+    """The tiny base's weights are no fp16 numbers: rounding the base is not the adapter's doing."""
+    save_adapter(scale=0.0)
+    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype))
+    assert metrics["margin_adapter"] == 0
+    assert metrics["margin_kept"] is None
+    assert metrics["weights_changed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype", "tolerance"), [("fp32", torch.float32, 1e-4), ("fp16", torch.float16, 0.02)]
+)
+def test_the_merged_folder_loads_in_transformers_as_it_is(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, torch_dtype: torch.dtype, tolerance: float
+) -> None:
+    set_merge(params, section(dtype))
+    metrics = run_main(monkeypatch)
+    assert metrics["dtype"] == dtype
+    assert metrics["pairs"] == 8  # of 12 held out
+    config = (MERGED / "config.json").read_text()
+    assert "prefscan" not in config
+    assert str(Path.cwd()) not in config
+    model = AutoModelForCausalLM.from_pretrained(MERGED)
+    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch_dtype
+    with torch.no_grad():
+        expected = policy(IDS).logits
+        torch.testing.assert_close(model.float()(IDS).logits, expected, atol=tolerance, rtol=0)
+        with policy.disable_adapter():
+            assert (policy(IDS).logits - expected).abs().max() > 5 * tolerance
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(paths.BASE).chat_template
+    assert tokenizer("2 plus 2")["input_ids"] == AutoTokenizer.from_pretrained(paths.BASE)("2 plus 2")["input_ids"]
+
+
+def test_the_format_adapter_writes_a_manifest_alone(policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any) -> None:
+    set_merge(params, section(format="adapter"))
+    metrics = run_main(monkeypatch)
+    assert metrics["format"] == "adapter"
+    assert metrics["margin_kept"] == pytest.approx(1, abs=1e-3)
+    assert [path.name for path in MERGED.iterdir()] == ["manifest.json"]
+    with torch.no_grad():
+        torch.testing.assert_close(load_cell(MERGED, "fp32")(IDS).logits, policy(IDS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "format"), [("fp32", "model"), ("fp16", "model"), ("fp32", "adapter")])
+def test_merging_twice_gives_the_same_bytes(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, format: str
+) -> None:
+    set_merge(params, section(dtype, format))
+    first_metrics, first = run_main(monkeypatch), bytes_of(MERGED)
+    (MERGED / "stale.txt").write_text("of an earlier run")
+    assert run_main(monkeypatch) == first_metrics
+    assert bytes_of(MERGED) == first
+
+
+def test_a_cell_outside_the_grid_is_refused(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^cell 'ipo-9\.0-1' is not in the grid; its cells are sigmoid-0\.1-8$"):
+        run_main(monkeypatch, "ipo-9.0-1")
+    assert not MERGED.exists()

@@ -1,0 +1,327 @@
+"""The mtbench stage: FastChat's own prompts and averages, and no turn without a score."""
+
+import errno
+import json
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from threading import Event
+from typing import Any
+
+import fastchat.llm_judge.common as fastchat
+import pytest
+
+import prefscan.judges.openai
+from chat_server import ChatServer, Reply, chat_server, completion, error
+from mtbench_data import (
+    CATEGORIES,
+    REFERENCED,
+    TEMPLATES,
+    local_judge,
+    make_answers,
+    make_questions,
+    make_references,
+    openai_judge,
+    shown_by_fastchat,
+    write_lines,
+    write_params,
+    write_questions,
+)
+from prefscan import mtbench
+from prefscan.errors import UserError
+from prefscan.judges import Prompt, Verdict
+from prefscan.mtbench import PaidVerdicts, build_turns, scores
+from prefscan.params import OpenAIJudge
+from prefscan.stats import mean_interval
+
+KEY = "sk-never-written-anywhere"
+
+
+def by_id(rows: list[dict[str, Any]]) -> dict[int, Any]:
+    return {row["question_id"]: row for row in rows}
+
+
+QUESTIONS = by_id(make_questions(1))
+ANSWERS = make_answers([*QUESTIONS.values()])
+REFERENCES = by_id(make_references([*QUESTIONS.values()], "stock"))
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_prompts_are_fastchats(category: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def record(model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
+        asked.append((conversation.to_openai_api_messages(), temperature))
+        return "Rating: [[5]]"
+
+    monkeypatch.setattr(fastchat, "chat_completion_openai", record)
+    (question,) = (q for q in QUESTIONS.values() if q["category"] == category)
+    (answer,) = (a for a in ANSWERS if a["question_id"] == question["question_id"])
+    needs_reference = category in fastchat.NEED_REF_CATS
+    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES)
+    assert [turn.turn for turn in turns] == [1, 2]
+    for turn in turns:
+        name = ("single-math-v1" if needs_reference else "single-v1") + ("-multi-turn" if turn.turn == 2 else "")
+        judge = fastchat.Judge("gpt-4", TEMPLATES[name], ref_based=needs_reference, multi_turn=turn.turn == 2)
+        reference = REFERENCES[question["question_id"]] if needs_reference else None
+        rating, user_prompt, _ = fastchat.run_judge_single(question, answer, judge, reference, turn.turn == 2)
+        messages, temperature = asked.pop()
+        assert rating == 5
+        assert turn.prompt.user == user_prompt
+        assert messages == [
+            {"role": "system", "content": turn.prompt.system},
+            {"role": "user", "content": turn.prompt.user},
+        ]
+        assert temperature == 0
+        assert (turn.template, turn.category, turn.question_id) == (name, category, question["question_id"])
+        assert ("stock" in turn.prompt.user) == needs_reference
+
+
+def test_the_categories_with_references_are_fastchats() -> None:
+    assert {c for c in CATEGORIES if c in fastchat.NEED_REF_CATS} == mtbench.NEED_REFERENCE == set(REFERENCED)
+
+
+def test_a_missing_reference_is_refused() -> None:
+    (lost,) = (q["question_id"] for q in QUESTIONS.values() if q["category"] == "math")
+    references = {key: value for key, value in REFERENCES.items() if key != lost}
+    with pytest.raises(UserError, match=rf"question {lost} \(math\) needs a reference .* stock and corrected"):
+        build_turns(QUESTIONS, ANSWERS, TEMPLATES, references)
+
+
+def test_an_answer_to_an_unknown_question_is_refused() -> None:
+    with pytest.raises(UserError, match=r"question 999 was answered but is not in question\.jsonl; answer again"):
+        build_turns(QUESTIONS, [ANSWERS[0] | {"question_id": 999}], TEMPLATES, REFERENCES)
+
+
+def judgements_of(model: str, ratings: list[float]) -> list[dict[str, Any]]:
+    """Judgements with these ratings in turn, two a question."""
+    return [
+        {"question_id": 81 + i // 2, "model": model, "score": rating, "turn": 1 + i % 2, "tstamp": 0.0}
+        for i, rating in enumerate(ratings)
+    ]
+
+
+def test_scores_are_what_show_result_prints(tmp_path: Path) -> None:
+    ratings = {
+        "base": [7, 5.5, 1, 10, 3.25, 3, 9, 9],
+        "ipo-0.1-8": [1.0, 2.0, 3.5, 4.123456, 5.0, 6.7, 2.0, 8.0],
+    }
+    rows = [row for model, values in ratings.items() for row in judgements_of(model, values)]
+    write_lines(tmp_path / "gpt-4_single.jsonl", rows)
+    shown = shown_by_fastchat("--input-file", tmp_path / "gpt-4_single.jsonl")
+    for model, values in ratings.items():
+        measured = scores(judgements_of(model, values), {81 + i: "writing" for i in range(4)})
+        for name, section in zip(("first_turn", "second_turn", "average"), shown, strict=True):
+            digits = len(section[model].split(".")[1])
+            assert f"{measured[name]:.{digits}f}" == section[model]
+
+
+def test_scores_by_question_and_category() -> None:
+    ratings = [7, 5, 1, 10, 3, 4, 9, 8]
+    measured = scores(judgements_of("base", ratings), {81: "math", 82: "coding", 83: "math", 84: "coding"})
+    assert measured["categories"] == {"coding": fmean([1, 10, 9, 8]), "math": fmean([7, 5, 3, 4])}
+    assert measured["questions"] == {"81": 6, "82": 5.5, "83": 3.5, "84": 8.5}
+    # A question is one observation: with its turns as two, the interval would be narrower.
+    mean, low, high = mean_interval([6, 5.5, 3.5, 8.5])
+    assert (measured["average"], measured["average_low"], measured["average_high"]) == (mean, low, high)
+
+
+def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
+    monkeypatch.setattr(sys, "argv", ["mtbench", "base"])
+    monkeypatch.setattr(prefscan.judges.openai, "wait_random_exponential", lambda **_: lambda _: 0)
+    write_params(root, judge=judge)
+    write_questions(root, [*QUESTIONS.values()])
+    write_lines(root / "data/mt_bench/model_answer/base.jsonl", ANSWERS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+JUDGEMENTS = Path("data/mt_bench/model_judgment/cells/base.jsonl")
+METRICS = Path("metrics/mtbench/base.json")
+
+
+@pytest.mark.parametrize("references", ["stock", "corrected"])
+def test_main_with_a_server(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, references: str) -> None:
+    def rate(request: dict[str, Any], _: int) -> Reply:
+        return completion(f"Fine. Rating: [[{len(request['messages'][1]['content']) % 10 + 1}]]")
+
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url, references=references), monkeypatch)
+        mtbench.main()
+        assert len(server.requests) == 16
+    judgements = read_lines(JUDGEMENTS)
+    keys = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
+    assert [list(row) for row in judgements] == [keys] * 16
+    assert [(row["question_id"], row["turn"]) for row in judgements] == [(81 + i // 2, 1 + i % 2) for i in range(16)]
+    for row in judgements:
+        assert row["score"] == len(row["user_prompt"]) % 10 + 1
+        assert row["judgment"] == f"Fine. Rating: [[{int(row['score'])}]]"
+        assert row["model"] == "base"
+        assert row["judge"][0] == "gpt-4"
+        assert row["judge"][1] in TEMPLATES
+    assert sum(f"{references} first" in row["user_prompt"] for row in judgements) == 6
+    metrics = json.loads(METRICS.read_text())
+    assert metrics["average"] == fmean(row["score"] for row in judgements)
+    assert metrics["judge"] == "gpt-4"
+    assert metrics["references"] == references
+    assert set(metrics["categories"]) == set(CATEGORIES)
+
+
+def test_main_with_a_local_judge_twice_is_the_same_bytes(
+    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(in_tmp, local_judge(tiny_model), monkeypatch)
+    mtbench.main()
+    first = JUDGEMENTS.read_bytes(), METRICS.read_bytes()
+    mtbench.main()
+    assert (JUDGEMENTS.read_bytes(), METRICS.read_bytes()) == first
+    assert len({row["score"] for row in read_lines(JUDGEMENTS)}) == 16
+    assert not Path(".prefscan").exists()
+
+
+def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way to fail once: no rating, a wrong one, a refusal, a server error; then a run with a healthy server."""
+    faults = {
+        ("writing", 1): (completion("I would rather not."), "no rating"),
+        ("math", 2): (completion("[[11]]"), "rating '11' is no number from 1 to 10"),
+        ("stem", 1): (error(400), "the server answered 400"),
+        ("coding", 2): (error(500), "the server answered 500"),
+    }
+    healthy = False
+    turns = {turn.prompt.user: turn for turn in build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES)}
+
+    def rate(request: dict[str, Any], _: int) -> Reply:
+        turn = turns[request["messages"][1]["content"]]
+        fault = faults.get((turn.category, turn.turn))
+        return fault[0] if fault and not healthy else completion(f"[[{turn.question_id - 80}]]")
+
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url), monkeypatch)
+        with pytest.raises(UserError, match=r"4 of 16 turns have no score .*`dvc repro` again") as failure:
+            mtbench.main()
+        for (category, number), (_, reason) in faults.items():
+            (question_id,) = (q["question_id"] for q in QUESTIONS.values() if q["category"] == category)
+            assert f"question {question_id} turn {number}: {reason}" in str(failure.value)
+        assert len(server.requests) == 16 + 2  # the server error was tried three times
+        assert not JUDGEMENTS.exists()
+        assert not METRICS.exists()
+        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 12
+
+        healthy = True
+        server.requests.clear()
+        mtbench.main()
+        asked = Counter(turns[r["messages"][1]["content"]] for r in server.requests)
+        assert {(turn.category, turn.turn): count for turn, count in asked.items()} == dict.fromkeys(faults, 1)
+        judgements = read_lines(JUDGEMENTS)
+        assert [row["score"] for row in judgements] == [row["question_id"] - 80 for row in judgements]
+        assert len(judgements) == 16
+
+        # All are paid for: neither the server nor the key is needed.
+        server.requests.clear()
+        monkeypatch.delenv("PREFSCAN_TEST_KEY")
+        first = JUDGEMENTS.read_bytes()
+        mtbench.main()
+        assert server.requests == []
+        assert JUDGEMENTS.read_bytes() == first
+
+
+def test_a_failure_names_five_turns_and_the_number_of_all(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with chat_server(lambda *_: completion("no")) as server:
+        prepare(in_tmp, openai_judge(server.url), monkeypatch)
+        with pytest.raises(UserError, match=r"^16 of 16 turns have no score") as failure:
+            mtbench.main()
+    assert str(failure.value).count("question ") == 5
+    assert "; …)" in str(failure.value)
+
+
+def test_a_verdict_that_cannot_be_kept_stops_the_asking(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: the prompts still waiting would be paid for and lost."""
+    kept = Event()
+
+    def rate(_: dict[str, Any], number: int) -> Reply:
+        if number >= 2:
+            kept.wait()
+        return completion("[[5]]")
+
+    def refuse(*_: Any) -> None:
+        kept.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PaidVerdicts, "put", refuse)
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url), monkeypatch)
+        with pytest.raises(OSError, match="No space"):
+            mtbench.main()
+        for thread in threading.enumerate():
+            if "ThreadPoolExecutor" in thread.name:
+                thread.join(2)
+        assert len(server.requests) < 16
+
+
+@pytest.fixture
+def settings() -> OpenAIJudge:
+    return OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "gpt-5"},
+        {"base_url": None},
+        {"max_tokens": 65},
+        {"system": "Rate it!"},
+        {"user": "Other"},
+    ],
+)
+def test_a_paid_verdict_belongs_to_its_judge_and_prompt(
+    tmp_path: Path, settings: OpenAIJudge, change: dict[str, Any]
+) -> None:
+    prompt = {"system": "Rate it.", "user": "Hello"}
+    verdict = Verdict(7.5, "Good β. [[7.5]]")
+    PaidVerdicts(tmp_path, settings).put(Prompt(**prompt), verdict)
+    assert PaidVerdicts(tmp_path, settings).get(Prompt(**prompt)) == verdict
+    other = settings.model_copy(update={k: v for k, v in change.items() if k not in prompt})
+    changed = prompt | {k: v for k, v in change.items() if k in prompt}
+    assert PaidVerdicts(tmp_path, other).get(Prompt(**changed)) is None
+
+
+@pytest.mark.parametrize("change", [{"timeout": 1.0}, {"attempts": 9}, {"concurrency": 1}, {"key_variable": "OTHER"}])
+def test_how_a_judge_is_reached_does_not_cost_its_verdicts(
+    tmp_path: Path, settings: OpenAIJudge, change: dict[str, Any]
+) -> None:
+    PaidVerdicts(tmp_path, settings).put(Prompt("s", "u"), Verdict(3.0, "[[3]]"))
+    assert PaidVerdicts(tmp_path, settings.model_copy(update=change)).get(Prompt("s", "u")) is not None
+
+
+def test_the_key_is_written_nowhere(
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("DEBUG")
+
+    def refuse(_: dict[str, Any], number: int) -> Reply:
+        # OpenAI's own message for a wrong key repeats a part of it; a careless server might repeat all.
+        return error(401, f"Incorrect API key provided: {KEY}") if number % 2 else completion("[[4]]")
+
+    served: ChatServer
+    with chat_server(refuse) as served:
+        prepare(in_tmp, openai_judge(served.url), monkeypatch)
+        with pytest.raises(UserError) as failure:
+            mtbench.main()
+    assert set(served.keys) == {f"Bearer {KEY}"}
+    assert "AuthenticationError" in str(failure.value)
+    printed = capfd.readouterr()
+    texts = [str(failure.value), caplog.text, printed.out, printed.err]
+    texts += [path.read_text() for path in in_tmp.rglob("*") if path.is_file()]
+    assert len(texts) > 12
+    assert "/chat/completions" in caplog.text  # the client does log what it sends
+    assert not [text for text in texts if KEY in text]

@@ -1,0 +1,352 @@
+import json
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefscan.errors import UserError
+from prefscan.params import Cell, Params, load
+
+REPOSITORY = Path(__file__).parents[1]
+CONF = REPOSITORY / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+GROUPS = {
+    group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    for group in ("model", "data", "train", "sweep", "answer", "judge")
+}
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@cache
+def composed(*overrides: str) -> str:
+    """params.yaml as `dvc exp run -S …` writes it."""
+    import tempfile
+
+    from dvc.utils.hydra import compose_and_dump
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "params.yaml")
+        compose_and_dump(path, str(CONF), None, "config", folder, list(overrides))
+        return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def compose(tmp_path: Path) -> Any:
+    """Parameters that overrides compose, as a stage reads them."""
+
+    def compose(*overrides: str) -> Params:
+        path = tmp_path / "params.yaml"
+        path.write_text(composed(*overrides), encoding="utf-8")
+        return load(path)
+
+    return compose
+
+
+def keys(params: Params) -> list[str]:
+    return [cell.key for cell in params.grid.cells]
+
+
+# The configuration --------------------------------------------------------------------------------
+
+
+def test_the_committed_parameters_are_what_conf_composes() -> None:
+    assert (REPOSITORY / "params.yaml").read_text(encoding="utf-8") == composed()
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in GROUPS[group]])
+def test_a_group_sets_its_own_section_alone(group: str, option: str) -> None:
+    """So that every combination of groups is the combination of their sections."""
+    default, changed = yaml.safe_load(composed()), yaml.safe_load(composed(f"{group}={option}"))
+    assert {key for key in default | changed if default.get(key) != changed.get(key)} <= {
+        group,
+        *(["grid"] if group == "sweep" else []),
+    }
+
+
+def test_every_combination_of_groups_is_valid() -> None:
+    sections = {
+        (group, option): yaml.safe_load(composed(f"{group}={option}")) for group in GROUPS for option in GROUPS[group]
+    }
+    combinations = list(product(*GROUPS.values()))
+    assert len(combinations) >= 3 * 3 * 2 * 4 * 2 * 2
+    for options in combinations:
+        params = yaml.safe_load(composed())
+        for group, option in zip(GROUPS, options, strict=True):
+            params[group] = sections[group, option][group]
+        params["grid"] = sections["sweep", options[list(GROUPS).index("sweep")]]["grid"]
+        recipe = Params.model_validate(params).recipe
+        assert recipe == Cell(loss="sigmoid", beta=0.1, steps=8)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("more", [(), ("sweep=none", "merge.dtype=fp16", "judge=local")])
+def test_every_experiment_composes_alone_and_with_more_overrides(
+    experiment: str, more: tuple[str, ...], compose: Any
+) -> None:
+    params = compose(f"+experiment={experiment}", *more)
+    assert params.recipe.key in keys(params)
+    assert (len(keys(params)) == 1) == bool(more)
+    assert params.judge.kind == ("local" if more else "openai")
+
+
+def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
+    params = compose("+experiment=openhermes")
+    betas = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    cells = {f"{loss}-{beta}-{n}" for loss, beta, n in product(("sigmoid", "ipo", "kto_pair"), betas, (200, 800))}
+    assert len(cells) == 54
+    assert len(keys(params)) == 54
+    assert set(keys(params)) == cells
+    assert params.train.model_dump() == {
+        "engine": "shared",
+        "lora": {
+            "r": 16,
+            "alpha": 16,
+            "dropout": 0.05,
+            "targets": ["k_proj", "gate_proj", "v_proj", "up_proj", "q_proj", "o_proj", "down_proj"],
+        },
+        "disable_dropout": True,
+        "learning_rate": 5e-6,
+        "schedule": "cosine",
+        "warmup_steps": 100,
+        "batch_size": 4,
+        "accumulation": 4,
+        "optimizer": "paged_adamw_32bit",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "dtype": "bf16",
+        "quantization": "fp4",
+        "double_quantization": False,
+        "activation_checkpointing": True,
+        "report_to": "wandb",
+    }
+    assert (params.data.max_prompt_length, params.data.max_length) == (1024, 1536)
+    assert (params.model.source.repo, params.data.source.repo) == (
+        "teknium/OpenHermes-2.5-Mistral-7B",
+        "Intel/orca_dpo_pairs",
+    )
+    assert (params.model.pad_token, params.model.padding_side) == ("<|im_end|>", "left")
+    assert (params.answer.questions, params.answer.max_new_tokens) == (80, 1024)
+    assert (params.judge.kind, params.judge.name) == ("openai", "gpt-4")
+
+
+def test_zephyr_is_the_published_second_half(compose: Any) -> None:
+    params = compose("+experiment=zephyr")
+    betas = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    cells = {f"{loss}-{beta}-epoch" for loss, beta in product(("sigmoid", "ipo", "kto_pair"), betas)}
+    assert len(cells) == 30
+    assert len(keys(params)) == 30
+    assert set(keys(params)) == cells
+    assert params.model.source.repo == "alignment-handbook/zephyr-7b-sft-full"
+    assert params.data.source.repo == "HuggingFaceH4/ultrafeedback_binarized"
+    assert params.data.source.heldout == "data/test_prefs-*.parquet"
+
+
+def test_the_default_is_six_cells_around_its_recipe(compose: Any) -> None:
+    assert keys(compose()) == [
+        f"{loss}-{beta}-8" for loss, beta in product(("sigmoid", "ipo", "kto_pair"), ("0.1", "0.5"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "more"),
+    [
+        ("beta=0.7", "sigmoid-0.7-8", {f"{loss}-0.7-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
+        ("beta=1", "sigmoid-1-8", {f"{loss}-1-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
+        ("beta=1e-5", "sigmoid-1e-05-8", {f"{loss}-1e-05-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
+        ("loss=ipo_sum", "ipo_sum-0.1-8", {"ipo_sum-0.1-8", "ipo_sum-0.5-8"}),
+        ("beta=0.5", "sigmoid-0.5-8", set()),
+    ],
+)
+def test_a_new_recipe_adds_its_cells_and_loses_none(override: str, key: str, more: set[str], compose: Any) -> None:
+    before, after = keys(compose()), compose(override)
+    assert after.recipe.key == key
+    assert set(keys(after)) == {*before, *more}
+    assert len(keys(after)) == len(before) + len(more)
+
+
+@pytest.mark.parametrize("override", [(), ("beta=0.3", "loss=ipo", "steps=epoch")])
+def test_without_a_sweep_the_recipe_is_the_one_cell(override: tuple[str, ...], compose: Any) -> None:
+    params = compose("sweep=none", *override)
+    assert keys(params) == [params.recipe.key] == [("ipo-0.3-epoch" if override else "sigmoid-0.1-8")]
+
+
+def leaves(node: yaml.Node, path: str = "") -> list[tuple[str, yaml.Node]]:
+    """Every key whose value is no mapping, with the value's node; the defaults lists are Hydra's, not keys."""
+    if not isinstance(node, yaml.MappingNode):
+        return [(path.lstrip("."), node)]
+    return [
+        leaf for key, value in node.value if key.value != "defaults" for leaf in leaves(value, f"{path}.{key.value}")
+    ]
+
+
+def uncommented(text: str) -> list[str]:
+    lines = text.splitlines()
+    ends = [(key, node.end_mark) for key, node in leaves(yaml.compose(text))]
+    return [key for key, end in ends if not lines[end.line][end.column :].strip().startswith("# ")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.relative_to(CONF).as_posix() for path in FILES])
+def test_every_key_of_conf_has_a_comment_on_its_line(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert leaves(yaml.compose(text))
+    assert uncommented(text) == []
+
+
+def test_a_key_without_a_comment_is_found() -> None:
+    text = 'defaults:\n  - a: b\na: 1  # one\nb: "# two"\nc:\n  d: [3]\n  e: "# x"  # four\n  f: null  #\n'
+    assert uncommented(text) == ["b", "c.d", "c.f"]
+
+
+# Cells --------------------------------------------------------------------------------------------
+
+BETAS = ["0.1", "0.10", "0.01", "1", "1.0", "10.0", "1.0e-05", "0.00001", "1.0e+22", "0.30000000000000004", "123456789"]
+
+
+def test_a_cells_key_is_the_one_that_dvc_gives_its_stage(tmp_path: Path) -> None:
+    from dvc.repo import Repo
+
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params["grid"] = {"loss": ["sigmoid", "ipo_sum"], "beta": "BETAS", "steps": [8, 800, "epoch"]}
+    text = yaml.safe_dump(params).replace("BETAS", f"[{', '.join(BETAS)}]")
+    (tmp_path / "params.yaml").write_text(text)
+    matrix = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]["train"]["matrix"]
+    stage = {"matrix": matrix, "cmd": "true ${key}", "outs": ["out/${key}"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}, sort_keys=False))
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        stages = sorted(stage.name for stage in repo.index.stages)
+    cells = load(tmp_path / "params.yaml").grid.cells
+    assert stages == sorted(f"train@{cell.key}" for cell in cells)
+    assert len(stages) == 2 * 9 * 3  # 0.10 is 0.1, and 0.00001 is 1.0e-05
+
+
+def test_a_cell_is_found_by_its_key(params: Params) -> None:
+    assert params.cell("kto_pair-0.5-8") == Cell(loss="kto_pair", beta=0.5, steps=8)
+
+
+@pytest.mark.parametrize("key", ["kto_pair-0.50-8", "kto_pair-0.7-8", "base", ""])
+def test_an_unknown_cell_is_refused_with_the_known_ones(key: str, params: Params) -> None:
+    with pytest.raises(UserError) as caught:
+        params.cell(key)
+    known = "sigmoid-0.1-8, sigmoid-0.5-8, ipo-0.1-8, ipo-0.5-8, kto_pair-0.1-8, kto_pair-0.5-8"
+    assert str(caught.value) == f"cell {key!r} is not in the grid; its cells are {known}"
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+REMOVE = object()
+HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("beta", 0, "beta: 0 is refused: input should be greater than 0"),
+        ("beta", -1, "beta: -1 is refused: input should be greater than 0"),
+        ("beta", "0.1", "beta: '0.1' is refused: input should be a valid number"),
+        ("beta", float("nan"), "beta: nan is refused: input should be a finite number"),
+        ("beta", float("inf"), "beta: inf is refused: input should be a finite number"),
+        ("beta", True, "beta: True is refused: input should be a valid number"),
+        ("beta", REMOVE, "beta: missing; conf/ shows its meaning, `dvc exp run` composes it"),
+        ("steps", 0, "steps: 0 is refused: input should be greater than or equal to 1, or input should be 'epoch'"),
+        ("steps", 1.5, "steps: 1.5 is refused: input should be a valid integer, or input should be 'epoch'"),
+        ("loss", "../x", r"loss: '../x' is refused: string should match pattern '^\w+$'"),
+        ("seed", -1, "seed: -1 is refused: input should be greater than or equal to 0"),
+        ("grid.beta.1", "0.1", "grid.beta.1: '0.1' is refused: input should be a valid number"),
+        (
+            "grid.steps.0",
+            "8",
+            "grid.steps.0: '8' is refused: input should be a valid integer, or input should be 'epoch'",
+        ),
+        ("grid.loss", [], "grid.loss: [] is refused: list should have at least 1 item after validation, not 0"),
+        ("colour", "red", "colour: unknown key (value 'red'); remove it or correct its spelling"),
+        ("train.learning_rates", 1, "train.learning_rates: unknown key (value 1); remove it or correct its spelling"),
+        ("train.lora.r", REMOVE, "train.lora.r: missing; conf/ shows its meaning, `dvc exp run` composes it"),
+        ("train.learning_rate", float("inf"), "train.learning_rate: inf is refused: input should be a finite number"),
+        (
+            "merge.dtype",
+            "bf16",
+            "merge.dtype: 'bf16' is refused: bf16 has 8 bits of precision and rounds small adapters away (16 % of the "
+            "margin kept); set fp32",
+        ),
+        ("merge.dtype", "int8", "merge.dtype: 'int8' is refused: input should be 'fp32' or 'fp16'"),
+        (
+            "model.source",
+            HUB | {"revision": "main"},
+            "model.source.revision: 'main' is refused: string should match pattern '^[0-9a-f]{40}$'",
+        ),
+        (
+            "model.source",
+            HUB | {"repo": "someone/../chat"},
+            r"model.source.repo: 'someone/../chat' is refused: string should match pattern '^[\w.-]+/[\w.-]+$'",
+        ),
+        (
+            "model.source",
+            {"kind": "hub", "repo": "someone/chat"},
+            "model.source.revision: missing; conf/ shows its meaning, `dvc exp run` composes it",
+        ),
+        (
+            "model.source.kind",
+            "ftp",
+            "model.source: input tag 'ftp' found using 'kind' does not match any of the expected tags: 'package', "
+            "'hub'",
+        ),
+        (
+            "model.source.sha256",
+            "abc",
+            "model.source.sha256: 'abc' is refused: string should match pattern '^[0-9a-f]{64}$'",
+        ),
+        (
+            "data.heldout_share",
+            0,
+            "data: heldout_share is 0 and source.heldout names no file, so nothing is held out; set either",
+        ),
+        ("judge.name", "a/b", r"judge.name: 'a/b' is refused: string should match pattern '^[\w.-]+$'"),
+    ],
+)
+def test_a_bad_value_ends_with_one_sentence(key: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    section = raw
+    for part in parents:
+        section = section[part]
+    section[last] = value
+    if value is REMOVE:
+        del section[last]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {sentence}"
+
+
+def test_each_bad_value_gets_its_own_sentence(tmp_path: Path) -> None:
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text()) | {"beta": 0, "steps": 0}
+    (tmp_path / "params.yaml").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"params.yaml: beta: 0 is refused: .*; steps: 0 is refused: .*"):
+        load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"beta: [0.1", " is not YAML: while parsing a flow sequence .* line 1, column 11"),
+        (b"beta: *b", " is not YAML: found undefined alias 'b' .* line 1, column 7"),
+        (b"beta: \x01", " is not YAML: unacceptable character #x0001"),
+        (b"beta: !!python/object/apply:os.system [exit]", " is not YAML: could not determine a constructor"),
+        ("name: caf\u00e9".encode("latin-1"), " is not UTF-8: byte 0xe9 at offset 9; convert it first"),
+        (b"", ": expected keys and values, found None; `dvc exp run` composes it"),
+        (b"- beta", r": expected keys and values, found \['beta'\]; `dvc exp run` composes it"),
+        (None, " is missing; run `dvc repro` to make it, or `dvc pull` to fetch it"),
+    ],
+)
+def test_a_file_that_is_no_parameters_ends_with_one_sentence(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"params.yaml{message}") as caught:
+        load(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,526 @@
+"""Training against stock TRL, between engines, between processes; and what the stage writes."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from prefscan import paths
+from prefscan import train as train_stage
+from prefscan.engines import load_engine
+from prefscan.errors import UserError
+from prefscan.losses import LOSSES, PairLogps
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import Cell, Lora, Train
+from prefscan.reference import reference_rows
+from prefscan.train import (
+    PairTrainer,
+    accuracy,
+    curve_csv,
+    train_cell,
+    training_arguments,
+    update_count,
+    with_reference,
+)
+from tiny import plain_logps, sharegpt_rows, write_rows
+
+SRC = Path(__file__).parents[1] / "src"
+TRAINING = 16  # of the 24 pairs; the others are held out
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def train(params: Any) -> Train:
+    lora = Lora(r=4, alpha=8, dropout=0.05, targets=TARGETS)
+    return params.train.model_copy(
+        update={
+            "engine": "shared",
+            "lora": lora,
+            "disable_dropout": True,
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "batch_size": 4,
+            "accumulation": 1,
+            "optimizer": "adamw_torch",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "dtype": "fp32",
+            "quantization": "none",
+            "activation_checkpointing": False,
+            "report_to": "none",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def heldout(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The held-out pairs, every third the wrong way round, so that no accuracy is 1."""
+    swapped = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
+    return [
+        pair | {key: pair[other] for key, other in swapped.items()} if i % 3 == 0 else pair
+        for i, pair in enumerate(pairs[TRAINING:])
+    ]
+
+
+Fit = Callable[..., tuple[PairTrainer, dict[str, Any]]]
+
+
+@pytest.fixture
+def fit(
+    in_tmp: Path, tiny_model: Path, train: Train, pairs: list[dict[str, Any]], heldout: list[dict[str, Any]]
+) -> Fit:
+    """Train a cell on the tiny model in an empty working directory; keywords override the section `train`."""
+
+    def run(
+        loss: str, steps: int | str = 5, beta: float = 0.1, seed: int = 0, count: int = TRAINING, **changes: Any
+    ) -> Any:
+        section = train.model_copy(update=changes)
+        model = load_model(tiny_model, section.dtype).requires_grad_(False)
+        tokenizer = load_tokenizer(tiny_model)
+        rows = reference_rows(
+            model, load_engine(section.engine), pairs[:TRAINING] + heldout, section.batch_size, tokenizer.pad_token_id
+        )
+        reference = {row["id"]: row for row in rows}
+        model.set_attn_implementation("sdpa")
+        return train_cell(
+            Cell(loss=loss, beta=beta, steps=steps),
+            section,
+            seed,
+            with_reference(pairs[:count], reference),
+            with_reference(heldout, reference),
+            model,
+            tokenizer,
+        )
+
+    return run
+
+
+def adapter(trainer: DPOTrainer) -> dict[str, torch.Tensor]:
+    """What the adapter adds to each weight matrix: B·A, scaled."""
+    layers = {name: module for name, module in trainer.model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+
+
+def difference(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a matrix."""
+    assert ours.keys() == expected.keys()
+    return max(((ours[name] - matrix).norm() / matrix.norm()).item() for name, matrix in expected.items())
+
+
+def history(trainer: DPOTrainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# Against stock TRL.
+
+
+def stock_trainer(
+    tiny_model: Path, loss: str, beta: float, steps: int, seed: int, batch: int, accumulation: int
+) -> Any:
+    """trl.DPOTrainer as its users run it: text in, a reference pass every step."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["conversations"][0]["value"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]["value"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]["value"]}],
+        }
+        for row in sharegpt_rows()[:TRAINING]
+    ]
+    arguments = DPOConfig(
+        output_dir="stock",
+        loss_type=[loss],
+        beta=beta,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        optim="adamw_torch",
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "seed", "batch", "accumulation"),
+    [("sigmoid", 0.1, 0, 4, 1), ("ipo", 0.3, 0, 4, 1), ("sigmoid", 0.5, 7, 2, 2), ("ipo", 0.1, 1, 3, 1)],
+)
+def test_training_equals_stock_trl(
+    fit: Fit, tiny_model: Path, loss: str, beta: float, seed: int, batch: int, accumulation: int
+) -> None:
+    stock = stock_trainer(tiny_model, loss, beta, 5, seed, batch, accumulation)
+    for engine in ("shared", "trl"):
+        ours, _ = fit(loss, 5, beta, seed, engine=engine, batch_size=batch, accumulation=accumulation)
+        # The same loss at every step: the same pairs in the same order.
+        assert history(ours, "loss") == pytest.approx(history(stock, "loss"), abs=1e-5)
+        assert history(ours, "grad_norm") == pytest.approx(history(stock, "grad_norm"), rel=1e-4)
+        assert history(ours, "learning_rate") == history(stock, "learning_rate")
+        assert history(ours, "rewards/margins") == pytest.approx(history(stock, "rewards/margins"), abs=1e-5)
+        assert difference(adapter(ours), adapter(stock)) < 1e-4
+
+
+# Between engines.
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
+    (shared, shared_metrics), (trl, trl_metrics) = (fit(loss, 10, engine=engine) for engine in ("shared", "trl"))
+    start = history(trl, "loss")[0]  # ipo_sum falls from 25 towards 0, where only the absolute error says something
+    assert history(shared, "loss") == pytest.approx(history(trl, "loss"), rel=1e-5, abs=1e-5 * start)
+    assert history(shared, "grad_norm") == pytest.approx(history(trl, "grad_norm"), rel=1e-4)
+    assert difference(adapter(shared), adapter(trl)) < 1e-4
+    ours, theirs = shared_metrics["heldout"], trl_metrics["heldout"]
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert 0.5 < ours["accuracy"] < 1
+    assert history(shared, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
+    assert history(shared, "rewards/margins")[-1] > 0.05
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
+    results = []
+    for engine in ("shared", "trl"):
+        trainer, _ = fit(loss, 1, engine=engine)
+        torch.manual_seed(0)
+        weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        for parameter in weights.values():
+            parameter.data.normal_(std=0.1)
+        trainer.model.zero_grad()
+        value = trainer.compute_loss(trainer.model, trainer.collate(list(trainer.train_dataset)[:6]))
+        value.backward()
+        results.append((value.item(), {name: parameter.grad for name, parameter in weights.items()}))
+    (ours, our_gradients), (theirs, their_gradients) = results
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert difference(our_gradients, their_gradients) < 1e-4
+
+
+def test_activation_checkpointing_changes_no_result(fit: Fit) -> None:
+    for engine in ("shared", "trl"):
+        plain, _ = fit("sigmoid", 4, engine=engine)
+        checkpointed, _ = fit("sigmoid", 4, engine=engine, activation_checkpointing=True)
+        assert difference(adapter(checkpointed), adapter(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_bf16_trains_nearly_as_fp32(fit: Fit, engine: str) -> None:
+    exact, _ = fit("sigmoid", 8, engine=engine)
+    rounded, metrics = fit("sigmoid", 8, engine=engine, dtype="bf16")
+    assert rounded.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert history(rounded, "loss")[-1] == pytest.approx(history(exact, "loss")[-1], abs=0.03)
+    assert metrics["heldout"]["margin"] > 0
+
+
+# Seeds and dropout.
+
+
+def test_a_run_repeats_bit_by_bit_and_another_seed_differs(fit: Fit) -> None:
+    first, again, other = (adapter(fit("sigmoid", seed=seed)[0]) for seed in (3, 3, 4))
+    assert all(torch.equal(again[name], matrix) for name, matrix in first.items())
+    assert difference(other, first) > 0.1
+
+
+def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train) -> None:
+    half = train.lora.model_copy(update={"dropout": 0.5})
+    none = train.lora.model_copy(update={"dropout": 0.0})
+    without = adapter(fit("sigmoid", lora=none)[0])
+    disabled = adapter(fit("sigmoid", lora=half, disable_dropout=True)[0])
+    active = adapter(fit("sigmoid", lora=half, disable_dropout=False)[0])
+    assert all(torch.equal(disabled[name], matrix) for name, matrix in without.items())
+    assert difference(active, without) > 0.05
+
+
+# Held-out metrics.
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [
+        ("sigmoid", {}),
+        ("ipo", {"engine": "trl"}),
+        ("kto_pair", {"batch_size": 3}),
+        ("sigmoid", {"disable_dropout": False, "lora": Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)}),
+    ],
+    ids=["sigmoid", "ipo-trl", "kto_pair-uneven", "dropout"],
+)
+def test_held_out_metrics_equal_an_independent_computation(
+    fit: Fit, tiny_model: Path, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
+) -> None:
+    trainer, metrics = fit(loss, 6, beta=0.2, **changes)
+    policy, base = trainer.model.eval(), load_model(tiny_model, "fp32")
+    with torch.no_grad():
+        policy_logps = torch.tensor([plain_logps(policy, pair) for pair in heldout], dtype=torch.float64)
+        base_logps = torch.tensor([plain_logps(base, pair) for pair in heldout], dtype=torch.float64)
+    tokens = torch.tensor([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in heldout])
+    columns = [*policy_logps.T, *base_logps.T, *tokens.T]
+    size = changes.get("batch_size", 4)
+    losses = [
+        value
+        for start in range(0, len(heldout), size)
+        for value in LOSSES[loss](PairLogps(*(column[start : start + size] for column in columns)), 0.2).tolist()
+    ]
+    chosen, rejected = (policy_logps - base_logps).T.tolist()
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    t_interval = stats.t.interval(0.95, len(margins) - 1, loc=fmean(margins), scale=stats.sem(margins))
+    won = sum(margin > 0 for margin in margins)
+    wilson = stats.binomtest(won, len(margins)).proportion_ci(method="wilson")
+    expected = {
+        "pairs": len(heldout),
+        "loss": fmean(losses),
+        "accuracy": won / len(heldout),
+        "accuracy_low": wilson.low,
+        "accuracy_high": wilson.high,
+        "base_accuracy": 0.5,
+        "margin": fmean(margins),
+        "margin_low": t_interval[0],
+        "margin_high": t_interval[1],
+        "reward_margin": 0.2 * fmean(margins),
+        "chosen_shift": fmean(chosen),
+        "rejected_shift": fmean(rejected),
+    }
+    assert metrics["heldout"] == pytest.approx(expected, abs=2e-4, rel=1e-4)
+    assert min(abs(margin) for margin in margins) > 2e-4  # no margin whose sign rounding could turn
+
+
+def test_a_tie_counts_one_half(fit: Fit) -> None:
+    logps = PairLogps(
+        *(torch.tensor(column) for column in ([-3.0, -4.0, -5.0], [-3.0] * 3, [-4.0] * 3, [-4.0] * 3, [], []))
+    )
+    assert accuracy(logps).tolist() == [0.5, 0, 0]
+    assert accuracy(PairLogps(*(-value for value in vars(logps).values()))).tolist() == [0.5, 1, 1]
+    # The warm-up's first learning rate is 0, so after one update policy and reference still tie.
+    _, metrics = fit("sigmoid", 1)
+    held = metrics["heldout"]
+    assert (held["accuracy"], held["base_accuracy"]) == (0.5, 0.5)
+    assert (held["margin"], held["chosen_shift"], held["loss"]) == pytest.approx((0, 0, math.log(2)), abs=1e-5)
+
+
+# Steps, curves, logs.
+
+
+@pytest.mark.parametrize(
+    ("steps", "pairs", "batch_size", "accumulation", "updates"),
+    [
+        (200, 16, 4, 1, 200),
+        ("epoch", 16, 4, 1, 4),
+        ("epoch", 17, 4, 1, 5),
+        ("epoch", 17, 4, 2, 3),
+        ("epoch", 2, 4, 1, 1),
+    ],
+)
+def test_update_count(
+    train: Train, steps: int | str, pairs: int, batch_size: int, accumulation: int, updates: int
+) -> None:
+    section = train.model_copy(update={"batch_size": batch_size, "accumulation": accumulation})
+    assert update_count(steps, pairs, section) == updates
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "updates"), [(4, 1, 4), (5, 1, 4), (3, 2, 3)])
+def test_an_epoch_sees_every_pair_once(fit: Fit, batch_size: int, accumulation: int, updates: int) -> None:
+    trainer, metrics = fit("sigmoid", "epoch", batch_size=batch_size, accumulation=accumulation)
+    assert metrics["updates"] == len(history(trainer, "loss")) == updates
+    assert history(trainer, "epoch")[-1] == 1
+
+
+def test_fewer_pairs_than_a_batch_train(fit: Fit) -> None:
+    trainer, metrics = fit("kto_pair", 4, count=3)
+    assert metrics["updates"] == len(history(trainer, "loss")) == 4
+    assert history(trainer, "rewards/margins")[-1] > 0
+
+
+def test_the_curve_has_a_row_a_step(fit: Fit) -> None:
+    trainer, metrics = fit("sigmoid", 6)
+    rows = list(csv.DictReader(curve_csv(trainer.state.log_history).splitlines()))
+    assert list(rows[0]) == ["step", "loss", "reward_margin", "reward_accuracy", "grad_norm", "learning_rate"]
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(history(trainer, "loss"), rel=1e-8)
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(history(trainer, "learning_rate"), rel=1e-8)
+    assert float(rows[0]["reward_accuracy"]) == 0.5
+    assert metrics["loss"] == pytest.approx(fmean(history(trainer, "loss")))
+    assert metrics["last_loss"] == history(trainer, "loss")[-1]
+
+
+def test_dvclive_logs_every_step_and_none_logs_nothing(fit: Fit) -> None:
+    trainer, _ = fit("sigmoid", 3, report_to="none")
+    assert not (paths.RUNS / "dvclive").exists()
+    for _ in range(2):  # a repeated run starts its log anew
+        trainer, _ = fit("sigmoid", 3, report_to="dvclive")
+    folder = paths.RUNS / "dvclive" / "sigmoid-0.1-3"
+    with (folder / "plots/metrics/loss.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(history(trainer, "loss"))
+
+
+@pytest.mark.parametrize(
+    ("report_to", "integrations"),
+    [("none", []), ("dvclive", []), ("wandb", ["wandb"]), ("tensorboard", ["tensorboard"])],
+)
+def test_the_log_goes_where_report_to_says(train: Train, report_to: str, integrations: list[str]) -> None:
+    section = train.model_copy(update={"report_to": report_to})
+    cell = Cell(loss="ipo", beta=0.3, steps=4)
+    arguments = training_arguments(section, cell, 4, seed=5)
+    assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
+    if report_to != "dvclive":
+        assert train_stage.live_logging(section, cell) == []
+
+
+# The stage.
+
+
+def lay_out(folder: Path, tiny_model: Path, pairs: list[Any], heldout: list[Any], params: Any, train: Train) -> None:
+    """What dvc has put in place before `prefscan.train` runs."""
+    tokenizer = load_tokenizer(tiny_model)
+    model = load_model(tiny_model, "fp32").requires_grad_(False)
+    rows = reference_rows(model, load_engine(train.engine), pairs + heldout, train.batch_size, tokenizer.pad_token_id)
+    shutil.copytree(tiny_model, folder / paths.BASE)
+    write_rows(folder / paths.TRAIN_PAIRS, pairs)
+    write_rows(folder / paths.HELDOUT_PAIRS, heldout)
+    write_rows(folder / paths.REFERENCE, list(rows))
+    grid = params.grid.model_copy(update={"loss": ["ipo"], "beta": [0.3], "steps": [3, 4]})
+    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11}).model_dump()
+    (folder / "params.yaml").write_text(yaml.safe_dump(written))
+
+
+def run_stage(folder: Path, key: str, hash_seed: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prefscan.train", key],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(hash_seed)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    pairs: list[dict[str, Any]],
+    heldout: list[dict[str, Any]],
+    params: Any,
+    train: Train,
+) -> list[tuple[Path, subprocess.CompletedProcess[str]]]:
+    """The same cell trained by two processes, which order their sets differently, in two folders."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere")]
+    for folder in folders:
+        section = train.model_copy(update={"report_to": "dvclive"})
+        lay_out(folder, tiny_model, pairs[:TRAINING], heldout, params, section)
+    return [(folder, run_stage(folder, "ipo-0.3-4", seed)) for seed, folder in enumerate(folders, start=1)]
+
+
+def test_the_stage_writes_an_adapter_without_traces_of_the_machine(two_runs: list[Any]) -> None:
+    folder, result = two_runs[0]
+    assert result.returncode == 0, result.stderr
+    written = folder / paths.ADAPTERS / "ipo-0.3-4"
+    assert sorted(path.name for path in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = (written / "adapter_config.json").read_text()
+    assert json.loads(config)["base_model_name_or_path"] == "models/base"
+    assert str(folder) not in config
+    assert str(Path.home()) not in config
+    assert not (folder / paths.RUNS / "trainer" / "ipo-0.3-4").exists()
+
+
+def test_the_stage_reports_what_it_measured(two_runs: list[Any]) -> None:
+    folder, result = two_runs[0]
+    metrics = json.loads((folder / paths.TRAIN_METRICS / "ipo-0.3-4.json").read_text())
+    assert set(metrics) == {"loss", "last_loss", "updates", "heldout", "cost"}
+    intervals = {"accuracy_low", "accuracy_high", "margin_low", "margin_high"}
+    assert set(metrics["heldout"]) == intervals | {
+        *("pairs", "loss", "accuracy", "base_accuracy", "margin", "reward_margin", "chosen_shift", "rejected_shift")
+    }
+    assert set(metrics["cost"]) == {"seconds", "tokens_per_second", "peak_memory_gib"}
+    assert all(value > 0 for value in metrics["cost"].values())
+    assert (metrics["updates"], metrics["heldout"]["pairs"]) == (4, 8)
+    curve = (folder / paths.CURVES / "ipo-0.3-4.csv").read_text().splitlines()
+    assert len(curve) == 1 + 4
+    assert "train ipo-0.3-4: cell 2 of 2" in result.stdout
+    held = metrics["heldout"]
+    assert f"held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats" in result.stdout
+
+
+def test_two_processes_train_the_same_bytes(two_runs: list[Any]) -> None:
+    (here, first), (elsewhere, second) = two_runs
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    for file in (
+        paths.ADAPTERS / "ipo-0.3-4" / "adapter_model.safetensors",
+        paths.ADAPTERS / "ipo-0.3-4" / "adapter_config.json",
+        paths.CURVES / "ipo-0.3-4.csv",
+    ):
+        assert (here / file).read_bytes() == (elsewhere / file).read_bytes(), file
+    ours, theirs = (json.loads((f / paths.TRAIN_METRICS / "ipo-0.3-4.json").read_text()) for f in (here, elsewhere))
+    del ours["cost"], theirs["cost"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("key", "lost", "message"),
+    [
+        ("ipo-0.3-4", 2, r"^data/reference\.jsonl lacks 2 pairs, the first [0-9a-f]{16}; run `dvc repro` again$"),
+        ("ipo-0.3-5", 0, r"^cell 'ipo-0\.3-5' is not in the grid; its cells are ipo-0\.3-3, ipo-0\.3-4$"),
+    ],
+)
+def test_a_missing_reference_row_and_an_unknown_cell_are_refused(
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    pairs: list[dict[str, Any]],
+    heldout: list[dict[str, Any]],
+    params: Any,
+    train: Train,
+    key: str,
+    lost: int,
+    message: str,
+) -> None:
+    lay_out(in_tmp, tiny_model, pairs[:4], heldout, params, train)
+    rows = paths.REFERENCE.read_text().splitlines(keepends=True)
+    paths.REFERENCE.write_text("".join(rows[lost:]))
+    monkeypatch.setattr(sys, "argv", ["train", key])
+    with pytest.raises(UserError, match=message):
+        train_stage.main()
+    assert not paths.ADAPTERS.exists()
+
+
+def test_the_reference_goes_to_its_pair_whatever_the_order() -> None:
+    pairs = [{"id": name, "prompt_ids": [1]} for name in "ab"]
+    columns = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "chosen_tokens": 3, "rejected_tokens": 4}
+    reference = {
+        name: {"id": name} | {key: value * scale for key, value in columns.items()}
+        for name, scale in (("b", 2), ("a", 1))
+    }
+    first, second = with_reference(pairs, reference)
+    assert first == {"id": "a", "prompt_ids": [1]} | columns
+    assert second["ref_chosen_logps"] == -2.0
