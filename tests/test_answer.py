@@ -165,7 +165,9 @@ def test_a_temperature_of_0_leaves_the_logits(temperature: float) -> None:
     assert torch.equal(scores, LOGITS[None].bfloat16().float())
 
 
-def test_an_answer_does_not_depend_on_the_questions_beside_it(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_an_answer_does_not_depend_on_the_questions_beside_it(model: Any, tokenizer: Any, padding_side: str) -> None:
+    tokenizer.padding_side = padding_side  # a tokenizer whose folder does not say pads on the right
     questions = make_questions(1)
     together = answers(model, tokenizer, questions, batch_size=4)
     assert answers(model, tokenizer, questions, batch_size=1) == together

@@ -17,7 +17,8 @@ KNOWN = "known are sigmoid, ipo, ipo_sum, kto_pair"
 
 def write_params(folder: Path, **changes: Any) -> None:
     raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    raw["grid"] |= changes.pop("grid", {})
+    raw["steps"] = 8
+    raw["grid"] |= {"steps": [8]} | changes.pop("grid", {})
     (folder / "params.yaml").write_text(yaml.safe_dump(raw | changes))
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from hub import COMMIT, Hub
-from prefscan.errors import UserError
-from prefscan.fetch import extract, fetch_model, fetch_pairs, fetch_questions, main
+from prefscan.errors import UserError, run_stage
+from prefscan.fetch import extract, fetch_model, fetch_pairs, fetch_questions, main, set_up_tokenizer
 from prefscan.files import sha256
 from prefscan.params import HubPairs, HubSource, Model, PackageFile, PackagePairs, Questions, load
 
@@ -327,11 +327,11 @@ def no_tokenizer(repo: Path) -> None:
         path.unlink()
 
 
-def remote_code(repo: Path) -> None:
+def remote_code(repo: Path, where: str = "") -> None:
     edit_json(
         repo / "tokenizer_config.json",
         tokenizer_class="ChatTokenizer",
-        auto_map={"AutoTokenizer": ["modeling_chat.ChatTokenizer", None]},
+        auto_map={"AutoTokenizer": [f"{where}modeling_chat.ChatTokenizer", None]},
     )
 
 
@@ -364,6 +364,14 @@ def test_a_model_that_cannot_be_used_ends_with_one_sentence(
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert_nothing_left(tmp_path / "out/base", temporary)
+
+
+def test_a_tokenizers_code_is_not_fetched_from_another_repository_either(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    hub.repos["someone/code", "main"] = repo
+    remote_code(repo, "someone/code--")
+    with pytest.raises(UserError, match=r"model\.source: no tokenizer that loads without code of its own"):
+        fetch_model(hub_model(), tmp_path / "base")
+    assert "modeling_chat.py" not in hub.served
 
 
 def test_an_unknown_token_may_pad(hub: Hub, repo: Path, tmp_path: Path) -> None:
@@ -399,6 +407,20 @@ def test_a_hub_that_nobody_answers_for_ends_with_one_sentence(
     assert_nothing_left(tmp_path / "out/base", temporary)
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+@pytest.mark.parametrize("full", ["cache", "out"])
+def test_a_full_disk_is_not_called_a_fault_of_the_hub(
+    full: str, hub: Hub, repo: Path, small_disk: Path, temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    folders = {name: (small_disk if name == full else tmp_path) / name for name in ("cache", "out")}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folders["cache"]))
+    with pytest.raises(SystemExit, match=r"prefscan: cannot write.*; make room or access and run `dvc repro` again"):
+        run_stage(lambda: fetch_model(hub_model(), folders["out"] / "base"))
+    assert_nothing_left(folders["out"] / "base", temporary)
+
+
 @pytest.fixture
 def dataset(tmp_path: Path, hub: Hub) -> Path:
     """The repository someone/pairs: two training files, a held-out one, and files that no pattern names."""
@@ -429,8 +451,9 @@ def test_pairs_come_from_the_hub_by_pattern(hub: Hub, dataset: Path, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["heldout", "train"]
 
 
-def test_files_of_one_name_in_two_folders_are_both_kept(hub: Hub, dataset: Path, tmp_path: Path) -> None:
-    fetch_pairs(hub_pairs("*/train-0.jsonl"), tmp_path / "raw")
+@pytest.mark.parametrize("pattern", ["*/train-0.jsonl", "*train-0.jsonl"])
+def test_files_of_one_name_in_two_folders_are_both_kept(pattern: str, dataset: Path, tmp_path: Path) -> None:
+    fetch_pairs(hub_pairs(pattern), tmp_path / "raw")
     assert sorted(files_of(tmp_path / "raw").values()) == sorted([PAIRS, b"other"])
 
 
@@ -489,3 +512,18 @@ def test_the_default_model_loads_and_knows_a_capital(tmp_path: Path) -> None:
         assert torch.isfinite(model(**inputs).logits).all()
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=24)
     assert "Paris" in tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_side_is_stored_with_a_tokenizer_that_says_none(
+    tiny_model: Path, tmp_path: Path, side: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("padding_side")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    set_up_tokenizer(folder, None, side)
+    assert AutoTokenizer.from_pretrained(folder).padding_side == side

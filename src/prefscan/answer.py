@@ -1,7 +1,7 @@
 """Answer the MT-Bench questions with one model, in FastChat's answer format.
 
     python -m prefscan.answer base
-    python -m prefscan.answer ipo-0.5-8
+    python -m prefscan.answer ipo-0.5-12
 
 Both turns, the model's own chat template, FastChat's temperature for each category. Sampling adds Gumbel noise to the
 logits and takes the largest, which draws from the softmax exactly (Gumbel 1954; Maddison et al., arXiv 1411.0030); each
@@ -90,7 +90,9 @@ def generate(
     An out-of-memory error is an error and never an answer: it leaves this function as it is.
     """
     texts = [str(tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)) for c in conversations]
-    inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
+        model.device
+    )
     output: Any = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,

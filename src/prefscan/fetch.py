@@ -112,11 +112,15 @@ def hub_snapshot(source: HubSource, repo_type: str, patterns: list[str], folder:
             "and HF_ENDPOINT, then run `dvc repro` again: files already fetched are kept in the hub's own cache"
         ) from None
     # The hub's cache holds links, and whatever else was ever fetched of this commit; the output is files of its own.
-    for path in sorted(Path(snapshot).rglob("*")):
-        name = path.relative_to(snapshot).as_posix()
-        if path.is_file() and any(fnmatch(name, pattern) for pattern in patterns):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    for name in matching_files(Path(snapshot), patterns):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(snapshot, name), folder / name)
+
+
+def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
+    """The files below the folder, relative to it, that match one of the patterns as the hub matches: * includes /."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [file for file in files if any(fnmatch(file.as_posix(), pattern) for pattern in patterns)]
 
 
 def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
@@ -137,7 +141,8 @@ def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Given here, the side is saved with the tokenizer; set afterwards, it is lost (transformers 5.23).
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.source: no tokenizer that loads without code of its own ({' '.join(str(error).split())[:150]}); "
@@ -156,7 +161,6 @@ def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> 
         raise UserError(
             "model.source: the tokenizer has no chat template, and prefscan never guesses one; choose a chat model"
         )
-    tokenizer.padding_side = padding_side
     tokenizer.save_pretrained(folder)
 
 
@@ -188,12 +192,12 @@ def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) 
         if isinstance(source, HubPairs):
             hub_snapshot(source, "dataset", list(wanted.values()), folder / "snapshot")
             for split, pattern in wanted.items():
-                found = sorted((folder / "snapshot").glob(pattern))
+                found = matching_files(folder / "snapshot", [pattern])
                 if not found:
                     raise UserError(f"data.source.{split}: {source.repo} has no file {pattern!r}; correct it")
                 (folder / split).mkdir()
-                for path in found:  # files of one name in two folders are both kept
-                    path.rename(folder / split / "-".join(path.relative_to(folder / "snapshot").parts))
+                for file in found:  # files of one name in two folders are both kept
+                    Path(folder, "snapshot", file).rename(folder / split / "-".join(file.parts))
             shutil.rmtree(folder / "snapshot")
         else:
             with package_archive(source) as archive:

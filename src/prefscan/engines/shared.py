@@ -39,7 +39,9 @@ class PackedPairs:
     segments: Tensor  # [N], the response it belongs to: 0 … B−1 chosen, B … 2B−1 rejected
 
     def to(self, device: torch.device) -> "PackedPairs":
-        tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
 
