@@ -349,3 +349,10 @@ def test_a_file_that_is_no_parameters_ends_with_one_sentence(
     with pytest.raises(UserError, match=f"params.yaml{message}") as caught:
         load(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_outside_the_grid_is_refused(tmp_path: Path) -> None:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"beta": 0.7}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=r"the recipe sigmoid-0\.7-12 .* is not in the grid; .* `dvc exp run -S`"):
+        load(tmp_path / "params.yaml")

@@ -227,6 +227,15 @@ class Params(Section):
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
     questions: Questions
 
+    @model_validator(mode="after")
+    def recipe_in_grid(self) -> "Params":
+        if self.recipe not in self.grid.cells:
+            raise ValueError(
+                f"the recipe {self.recipe.key} (loss, beta, steps) is not in the grid; params.yaml is composed, so set "
+                "it with `dvc exp run -S`, not by hand"
+            )
+        return self
+
     @property
     def recipe(self) -> Cell:
         return Cell(loss=self.loss, beta=self.beta, steps=self.steps)
@@ -277,4 +286,6 @@ def _sentence(key: str, errors: list[Any]) -> str:
         return f"{key}: missing; conf/ shows its meaning, `dvc exp run` composes it"
     messages = [error["msg"].removeprefix("Value error, ") for error in errors]
     allowed = ", or ".join(message[0].lower() + message[1:] for message in messages)
-    return f"{key}: {allowed}" if isinstance(value, dict) else f"{key}: {value!r} is refused: {allowed}"
+    if isinstance(value, dict):
+        return f"{key}: {allowed}" if key else allowed
+    return f"{key}: {value!r} is refused: {allowed}"
