@@ -44,7 +44,7 @@ def test_the_command_ends_with_status_1_and_one_line(changes: dict[str, Any], me
 
 
 def test_a_recipe_with_an_unknown_loss_is_refused(in_tmp: Path) -> None:
-    write_params(in_tmp, loss="dpo")
+    write_params(in_tmp, loss="dpo", grid={"loss": ["dpo"]})
     with pytest.raises(UserError, match=f"'dpo' is no known loss; {KNOWN}"):
         main()
     assert not (in_tmp / "data").exists()
@@ -59,8 +59,8 @@ def test_every_loss_that_is_defined_is_known() -> None:
 def test_the_output_is_the_same_for_all_valid_parameters(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for beta in (0.1, 0.7):
-        write_params(in_tmp, beta=beta)
+        write_params(in_tmp, beta=beta, grid={"beta": [beta]})
         main()
-        assert f"recipe sigmoid-{beta}-8, 6 cells" in capsys.readouterr().out
+        assert f"recipe sigmoid-{beta}-8, 3 cells" in capsys.readouterr().out
         outputs.append((in_tmp / "data/params-checked.txt").read_bytes())
     assert outputs == [b"params.yaml was valid\n"] * 2
