@@ -48,7 +48,8 @@ def save_adapter(scale: float) -> Any:
 
 def set_merge(params: Any, merge: Merge) -> None:
     grid = params.grid.model_copy(update={"loss": ["sigmoid"], "beta": [0.1], "steps": [8]})
-    written = params.model_copy(update={"grid": grid, "merge": merge}).model_dump()
+    recipe = {"loss": "sigmoid", "beta": 0.1, "steps": 8}
+    written = params.model_copy(update={"grid": grid, "merge": merge, **recipe}).model_dump()
     Path("params.yaml").write_text(yaml.safe_dump(written))
 
 

@@ -410,7 +410,8 @@ def lay_out(folder: Path, tiny_model: Path, pairs: list[Any], heldout: list[Any]
     write_rows(folder / paths.HELDOUT_PAIRS, heldout)
     write_rows(folder / paths.REFERENCE, list(rows))
     grid = params.grid.model_copy(update={"loss": ["ipo"], "beta": [0.3], "steps": [3, 4]})
-    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11}).model_dump()
+    recipe = {"loss": "ipo", "beta": 0.3, "steps": 3}
+    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe}).model_dump()
     (folder / "params.yaml").write_text(yaml.safe_dump(written))
 
 
