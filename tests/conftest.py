@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import *  # noqa: F403  TEMP
 from tiny import make_tiny_model, sharegpt_rows
 
 # One tiny model a test needs no second thread, and the same thread count everywhere keeps results bit-identical.
