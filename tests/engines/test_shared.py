@@ -217,3 +217,17 @@ def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused(
     for lengths in ((3, 6, 2), (4, 1, 5)):
         with pytest.raises(UserError, match=r"a pair of 9 tokens exceeds .* window of 8; lower data\.max_length, or"):
             packed_logps(model, [*fitting, *random_pairs([lengths])])
+
+
+def test_flex_attention_equals_the_attention_of_the_cpu() -> None:
+    """The CUDA path's mask, through uncompiled FlexAttention on the CPU, forward only: there it has no backward."""
+    torch.manual_seed(0)
+    tokens = sum(sum(lengths) for lengths in LENGTHS)
+    query = torch.randn(1, 4, tokens, 8)
+    key, value = torch.randn(2, 1, 2, tokens, 8)
+    module: Any = torch.nn.Module()
+    cpu, _ = shared.prefix_shared_attention(module, query, key, value, None, 0.3, pair_lengths=LENGTHS)
+    mask = shared.block_mask(LENGTHS, torch.device("cpu"))
+    flex, _ = shared.prefix_shared_attention(module, query, key, value, None, 0.3, pair_lengths=LENGTHS, pair_mask=mask)
+    assert cpu.shape == (1, tokens, 4, 8)
+    torch.testing.assert_close(flex, cpu, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from mtbench_data import local_judge
 from prefscan.errors import UserError
@@ -56,7 +57,9 @@ def test_probabilities_are_those_of_full_forward_passes(judge: ExpectedScore) ->
     first, second = next_token(judge, text), next_token(judge, text + "1")
     ten = first[digits[1]] * second[digits[0]]
     expected = torch.stack([first[digits[1]] * (1 - second[digits[0]]), *first[digits[2:]], ten])
-    torch.testing.assert_close(judge.probabilities(PROMPT), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        judge.probabilities(judge.tokens(PROMPT), DynamicCache()), expected, rtol=1e-5, atol=1e-9
+    )
     assert expected[9] > 1e-6  # else a forgotten "10" would not show
     ((_, verdict),) = judge.verdicts([PROMPT])
     by_hand = sum(score * p for score, p in enumerate(expected.tolist(), start=1)) / expected.sum().item()
@@ -72,11 +75,24 @@ def test_scores_lie_between_1_and_10_and_differ(judge: ExpectedScore) -> None:
 
 
 def test_verdicts_are_deterministic_and_independent_of_their_neighbours(judge: ExpectedScore) -> None:
-    prompts = [PROMPT, Prompt("Judge.", "Another")]
-    both = list(judge.verdicts(prompts))
-    assert [place for place, _ in both] == [0, 1]
-    assert list(judge.verdicts(prompts)) == both
-    assert [verdict for _, verdict in judge.verdicts(prompts[1:])] == [both[1][1]]
+    instruction = "Judge as before, please. " * 4  # shared keys and values: most of each prompt
+    texts = ["Another", instruction + "First.", instruction + "Second", instruction + "Sec", instruction + "First."]
+    prompts = [PROMPT, *(Prompt("Judge.", text) for text in texts)]
+    together = dict(judge.verdicts(prompts))
+    assert sorted(together) == list(range(6))
+    assert dict(judge.verdicts(prompts)) == together
+    for place, prompt in enumerate(prompts):
+        ((_, alone),) = judge.verdicts([prompt])
+        assert together[place].score == pytest.approx(alone.score, abs=1e-5)
+
+
+def test_a_shared_beginning_is_computed_once(judge: ExpectedScore) -> None:
+    prompts = [Prompt("Judge.", "The same long instruction. " * 4 + end) for end in ("one", "two", "two")]
+    computed: list[int] = []
+    judge.model.model.embed_tokens.register_forward_hook(lambda module, args, output: computed.append(args[0].shape[1]))
+    list(judge.verdicts(prompts))
+    tail = len(judge._encode("one<|im_end|>\n<|im_start|>assistant\nRating: [["))
+    assert computed == [len(judge.tokens(prompts[0])), 1, tail, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -117,9 +133,9 @@ def test_a_prompt_longer_than_the_context_is_refused(judge: ExpectedScore) -> No
     length += len(judge.tokenizer("<|im_start|>assistant\nRating: [[")["input_ids"])
     judge.model.config.max_position_embeddings = 100
     fits = Prompt("", "x" * (99 - length))  # the second pass adds a token
-    assert judge.probabilities(fits).shape == (10,)
+    assert len(judge.tokens(fits)) == 99
     with pytest.raises(UserError, match=r"^judge\.folder: a prompt of 100 tokens exceeds the judge's context of 100"):
-        judge.probabilities(Prompt("", fits.user + "x"))
+        judge.tokens(Prompt("", fits.user + "x"))
 
 
 def test_a_tokenizer_that_merges_digits_is_refused(tiny_model: Path) -> None:

@@ -7,8 +7,9 @@ prompt + rejected as padded rows) the prompt is computed once, nothing is comput
 only where a response token is predicted, in chunks, so that the full logits never exist.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,31 +80,37 @@ def prefix_shared_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    pair_lengths: Iterable[tuple[int, int, int]] = (),
+    pair_lengths: Sequence[tuple[int, int, int]] = (),
+    pair_mask: Any = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA over packed pairs; the signature is that of transformers' `AttentionInterface`.
+    """Attention over packed pairs; the signature is that of transformers' `AttentionInterface`.
 
     `query` is `[1, heads, T, head_dim]`; returns `[1, T, heads, head_dim]`. Causal within `[prompt | chosen]`;
-    the rejected branch attends to the prompt and, causally, to itself. Raises UserError for a pair longer than the
-    model's sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v.
+    the rejected branch attends to the prompt and, causally, to itself. With `pair_mask`, a BlockMask of the whole row,
+    one FlexAttention call does it; without, two SDPA calls a pair. Raises UserError for a pair longer than the model's
+    sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v.
     """
     if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
         raise UserError(
             f"train.engine: 'shared' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
             "set it to trl for this model"
         )
+    longest = max(p + max(c, r) for p, c, r in pair_lengths)
+    if sliding_window is not None and longest > sliding_window:
+        raise UserError(
+            f"a pair of {longest} tokens exceeds the model's sliding window of {sliding_window}; "
+            "lower data.max_length, or set train.engine: trl"
+        )
+    if pair_mask is not None and not dropout:  # FlexAttention has no dropout
+        out = flex_attention()(query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     start = 0
     for p, c, r in pair_lengths:
-        if sliding_window is not None and p + max(c, r) > sliding_window:
-            raise UserError(
-                f"a pair of {p + max(c, r)} tokens exceeds the model's sliding window of {sliding_window}; "
-                "lower data.max_length, or set train.engine: trl"
-            )
         shared, branch, end = start + p, start + p + c, start + p + c + r
         outputs.append(
             F.scaled_dot_product_attention(
@@ -127,6 +134,29 @@ def prefix_shared_attention(
         )
         start = end
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+@cache
+def flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled where there is a GPU: uncompiled, as on a CPU, it computes every masked score."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+
+
+def block_mask(lengths: Sequence[tuple[int, int, int]], device: torch.device) -> Any:
+    """FlexAttention's BlockMask of a row of packed pairs: who may attend to whom, in blocks of 128 × 128 tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    sizes = torch.tensor(lengths, device=device)  # [B, 3]
+    part = torch.repeat_interleave(sizes.flatten())  # 3 · pair + (0 prompt, 1 chosen, 2 rejected); shape [T]
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_pair = part[query] // 3 == part[key] // 3
+        own_branch = (part[key] % 3 == 0) | (part[key] == part[query])
+        return same_pair & own_branch & (query >= key)
+
+    return create_block_mask(visible, None, None, len(part), len(part), device=str(device))
 
 
 AttentionInterface.register(ATTENTION, prefix_shared_attention)
@@ -188,7 +218,11 @@ def pair_logps(model: nn.Module, batch: PackedPairs) -> tuple[Tensor, Tensor]:
     base = causal_lm(model)
     batch = batch.to(base.device)
     hidden = base.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pair_lengths=batch.lengths
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        pair_lengths=batch.lengths,
+        pair_mask=block_mask(batch.lengths, base.device) if base.device.type == "cuda" else None,
     ).last_hidden_state[0]
     logps = _TokenLogps.apply(hidden[batch.predictors], base.get_output_embeddings().weight, batch.targets)
     sums = torch.zeros(2 * len(batch.lengths), dtype=torch.float32, device=logps.device)

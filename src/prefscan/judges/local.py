@@ -3,14 +3,18 @@
 G-Eval (Liu et al., arXiv 2303.16634, equation 1): Σ p(s)·s over the scores s = 1 … 10. The reply is prefilled up to
 `Rating: [[`, the place where FastChat's prompts ask for the number, and one forward pass gives p(s). "1" is a score of
 its own and the first token of "10", so a second pass, of one token, splits its probability.
+
+Prompts are judged in the order of their tokens, and each takes over the keys and values of what it shares with the one
+before it: all prompts of a template open with the same instructions, and the two turns of a question share more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, Verdict
@@ -42,27 +46,43 @@ class ExpectedScore:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    @torch.no_grad()
-    def probabilities(self, prompt: Prompt) -> Tensor:
-        """Probability of each score 1 … 10, shape `[10]`; they sum to the judge's probability of giving a score."""
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """The chat with the prefilled reply; raises UserError where it does not fit the judge's context."""
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        ids = torch.tensor([self._encode(text + PREFILL)], device=self.model.device)
+        ids = self._encode(text + PREFILL)
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] >= limit:
-            raise UserError(f"judge.folder: a prompt of {ids.shape[1]} tokens exceeds the judge's context of {limit}")
-        first = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        start = first.logits[0, -1].double().softmax(-1)
-        one = torch.tensor([[self.digits[1]]], device=self.model.device)
-        second = self.model(input_ids=one, past_key_values=first.past_key_values, logits_to_keep=1)
-        ten = start[self.digits[1]] * second.logits[0, -1].double().softmax(-1)[self.digits[0]]
-        scores = torch.stack([*start[self.digits[1:]], ten]).cpu()
+        if limit is not None and len(ids) >= limit:
+            raise UserError(f"judge.folder: a prompt of {len(ids)} tokens exceeds the judge's context of {limit}")
+        return ids
+
+    @torch.no_grad()
+    def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
+        """Probability of each score 1 … 10, shape `[10]`; they sum to the judge's probability of giving a score.
+
+        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids` and of a "1".
+        """
+        start = self._next_token(ids[cache.get_seq_length() :], cache)
+        ten = start[self.digits[1]] * self._next_token([self.digits[1]], cache)[self.digits[0]]
+        scores = torch.stack([*start[self.digits[1:]], ten])
         scores[0] -= scores[9]
         return scores
 
+    def _next_token(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
+        inputs = torch.tensor([ids], device=self.model.device)
+        logits = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[0, -1].double().softmax(-1).cpu()
+
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
-        for place, prompt in enumerate(prompts):
-            scores = self.probabilities(prompt)
+        encoded = [self.tokens(prompt) for prompt in prompts]
+        cache = DynamicCache()  # without the model's config: every layer keeps all positions, and so can be cropped
+        previous: list[int] = []
+        for place in sorted(range(len(encoded)), key=encoded.__getitem__):
+            ids = encoded[place]
+            shared = len(commonprefix([previous, ids[:-1]]))  # at least one token is left to predict from
+            cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
+            scores = self.probabilities(ids, cache)
+            previous = ids
             mass = scores.sum().item()
             if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
                 yield place, Verdict(None, "", f"the judge gives any score with probability {mass:.1e} only")
