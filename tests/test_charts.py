@@ -187,5 +187,8 @@ def test_a_run_of_one_update_shows_its_point() -> None:
     assert len(marks(svg, "point")) == 2
 
 
-def test_colours_differ_and_are_enough_for_the_losses() -> None:
-    assert len(set(charts.COLOURS)) == len(charts.COLOURS) >= len(LOSSES)
+def test_every_loss_has_its_own_mark() -> None:
+    cells = table(list(LOSSES), [0.1], ["8"])
+    svg = render(charts.score_against_beta(cells, 5.125))
+    points = re.findall(r'aria-roledescription="point"[^>]* d="([^"]*)"[^>]*fill="([^"]*)"', svg)
+    assert len(points) == len(set(points)) == len(LOSSES)

@@ -12,7 +12,7 @@ from prefscan.errors import UserError
 from prefscan.losses import LOSSES
 
 REPOSITORY = Path(__file__).parents[1]
-KNOWN = "known are sigmoid, ipo, ipo_sum, kto_pair"
+KNOWN = f"known are {', '.join(LOSSES)}"
 
 
 def write_params(folder: Path, **changes: Any) -> None:

@@ -1,8 +1,13 @@
-"""Every loss against its paper's formula, written anew in plain floats, and against stock TRL."""
+"""Every loss against its paper's formula, written anew in plain floats, and against the trainers of stock TRL."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +16,20 @@ import torch
 from torch import Tensor
 
 from prefscan.losses import LOSSES, PairLogps
+from prefscan.params import Losses
 from tiny import plain_logps, sharegpt_rows
+
+REPOSITORY = Path(__file__).parents[1]
+# Each far from its default, so that a test sees whether it is read.
+OPTIONS = Losses(
+    exo_label_smoothing=0.02,
+    robust_label_smoothing=0.15,
+    discopop_tau=0.3,
+    simpo_gamma=0.7,
+    cpo_alpha=0.6,
+    kto_desirable_weight=1.3,
+    kto_undesirable_weight=0.8,
+)
 
 
 class Row(NamedTuple):
@@ -21,41 +39,168 @@ class Row(NamedTuple):
     ref_rejected: float
     chosen_tokens: int
     rejected_tokens: int
+    kl_logratio: float
 
 
-ORDINARY = Row(-12.5, -20.25, -13.0, -19.0, 7, 9)
-LONG = Row(-2000.0, -1850.5, -1990.0, -1900.25, 700, 650)
-UNLEARNED = Row(-2000.0, -3.0, -1.0, -2000.0, 800, 1)  # β·margin of −1,600 at β = 0.4, where exp() overflows
-EQUAL = Row(-8.0, -8.0, -8.0, -8.0, 3, 3)
-ONE_TOKEN = Row(-0.25, -4.5, -1.5, -2.25, 1, 1)
-WORSE = Row(-30.0, -11.0, -22.0, -14.0, 12, 4)
+ORDINARY = Row(-12.5, -20.25, -13.0, -19.0, 7, 9, 1.5)
+LONG = Row(-2000.0, -1850.5, -1990.0, -1900.25, 700, 650, -80.0)
+UNLEARNED = Row(-2000.0, -3.0, -1.0, -2000.0, 800, 1, 1990.0)  # β·margin of −1,600 at β = 0.4, where exp() overflows
+LEARNED = Row(-3.0, -2000.0, -2000.0, -1.0, 1, 800, 0.0)
+IMPOSSIBLE = Row(-2000.0, -2000.0, -2.0, -3.0, 1, 1, -1998.0)
+EQUAL = Row(-8.0, -8.0, -8.0, -8.0, 3, 3, 0.0)
+ONE_TOKEN = Row(-0.25, -4.5, -1.5, -2.25, 1, 1, 0.5)
+WORSE = Row(-30.0, -11.0, -22.0, -14.0, 12, 4, -3.0)
 BATCHES = {
     "one": [ORDINARY],
     "equal": [EQUAL],
     "one_token": [ONE_TOKEN],
-    "long": [LONG, UNLEARNED],
+    "long": [LONG, UNLEARNED, LEARNED, IMPOSSIBLE],
     "mixed": [ORDINARY, EQUAL, ONE_TOKEN, WORSE],
 }
+
+
+# The formulas --------------------------------------------------------------------------------------
 
 
 def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
-def formula(loss: str, rows: list[Row], beta: float) -> list[float]:
-    """Each paper's loss of every pair of a micro-batch, in plain floats."""
-    ratios = [(row.chosen - row.ref_chosen, row.rejected - row.ref_rejected) for row in rows]
-    if loss == "sigmoid":
-        return [-log_sigmoid(beta * (w - x)) for w, x in ratios]
-    if loss == "ipo":
-        per_token = [(w / r.chosen_tokens, x / r.rejected_tokens) for (w, x), r in zip(ratios, rows, strict=True)]
-        return [((w - x) - 1 / (2 * beta)) ** 2 for w, x in per_token]
-    if loss == "ipo_sum":
-        return [((w - x) - 1 / (2 * beta)) ** 2 for w, x in ratios]
-    assert loss == "kto_pair"
-    kl_w, kl_x = (max(0.0, sum(half) / len(rows)) for half in zip(*ratios, strict=True))
-    value = [(math.exp(log_sigmoid(beta * (w - kl_x))), math.exp(log_sigmoid(beta * (kl_w - x)))) for w, x in ratios]
-    return [((1 - desirable) + (1 - undesirable)) / 2 for desirable, undesirable in value]
+def logistic(x: float) -> float:
+    return math.exp(log_sigmoid(x))
+
+
+def w(row: Row) -> float:
+    return row.chosen - row.ref_chosen
+
+
+def l(row: Row) -> float:  # noqa: E743
+    return row.rejected - row.ref_rejected
+
+
+def margin(row: Row) -> float:
+    return w(row) - l(row)
+
+
+def average_margin(row: Row) -> float:
+    return w(row) / row.chosen_tokens - l(row) / row.rejected_tokens
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def exo_pair(row: Row, beta: float) -> float:
+    """KL(p, label) of two distributions over the pair."""
+    log_p = (log_sigmoid(beta * margin(row)), log_sigmoid(-beta * margin(row)))
+    label = (1 - OPTIONS.exo_label_smoothing, OPTIONS.exo_label_smoothing)
+    return sum(math.exp(p) * (p - math.log(q)) for p, q in zip(log_p, label, strict=True))
+
+
+def nca_pair(row: Row, beta: float) -> float:
+    noise = sum(0.5 * log_sigmoid(-beta * ratio) for ratio in (w(row), l(row)))
+    return -log_sigmoid(beta * w(row)) - noise
+
+
+def robust(row: Row, beta: float) -> float:
+    epsilon = OPTIONS.robust_label_smoothing
+    right, wrong = -log_sigmoid(beta * margin(row)), -log_sigmoid(-beta * margin(row))
+    return right * (1 - epsilon) / (1 - 2 * epsilon) - wrong * epsilon / (1 - 2 * epsilon)
+
+
+def discopop(row: Row, beta: float) -> float:
+    x, tau = beta * margin(row), OPTIONS.discopop_tau
+    return -log_sigmoid(x) * logistic(-x / tau) + math.exp(-x + log_sigmoid(x / tau))
+
+
+def orpo(row: Row, beta: float) -> float:
+    def log_odds(average: float) -> float:
+        return average - math.log1p(-math.exp(average))
+
+    chosen, rejected = row.chosen / row.chosen_tokens, row.rejected / row.rejected_tokens
+    return -chosen - beta * log_sigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def quantiles(
+    rows: list[Row], beta: float, above: Callable[[Row], float], below: Callable[[Row], float]
+) -> list[float]:
+    pairs = zip(sorted(map(above, rows)), sorted(map(below, rows)), strict=True)
+    return [-log_sigmoid(beta * (a - b)) for a, b in pairs]
+
+
+def token_nll(row: Row, rows: list[Row]) -> float:
+    return -row.chosen / mean([float(other.chosen_tokens) for other in rows])
+
+
+def kto_pair(rows: list[Row], beta: float) -> list[float]:
+    kl_w, kl_l = (max(0.0, mean([ratio(row) for row in rows])) for ratio in (w, l))
+    return [mean([1 - logistic(beta * (w(row) - kl_l)), 1 - logistic(beta * (kl_w - l(row)))]) for row in rows]
+
+
+def kto(rows: list[Row], beta: float) -> list[float]:
+    kl = max(0.0, mean([row.kl_logratio for row in rows]))
+    good = [OPTIONS.kto_desirable_weight * (1 - logistic(beta * (w(row) - kl))) for row in rows]
+    bad = [OPTIONS.kto_undesirable_weight * (1 - logistic(beta * (kl - l(row)))) for row in rows]
+    return [mean(list(pair)) for pair in zip(good, bad, strict=True)]
+
+
+def each(formula: Callable[[Row, float], float]) -> Callable[[list[Row], float], list[float]]:
+    return lambda rows, beta: [formula(row, beta) for row in rows]
+
+
+# Each paper's loss of every pair of a micro-batch, in plain floats.
+FORMULAS: dict[str, Callable[[list[Row], float], list[float]]] = {
+    "sigmoid": each(lambda row, beta: -log_sigmoid(beta * margin(row))),
+    "hinge": each(lambda row, beta: max(0.0, 1 - beta * margin(row))),
+    "ipo": each(lambda row, beta: (average_margin(row) - 1 / (2 * beta)) ** 2),
+    "exo_pair": each(exo_pair),
+    "nca_pair": each(nca_pair),
+    "robust": each(robust),
+    "bco_pair": each(lambda row, beta: -log_sigmoid(beta * w(row)) - log_sigmoid(-beta * l(row))),
+    "sppo_hard": each(lambda row, beta: (w(row) - 0.5 / beta) ** 2 + (l(row) + 0.5 / beta) ** 2),
+    "aot": lambda rows, beta: quantiles(
+        rows, beta, lambda row: row.chosen - row.rejected, lambda row: row.ref_chosen - row.ref_rejected
+    ),
+    "aot_unpaired": lambda rows, beta: quantiles(rows, beta, w, l),
+    "apo_zero": each(lambda row, beta: 1 - logistic(beta * w(row)) + logistic(beta * l(row))),
+    "apo_down": each(lambda row, beta: logistic(beta * w(row)) + 1 - logistic(beta * margin(row))),
+    "discopop": each(discopop),
+    "sft": lambda rows, beta: [token_nll(row, rows) for row in rows],
+    "sigmoid_norm": each(lambda row, beta: -log_sigmoid(beta * average_margin(row))),
+    "ipo_sum": each(lambda row, beta: (margin(row) - 1 / (2 * beta)) ** 2),
+    "kto_pair": kto_pair,
+    "simpo": each(
+        lambda row, beta: (
+            -log_sigmoid(
+                beta / row.chosen_tokens * row.chosen - beta / row.rejected_tokens * row.rejected - OPTIONS.simpo_gamma
+            )
+        )
+    ),
+    "orpo": each(orpo),
+    "cpo": lambda rows, beta: [
+        -log_sigmoid(beta * row.chosen - beta * row.rejected) + OPTIONS.cpo_alpha * token_nll(row, rows) for row in rows
+    ],
+    "kto": kto,
+}
+# Up with the chosen never costs, up with the rejected never pays.
+MONOTONE = {
+    *("sigmoid", "hinge", "robust", "bco_pair", "aot", "aot_unpaired", "apo_zero", "sigmoid_norm"),
+    *("kto_pair", "kto", "simpo", "orpo", "cpo"),
+}
+# The log-ratio of the chosen, of 4 tokens, at which the loss is smallest while the rejected one's is 0.
+TARGETS: dict[str, Callable[[float], float]] = {
+    "ipo": lambda beta: 4 / (2 * beta),
+    "ipo_sum": lambda beta: 1 / (2 * beta),
+    "exo_pair": lambda beta: math.log((1 - OPTIONS.exo_label_smoothing) / OPTIONS.exo_label_smoothing) / beta,
+    "nca_pair": lambda beta: math.log(2) / beta,
+    "sppo_hard": lambda beta: 1 / (2 * beta),
+}
+# Each has a test of its own below.
+OF_THEIR_OWN = {"apo_down", "discopop", "sft"}
+
+
+def evaluate(loss: str, logps: PairLogps, beta: float) -> Tensor:
+    return LOSSES[loss](logps, beta, OPTIONS)
 
 
 def to_logps(rows: list[Row], dtype: torch.dtype = torch.float64) -> PairLogps:
@@ -65,7 +210,7 @@ def to_logps(rows: list[Row], dtype: torch.dtype = torch.float64) -> PairLogps:
 def random_rows(seed: int, count: int = 5) -> list[Row]:
     rng = random.Random(seed)
     logps = [[-rng.uniform(0.1, 60.0) for _ in range(4)] for _ in range(count)]
-    return [Row(*logps[i], rng.randint(1, 40), rng.randint(1, 40)) for i in range(count)]
+    return [Row(*logps[i], rng.randint(1, 40), rng.randint(1, 40), rng.uniform(-5, 9)) for i in range(count)]
 
 
 def raised(rows: list[Row], field: str, by: float, only: int | None = None) -> list[Row]:
@@ -74,9 +219,23 @@ def raised(rows: list[Row], field: str, by: float, only: int | None = None) -> l
     ]
 
 
-def test_the_registry_names_every_loss() -> None:
-    assert set(LOSSES) == {"sigmoid", "ipo", "ipo_sum", "kto_pair"}
-    assert all(function.__name__ == name for name, function in LOSSES.items())
+def of_ratios(chosen: float, rejected: float) -> list[Row]:
+    """One pair with these log-ratios, of 4 tokens each."""
+    return [Row(-20.0 + chosen, -20.0 + rejected, -20.0, -20.0, 4, 4, 0.0)]
+
+
+def value(loss: str, rows: list[Row], beta: float) -> float:
+    """The micro-batch's loss, as the trainer takes it."""
+    return evaluate(loss, to_logps(rows), beta).mean().item()
+
+
+# Values and gradients ------------------------------------------------------------------------------
+
+
+def test_every_loss_has_its_proofs() -> None:
+    assert set(FORMULAS) == set(LOSSES)
+    assert sorted([*MONOTONE, *TARGETS, *OF_THEIR_OWN]) == sorted(LOSSES)
+    assert all(loss.function.__name__ == name for name, loss in LOSSES.items())
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.4, 0.9])
@@ -84,84 +243,155 @@ def test_the_registry_names_every_loss() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_equals_the_papers_formula(loss: str, batch: str, beta: float) -> None:
     rows = BATCHES[batch]
-    expected = formula(loss, rows, beta)
-    exact = LOSSES[loss](to_logps(rows), beta)
+    expected = FORMULAS[loss](rows, beta)
+    exact = evaluate(loss, to_logps(rows), beta)
     assert exact.shape == (len(rows),)
     assert exact.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    assert LOSSES[loss](to_logps(rows, torch.float32), beta).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert evaluate(loss, to_logps(rows, torch.float32), beta).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("loss", "at_the_start"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("ipo_sum", 25.0), ("kto_pair", 0.5)]
+    ("loss", "at_the_start"),
+    [
+        *((loss, math.log(2)) for loss in ("sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired")),
+        *((loss, 2 * math.log(2)) for loss in ("bco_pair", "nca_pair")),
+        *((loss, 1.0) for loss in ("hinge", "apo_zero", "apo_down")),
+        *((loss, 25.0) for loss in ("ipo", "ipo_sum")),
+        ("sppo_hard", 50.0),
+        ("discopop", (1 + math.log(2)) / 2),
+        ("kto_pair", 0.5),
+        ("kto", (1.3 + 0.8) / 4),
+    ],
 )
 def test_the_value_where_policy_and_reference_agree(loss: str, at_the_start: float) -> None:
-    assert LOSSES[loss](to_logps([EQUAL]), 0.1).item() == pytest.approx(at_the_start)
+    assert value(loss, [EQUAL], 0.1) == pytest.approx(at_the_start)
 
 
 @pytest.mark.parametrize("lift", [-40.0, 0.0, 40.0])  # kto_pair: a lift clamps both KL, or frees both
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_equals_finite_differences_of_the_formula(loss: str, lift: float) -> None:
-    rows = raised(raised(random_rows(seed=1), "chosen", lift), "rejected", lift)
+    # The reference is lowered: raised log-probabilities would be of probabilities above 1.
+    rows = raised(raised(random_rows(seed=1), "ref_chosen", -lift), "ref_rejected", -lift)
     logps = to_logps(rows)
     fields = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     leaves = [getattr(logps, field).requires_grad_() for field in fields]
-    gradients = torch.autograd.grad(LOSSES[loss](logps, 0.3).sum(), leaves)
+    total = evaluate(loss, logps, 0.3).sum()
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
     step = 1e-5
     for field, gradient in zip(fields, gradients, strict=True):
         for i in range(len(rows)):
-            above, below = (sum(formula(loss, raised(rows, field, by, only=i), 0.3)) for by in (step, -step))
+            above, below = (sum(FORMULAS[loss](raised(rows, field, by, only=i), 0.3)) for by in (step, -step))
             assert gradient[i].item() == pytest.approx((above - below) / (2 * step), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("rows", [BATCHES["long"], [Row(0.0, 0.0, 0.0, 0.0, 1, 2, 0.0)]], ids=["unlikely", "certain"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradcheck(loss: str) -> None:
-    logps = to_logps(random_rows(seed=9))
-    tokens = (logps.chosen_tokens, logps.rejected_tokens)
-
-    def function(*values: Tensor) -> Tensor:
-        return LOSSES[loss](PairLogps(*values, *tokens), 0.2)
-
-    leaves = [value.requires_grad_() for value in (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)]
-    assert torch.autograd.gradcheck(function, leaves)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_is_finite_at_extreme_log_probabilities(loss: str) -> None:
-    logps = to_logps(BATCHES["long"], torch.float32)
+def test_value_and_gradient_are_finite_at_extreme_log_probabilities(loss: str, rows: list[Row]) -> None:
+    logps = to_logps(rows, torch.float32)
     leaves = [logps.chosen.requires_grad_(), logps.rejected.requires_grad_()]
-    gradients = torch.autograd.grad(LOSSES[loss](logps, 0.4).mean(), leaves)
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    values = evaluate(loss, logps, 0.4)
+    gradients = torch.autograd.grad(values.mean(), leaves, allow_unused=True, materialize_grads=True)
+    assert all(tensor.isfinite().all() for tensor in (values, *gradients))
+
+
+# Direction -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("loss", ["sigmoid", "kto_pair"])
+@pytest.mark.parametrize("loss", sorted(MONOTONE))
 def test_a_likelier_chosen_never_costs_and_a_likelier_rejected_never_pays(loss: str, seed: int) -> None:
     rows = random_rows(seed)
-    before = LOSSES[loss](to_logps(rows), 0.2)
+    before = evaluate(loss, to_logps(rows), 0.2)
     for i in range(len(rows)):
-        chosen_up = LOSSES[loss](to_logps(raised(rows, "chosen", 1.5, only=i)), 0.2)
-        rejected_up = LOSSES[loss](to_logps(raised(rows, "rejected", 1.5, only=i)), 0.2)
-        assert (chosen_up <= before).all()
-        assert chosen_up[i] < before[i]
-        assert (rejected_up >= before).all()
-        assert rejected_up[i] > before[i]
+        assert (evaluate(loss, to_logps(raised(rows, "chosen", 0.09, only=i)), 0.2) <= before).all()
+        assert (evaluate(loss, to_logps(raised(rows, "rejected", 0.09, only=i)), 0.2) >= before).all()
+    assert (
+        value(loss, raised(rows, "chosen", 0.09), 0.2)
+        < before.mean()
+        < value(loss, raised(rows, "rejected", 0.09), 0.2)
+    )
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize(("loss", "tokens"), [("ipo", 4), ("ipo_sum", 1)])  # averaged over the response's 4, or summed
-def test_ipo_is_smallest_at_its_target_margin(loss: str, tokens: int, beta: float) -> None:
-    def value_and_slope(margin: float) -> tuple[float, float]:
-        logps = to_logps([Row(-20.0 + tokens * margin, -9.0, -20.0, -9.0, 4, 3)])
+@pytest.mark.parametrize("loss", TARGETS)
+def test_is_smallest_at_its_target(loss: str, beta: float) -> None:
+    def value_and_slope(ratio: float) -> tuple[float, float]:
+        logps = to_logps(of_ratios(ratio, 0.0))
         chosen = logps.chosen.requires_grad_()
-        value = LOSSES[loss](logps, beta).sum()
-        return value.item(), torch.autograd.grad(value, chosen)[0].item()
+        total = evaluate(loss, logps, beta).sum()
+        return total.item(), torch.autograd.grad(total, chosen)[0].item()
 
-    target = 1 / (2 * beta)
+    target = TARGETS[loss](beta)
     below, at, above = (value_and_slope(target + distance) for distance in (-0.5, 0, 0.5))
-    assert at == pytest.approx((0, 0), abs=1e-9)
-    assert below[0] == pytest.approx(0.25)
-    assert above[0] == pytest.approx(0.25)
+    assert at[1] == pytest.approx(0, abs=1e-9)
     assert below[1] < 0 < above[1]
+    assert at[0] < min(below[0], above[0])
+    assert value(loss, of_ratios(target, 0.5), beta) > at[0]  # a likelier rejected costs
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_apo_down_costs_with_a_likelier_rejected_and_with_both_likelier(beta: float) -> None:
+    for chosen in (-3, 0, 3):
+        for rejected in (-9, 0, 9):
+            before = value("apo_down", of_ratios(chosen, rejected), beta)
+            assert value("apo_down", of_ratios(chosen, rejected + 1), beta) > before
+            assert value("apo_down", of_ratios(chosen + 1, rejected + 1), beta) > before
+    # A likelier chosen alone costs beside the reference, and pays once it has fallen with the rejected.
+    assert value("apo_down", of_ratios(1, -9), beta) > value("apo_down", of_ratios(0, -9), beta)
+    assert value("apo_down", of_ratios(-8, -9), beta) < value("apo_down", of_ratios(-9, -9), beta)
+
+
+def test_discopop_falls_but_for_a_stretch_below_a_margin_of_zero() -> None:
+    papers = OPTIONS.model_copy(update={"discopop_tau": 0.05})
+    margins = (-20, -5, -2, -0.5, -0.1, 0, 0.5, 2, 5, 20)
+    values = [LOSSES["discopop"](to_logps(of_ratios(x / 0.1, 0)), 0.1, papers).item() for x in margins]
+    falls = [after < before for before, after in pairwise(values)]
+    assert falls == [True, True, True, True, False, True, True, True, True]
+    assert value("discopop", of_ratios(0, 3), 0.1) == pytest.approx(value("discopop", of_ratios(-3, 0), 0.1))
+
+
+def test_sft_falls_with_the_chosen_and_does_not_read_the_rejected() -> None:
+    rows = random_rows(3)
+    assert value("sft", raised(rows, "chosen", 0.09), 0.2) < value("sft", rows, 0.2)
+    assert value("sft", raised(rows, "rejected", 1), 0.2) == value("sft", rows, 0.7)
+
+
+# What a loss reads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_reads_the_reference_as_registered(loss: str) -> None:
+    rows = random_rows(6)
+    nothing = [row._replace(ref_chosen=math.nan, ref_rejected=math.nan) for row in rows]
+    found = evaluate(loss, to_logps(nothing), 0.3)
+    if LOSSES[loss].reference:
+        assert found.isnan().all()
+    else:
+        assert found.tolist() == evaluate(loss, to_logps(rows), 0.3).tolist()
+
+
+def test_a_reference_free_loss_is_one_of_four() -> None:
+    assert [name for name, loss in LOSSES.items() if not loss.reference] == ["sft", "simpo", "orpo", "cpo"]
+
+
+def test_every_hyperparameter_is_read_by_the_losses_that_name_it() -> None:
+    logps = to_logps(random_rows(7))
+    assert {name for loss in LOSSES.values() for name in loss.options} == set(Losses.model_fields)
+    for option in Losses.model_fields:
+        other = OPTIONS.model_copy(update={option: getattr(OPTIONS, option) / 2})
+        changed = {
+            name for name, loss in LOSSES.items() if not torch.equal(loss(logps, 0.3, other), loss(logps, 0.3, OPTIONS))
+        }
+        assert changed == {name for name, loss in LOSSES.items() if option in loss.options}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_beta_is_read_by_all_but_sft(loss: str) -> None:
+    logps = to_logps(random_rows(8))
+    assert torch.equal(evaluate(loss, logps, 0.3), evaluate(loss, logps, 0.2)) == (loss == "sft")
+
+
+# The micro-batch -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -169,31 +399,32 @@ def test_ipo_is_smallest_at_its_target_margin(loss: str, tokens: int, beta: floa
 def test_the_order_of_pairs_does_not_matter(loss: str, seed: int) -> None:
     rows = random_rows(seed)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
-    values = LOSSES[loss](to_logps(rows), 0.3)
-    permuted = LOSSES[loss](to_logps([rows[i] for i in order]), 0.3)
-    torch.testing.assert_close(permuted, values[order], rtol=1e-12, atol=1e-12)
+    values = evaluate(loss, to_logps(rows), 0.3)
+    permuted = evaluate(loss, to_logps([rows[i] for i in order]), 0.3)
+    # The values of aot and aot_unpaired belong to quantiles, which stay in rising order.
+    expected = values if loss in ("aot", "aot_unpaired") else values[order]
+    torch.testing.assert_close(permuted, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("loss", "depends"), [("sigmoid", False), ("ipo", False), ("ipo_sum", False), ("kto_pair", True)]
-)
-def test_only_kto_pair_depends_on_the_micro_batch(loss: str, depends: bool) -> None:
-    alone = LOSSES[loss](to_logps([ORDINARY]), 0.3)[0]
-    beside_another = LOSSES[loss](to_logps([ORDINARY, ONE_TOKEN]), 0.3)[0]
-    assert (alone != beside_another).item() is depends
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_value_of_a_pair_depends_on_the_micro_batch_as_registered(loss: str) -> None:
+    rows = random_rows(seed=2)
+    together = evaluate(loss, to_logps(rows), 0.3)
+    alone = torch.cat([evaluate(loss, to_logps([row]), 0.3) for row in rows])
+    assert torch.allclose(together, alone, rtol=1e-12, atol=0) == (not LOSSES[loss].batch_dependent)
 
 
 def kto_gradients(rows: list[Row], beta: float) -> tuple[Tensor, Tensor]:
-    """d loss of pair 0 with respect to every chosen and to every rejected log-probability."""
+    """Derivatives of the first pair's value by every chosen and every rejected log-probability."""
     logps = to_logps(rows)
     leaves = [logps.chosen.requires_grad_(), logps.rejected.requires_grad_()]
-    chosen, rejected = torch.autograd.grad(LOSSES["kto_pair"](logps, beta)[0], leaves)
+    chosen, rejected = torch.autograd.grad(evaluate("kto_pair", logps, beta)[0], leaves)
     return chosen, rejected
 
 
 def test_kto_pairs_kl_is_not_detached() -> None:
     # Log-ratios: chosen 3 and 1, rejected 2 and −1, so KL_w = 2 and KL_l = 0.5.
-    rows = [Row(-7.0, -8.0, -10.0, -10.0, 5, 5), Row(-9.0, -11.0, -10.0, -10.0, 5, 5)]
+    rows = [Row(-7.0, -8.0, -10.0, -10.0, 5, 5, 0.0), Row(-9.0, -11.0, -10.0, -10.0, 5, 5, 0.0)]
     beta = 0.2
 
     def slope(x: float) -> float:
@@ -209,66 +440,204 @@ def test_kto_pairs_kl_is_not_detached() -> None:
 
 def test_kto_pairs_kl_is_clamped_at_zero() -> None:
     # Every log-ratio is negative: both KL are 0, and neither value nor gradient knows of the second pair.
-    rows = [Row(-11.0, -12.0, -10.0, -10.0, 5, 5), Row(-14.0, -15.0, -10.0, -10.0, 5, 5)]
+    rows = [Row(-11.0, -12.0, -10.0, -10.0, 5, 5, 0.0), Row(-14.0, -15.0, -10.0, -10.0, 5, 5, 0.0)]
     chosen, rejected = kto_gradients(rows, 0.2)
     assert chosen[1].item() == rejected[1].item() == 0
-    value = LOSSES["kto_pair"](to_logps(rows), 0.2)[0].item()
-    assert value == pytest.approx((2 - math.exp(log_sigmoid(-0.2)) - math.exp(log_sigmoid(0.4))) / 2)
+    found = evaluate("kto_pair", to_logps(rows), 0.2)[0].item()
+    assert found == pytest.approx((2 - math.exp(log_sigmoid(-0.2)) - math.exp(log_sigmoid(0.4))) / 2)
+
+
+def test_ktos_kl_is_detached_clamped_at_zero_and_needed() -> None:
+    rows = random_rows(4)
+    logps = to_logps(rows)
+    assert logps.kl_logratio is not None
+    total = evaluate("kto", logps, 0.2).sum()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(total, logps.kl_logratio.requires_grad_())
+    below, zero = ([row._replace(kl_logratio=kl) for row in rows] for kl in (-3.0, 0.0))
+    assert value("kto", below, 0.2) == value("kto", zero, 0.2)
+    with pytest.raises(AssertionError, match="kto needs kl_logratio"):
+        evaluate("kto", PairLogps(*list(vars(logps).values())[:6]), 0.2)
+
+
+# Stock TRL -----------------------------------------------------------------------------------------
+
+STOCK = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": [],
+    "per_device_train_batch_size": 8,
+    "seed": 0,
+}
+# Every second pair the wrong way round, so that margins of either sign tell the losses apart.
+MESSAGES = [
+    {
+        "prompt": [{"role": "user", "content": row["conversations"][0]["value"]}],
+        "chosen": [{"role": "assistant", "content": row[("chosen", "rejected")[i % 2]]["value"]}],
+        "rejected": [{"role": "assistant", "content": row[("rejected", "chosen")[i % 2]]["value"]}],
+    }
+    for i, row in enumerate(sharegpt_rows(8))
+]
 
 
 @pytest.fixture(scope="module")
-def stock_trainer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Any]:
-    """Stock trl.DPOTrainer over the tiny model, with an adapter that already differs from the base."""
+def stock_trainer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A trainer of stock TRL over the tiny model, with an adapter that already differs from the base."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
 
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row["conversations"][0]["value"]}],
-            "chosen": [{"role": "assistant", "content": row["chosen"]["value"]}],
-            "rejected": [{"role": "assistant", "content": row["rejected"]["value"]}],
-        }
-        for row in sharegpt_rows(4)
-    ]
-
-    def make(loss: str, beta: float) -> Any:
-        arguments = DPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")),
-            loss_type=[loss],
-            beta=beta,
-            per_device_train_batch_size=4,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to=[],
-        )
-        return DPOTrainer(
+    def make(trainer: Any, config: Any, rows: list[Any] = MESSAGES, **arguments: Any) -> Any:
+        return trainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
-            args=arguments,
+            args=config(output_dir=str(tmp_path_factory.mktemp("trl")), **STOCK | arguments),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM", lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+            ),
         )
 
     return make
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_equals_stock_trl_on_the_same_batch(stock_trainer: Callable[[str, float], Any], loss: str, beta: float) -> None:
-    trainer = stock_trainer(loss, beta)
-    batch = next(iter(trainer.get_train_dataloader()))
-    with torch.no_grad():
-        stock = trainer.compute_loss(trainer.model, batch).item()
-        pairs = list(trainer.train_dataset)
-        policy = [plain_logps(trainer.model, pair) for pair in pairs]
-        with trainer.model.disable_adapter():
-            reference = [plain_logps(trainer.model, pair) for pair in pairs]
+@torch.no_grad()
+def logps_of(trainer: Any, pairs: list[dict[str, Any]]) -> PairLogps:
+    """What the losses read, from plain forwards of the trainer's model on its tokens."""
+    policy = [plain_logps(trainer.model, pair) for pair in pairs]
+    with trainer.model.disable_adapter():
+        reference = [plain_logps(trainer.model, pair) for pair in pairs]
     rows = [
-        Row(*map(float, (*p, *r)), len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        Row(*map(float, (*p, *r)), len(pair["chosen_ids"]), len(pair["rejected_ids"]), 0.0)
         for p, r, pair in zip(policy, reference, pairs, strict=True)
     ]
-    assert any(row.chosen != row.ref_chosen for row in rows)
-    assert LOSSES[loss](to_logps(rows), beta).mean().item() == pytest.approx(stock, rel=1e-5, abs=1e-5)
+    assert all(row.chosen != row.ref_chosen for row in rows)
+    return to_logps(rows)
+
+
+TRL = [name for name in LOSSES if name not in ("ipo_sum", "kto_pair", "simpo", "orpo", "cpo", "kto")]
+SMOOTHING = {"exo_pair": OPTIONS.exo_label_smoothing, "robust": OPTIONS.robust_label_smoothing}
+
+
+@pytest.mark.parametrize("loss", TRL)
+def test_equals_stock_trl_on_the_same_batch(stock_trainer: Callable[..., Any], loss: str) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    trainer = stock_trainer(
+        DPOTrainer,
+        DPOConfig,
+        loss_type=[loss],
+        label_smoothing=SMOOTHING.get(loss, 0.0),
+        discopop_tau=OPTIONS.discopop_tau,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    logps = logps_of(trainer, list(trainer.train_dataset))
+    others = [evaluate(other, logps, 0.7).mean().item() for other in TRL if other != loss]
+    for beta in (0.1, 0.7):
+        trainer.beta = beta
+        stock = trainer.compute_loss(trainer.model, batch).item()
+        assert evaluate(loss, logps, beta).mean().item() == pytest.approx(stock, rel=1e-5, abs=1e-5)
+    assert min(abs(other - stock) for other in others) > 1e-3  # this batch tells the losses apart
+
+
+@pytest.mark.parametrize("loss", ["simpo", "cpo"])
+def test_equals_stock_cpo_trainer(stock_trainer: Callable[..., Any], loss: str) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    trainer = stock_trainer(
+        CPOTrainer,
+        CPOConfig,
+        loss_type={"simpo": "simpo", "cpo": "sigmoid"}[loss],
+        simpo_gamma=OPTIONS.simpo_gamma,
+        cpo_alpha={"simpo": 0.0, "cpo": OPTIONS.cpo_alpha}[loss],
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    logps = logps_of(trainer, labelled_pairs(trainer))
+    for beta in (0.1, 0.7):
+        trainer.beta = beta
+        with torch.no_grad():
+            stock = trainer.compute_loss(trainer.model, batch).item()
+        assert evaluate(loss, logps, beta).mean().item() == pytest.approx(stock, rel=1e-5, abs=1e-5)
+
+
+def labelled_pairs(trainer: Any) -> list[dict[str, Any]]:
+    """The pairs as CPOTrainer and ORPOTrainer have tokenised them: a prompt's labels are −100."""
+    return [
+        {"prompt_ids": row["prompt_input_ids"]}
+        | {
+            f"{name}_ids": [token for token in row[f"{name}_labels"] if token != -100]
+            for name in ("chosen", "rejected")
+        }
+        for row in trainer.train_dataset
+    ]
+
+
+def test_equals_stock_orpo_trainers_odds_ratio(stock_trainer: Callable[..., Any]) -> None:
+    """Its cross-entropy is another one: see orpo's text."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trainer = stock_trainer(ORPOTrainer, ORPOConfig)
+    batch = next(iter(trainer.get_train_dataloader()))
+    logps = logps_of(trainer, labelled_pairs(trainer))
+    with torch.no_grad():
+        chosen, rejected = trainer.concatenated_forward(trainer.model, batch)[:2]
+    for beta in (0.1, 0.7):
+        trainer.beta = beta
+        stock = -trainer.odds_ratio_loss(chosen, rejected)[0].mean().item()
+        ours = (evaluate("orpo", logps, beta) + logps.chosen / logps.chosen_tokens).mean().item()
+        assert ours == pytest.approx(stock, rel=1e-5, abs=1e-5)
+
+
+def test_equals_stock_kto_trainer(stock_trainer: Callable[..., Any]) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    # Desirable and undesirable in turns, as many of either: a batch is all pairs.
+    rows = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in MESSAGES
+        for name in ("chosen", "rejected")
+    ]
+    trainer = stock_trainer(
+        KTOTrainer,
+        KTOConfig,
+        rows,
+        per_device_train_batch_size=16,
+        desirable_weight=OPTIONS.kto_desirable_weight,
+        undesirable_weight=OPTIONS.kto_undesirable_weight,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    examples = list(trainer.train_dataset)
+    pairs = [
+        {"prompt_ids": good["prompt_ids"], "chosen_ids": good["completion_ids"], "rejected_ids": bad["completion_ids"]}
+        for good, bad in zip(examples[::2], examples[1::2], strict=True)
+    ]
+    # Its mismatched responses; the mean is all that the loss reads.
+    mismatched = [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["KL_completion_ids"], "rejected_ids": row["completion_ids"]}
+        for row in examples
+    ]
+    kl_logratio = logps_of(trainer, mismatched).chosen_logratio
+    assert kl_logratio.mean() > 0.1  # not clamped
+    logps = replace(logps_of(trainer, pairs), kl_logratio=kl_logratio)
+    for beta in (0.1, 0.7):
+        trainer.beta = beta
+        stock = trainer.compute_loss(trainer.model, batch).item()
+        assert evaluate("kto", logps, beta).mean().item() == pytest.approx(stock, rel=1e-5, abs=1e-5)
+
+
+# docs/losses.md ------------------------------------------------------------------------------------
+
+
+def test_the_document_is_current_and_its_table_whole() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "prefscan.losses"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        check=True,
+    )
+    written = (REPOSITORY / "docs/losses.md").read_bytes()
+    assert written == done.stdout, "run `python -m prefscan.losses > docs/losses.md`"
+    table = [line for line in written.decode().splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| `{name}`" for name in LOSSES]
+    assert {line.count("|") for line in table} == {8}

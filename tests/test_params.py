@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from prefscan.errors import UserError
+from prefscan.losses import LOSSES
 from prefscan.params import Cell, Params, load
 
 REPOSITORY = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def test_every_combination_of_groups_is_valid() -> None:
         (group, option): yaml.safe_load(composed(f"{group}={option}")) for group in GROUPS for option in GROUPS[group]
     }
     combinations = list(product(*GROUPS.values()))
-    assert len(combinations) >= 3 * 3 * 2 * 4 * 2 * 2
+    assert len(combinations) >= 3 * 3 * 2 * 5 * 2 * 2
     for options in combinations:
         params = yaml.safe_load(composed())
         for group, option in zip(GROUPS, options, strict=True):
@@ -119,6 +120,15 @@ def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
         "quantization": "fp4",
         "double_quantization": False,
         "activation_checkpointing": True,
+        "losses": {
+            "exo_label_smoothing": 1e-3,
+            "robust_label_smoothing": 0.1,
+            "discopop_tau": 0.05,
+            "simpo_gamma": 0.5,
+            "cpo_alpha": 1.0,
+            "kto_desirable_weight": 1.0,
+            "kto_undesirable_weight": 1.0,
+        },
         "report_to": "wandb",
     }
     assert (params.data.max_prompt_length, params.data.max_length) == (1024, 1536)
@@ -141,6 +151,10 @@ def test_zephyr_is_the_published_second_half(compose: Any) -> None:
     assert params.model.source.repo == "alignment-handbook/zephyr-7b-sft-full"
     assert params.data.source.repo == "HuggingFaceH4/ultrafeedback_binarized"
     assert params.data.source.heldout == "data/test_prefs-*.parquet"
+
+
+def test_a_sweep_takes_every_loss_at_the_recipes_beta_and_steps(compose: Any) -> None:
+    assert keys(compose("sweep=losses", "beta=0.3", "steps=4")) == [f"{loss}-0.3-4" for loss in LOSSES]
 
 
 def test_the_laptops_sweep_is_six_cells(compose: Any) -> None:
@@ -263,6 +277,21 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         ("grid.loss", [], "grid.loss: [] is refused: list should have at least 1 item after validation, not 0"),
         ("colour", "red", "colour: unknown key (value 'red'); remove it or correct its spelling"),
         ("train.learning_rates", 1, "train.learning_rates: unknown key (value 1); remove it or correct its spelling"),
+        (
+            "train.losses.robust_label_smoothing",
+            0.5,
+            "train.losses.robust_label_smoothing: 0.5 is refused: input should be less than 0.5",
+        ),
+        (
+            "train.losses.exo_label_smoothing",
+            0,
+            "train.losses.exo_label_smoothing: 0 is refused: input should be greater than 0",
+        ),
+        (
+            "train.losses.discopop_tau",
+            REMOVE,
+            "train.losses.discopop_tau: missing; conf/ shows its meaning, `dvc exp run` composes it",
+        ),
         ("train.lora.r", REMOVE, "train.lora.r: missing; conf/ shows its meaning, `dvc exp run` composes it"),
         ("train.learning_rate", float("inf"), "train.learning_rate: inf is refused: input should be a finite number"),
         (

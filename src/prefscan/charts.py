@@ -7,6 +7,8 @@ import pandas as pd
 
 # Okabe and Ito's colours, told apart under every common colour blindness; the shape says the same as the colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Both repeat when they run out; 7 shapes beside 8 or 9 colours make 56 or 63 different marks.
+SHAPES = ["circle", "square", "cross", "diamond", "triangle-up", "triangle-down", "triangle-right"]
 PANEL = {"width": 300, "height": 240}
 MOST_POINTS = 50  # of a training curve; 54 curves of 800 updates would be one green area and an SVG of 18 MB
 
@@ -20,7 +22,7 @@ def _colour_and_shape(names: list[str], field: str, title: str | None, colours: 
     """Two encodings of one field, alike enough for Vega-Lite to draw one legend."""
     return {
         "color": alt.Color(field, scale=alt.Scale(domain=names, range=colours[: len(names)]), title=title),
-        "shape": alt.Shape(field, scale=alt.Scale(domain=names), title=title),
+        "shape": alt.Shape(field, scale=alt.Scale(domain=names, range=SHAPES[: len(names)]), title=title),
     }
 
 

@@ -121,6 +121,18 @@ class Lora(Section):
     targets: Annotated[list[str], Field(min_length=1)]
 
 
+class Losses(Section):
+    """The hyperparameters of single losses; the names are those of the functions' arguments in losses.py."""
+
+    exo_label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
+    robust_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    discopop_tau: Annotated[float, Field(gt=0, le=1)]
+    simpo_gamma: Annotated[float, Field(ge=0)]
+    cpo_alpha: Annotated[float, Field(ge=0)]
+    kto_desirable_weight: Annotated[float, Field(gt=0)]
+    kto_undesirable_weight: Annotated[float, Field(gt=0)]
+
+
 class Train(Section):
     engine: Literal["shared", "trl"]
     lora: Lora
@@ -137,6 +149,7 @@ class Train(Section):
     quantization: Literal["none", "fp4", "nf4"]
     double_quantization: bool
     activation_checkpointing: bool
+    losses: Losses
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
 
 

@@ -24,7 +24,7 @@ from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.models import clean_adapter_config, load_tokenizer
-from prefscan.params import Cell, Lora, Train, load
+from prefscan.params import Cell, Lora, Losses, Train, load
 from prefscan.paths import ADAPTERS, BASE, CURVES, HELDOUT_PAIRS, REFERENCE, RUNS, TRAIN_METRICS, TRAIN_PAIRS
 from prefscan.reference import load_base, micro_batches
 from prefscan.stats import mean_interval, share_interval
@@ -42,8 +42,9 @@ CURVE_COLUMNS = {
 class PairTrainer(DPOTrainer):
     """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
 
-    def __init__(self, *, cell: Cell, engine: Engine, pad_token_id: int, **kwargs: Any) -> None:
+    def __init__(self, *, cell: Cell, options: Losses, engine: Engine, pad_token_id: int, **kwargs: Any) -> None:
         self.cell = cell
+        self.options = options
         self.engine = engine
         self.pad_token_id = pad_token_id
         super().__init__(data_collator=self.collate, **kwargs)
@@ -71,7 +72,7 @@ class PairTrainer(DPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         logps = self.logps(model, inputs)
-        loss = LOSSES[self.cell.loss](logps, self.cell.beta).mean()
+        loss = LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
         with torch.no_grad():
             chosen, rejected = self.cell.beta * logps.chosen_logratio, self.cell.beta * logps.rejected_logratio
             logged = {
@@ -93,7 +94,7 @@ class PairTrainer(DPOTrainer):
         for batch in micro_batches(pairs, batch_size):
             with self.compute_loss_context_manager():
                 logps = self.logps(self.model, self.collate(batch))
-            losses += LOSSES[self.cell.loss](logps, self.cell.beta).tolist()
+            losses += LOSSES[self.cell.loss](logps, self.cell.beta, self.options).tolist()
             parts.append(torch.stack([logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)]))
         chosen, rejected, accuracies = torch.cat(parts, dim=1).double()
         margin, low, high = mean_interval((chosen - rejected).tolist())
@@ -215,6 +216,7 @@ def train_cell(
     updates = update_count(cell.steps, len(pairs), train)
     trainer = PairTrainer(
         cell=cell,
+        options=train.losses,
         engine=load_engine(train.engine),
         pad_token_id=tokenizer.pad_token_id,
         model=model,
