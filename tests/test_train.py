@@ -192,6 +192,32 @@ def test_training_equals_stock_trl(
         assert difference(adapter(ours), adapter(stock)) < 1e-4
 
 
+# KTO's KL.
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_the_kl_of_kto_is_that_of_the_next_pairs_responses(fit: Fit, engine: str) -> None:
+    trainer, _ = fit("kto", 3, engine=engine)
+    rows = list(trainer.train_dataset)
+    following = [*rows[1:], *rows[:1]]
+    expected = []
+    with torch.no_grad():
+        for row, other in zip(rows[:5], following, strict=False):
+            pair = other | {"prompt_ids": row["prompt_ids"]}
+            policy = torch.stack(plain_logps(trainer.model, pair))
+            with trainer.model.disable_adapter():
+                expected.append((policy - torch.stack(plain_logps(trainer.model, pair))).mean())
+    logps = trainer.logps(trainer.model, trainer.collate(rows[:5]))
+    assert logps.kl_logratio is not None and not logps.kl_logratio.requires_grad
+    torch.testing.assert_close(logps.kl_logratio, torch.stack(expected), rtol=0, atol=1e-4)
+    assert logps.kl_logratio.abs().max() > 1e-2
+
+
+def test_kto_of_a_single_pair_is_refused(fit: Fit) -> None:
+    with pytest.raises(UserError, match="kto estimates its KL from the responses of another prompt and there is one"):
+        fit("kto", 1, count=1)
+
+
 # Between engines.
 
 
@@ -205,9 +231,13 @@ def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
     ours, theirs = shared_metrics["heldout"], trl_metrics["heldout"]
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert ours["accuracy"] == theirs["accuracy"]
-    assert 0.5 < ours["accuracy"] < 1
-    assert history(shared, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
-    assert history(shared, "rewards/margins")[-1] > 0.05
+    first, *_, last = history(shared, "rewards/margins")
+    assert first == pytest.approx(0, abs=1e-5)
+    if loss == "discopop":  # from a margin of 0 its slope leads to its local minimum at a negative one
+        assert last < -0.05
+    else:
+        assert last > 0.05
+        assert 0.5 < ours["accuracy"] < 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -277,7 +307,7 @@ def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train)
     ids=["sigmoid", "ipo-trl", "kto_pair-uneven", "dropout"],
 )
 def test_held_out_metrics_equal_an_independent_computation(
-    fit: Fit, tiny_model: Path, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
+    fit: Fit, tiny_model: Path, train: Train, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
 ) -> None:
     trainer, metrics = fit(loss, 6, beta=0.2, **changes)
     policy, base = trainer.model.eval(), load_model(tiny_model, "fp32")
@@ -290,7 +320,9 @@ def test_held_out_metrics_equal_an_independent_computation(
     losses = [
         value
         for start in range(0, len(heldout), size)
-        for value in LOSSES[loss](PairLogps(*(column[start : start + size] for column in columns)), 0.2).tolist()
+        for value in LOSSES[loss](
+            PairLogps(*(column[start : start + size] for column in columns)), 0.2, train.losses
+        ).tolist()
     ]
     chosen, rejected = (policy_logps - base_logps).T.tolist()
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
@@ -320,7 +352,8 @@ def test_a_tie_counts_one_half(fit: Fit) -> None:
         *(torch.tensor(column) for column in ([-3.0, -4.0, -5.0], [-3.0] * 3, [-4.0] * 3, [-4.0] * 3, [], []))
     )
     assert accuracy(logps).tolist() == [0.5, 0, 0]
-    assert accuracy(PairLogps(*(-value for value in vars(logps).values()))).tolist() == [0.5, 1, 1]
+    swapped = PairLogps(*(torch.tensor(c) for c in ([3.0, 4.0, 5.0], [3.0] * 3, [4.0] * 3, [4.0] * 3, [], [])))
+    assert accuracy(swapped).tolist() == [0.5, 1, 1]
     # The warm-up's first learning rate is 0, so after one update policy and reference still tie.
     _, metrics = fit("sigmoid", 1)
     held = metrics["heldout"]

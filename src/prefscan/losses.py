@@ -27,7 +27,7 @@ from torch import Tensor
 class PairLogps:
     """Log-probabilities of a micro-batch of pairs: each field has shape `[B]`; see the module's text for the names.
 
-    `kl_logratio`, for `kto` alone, is the log-ratio of a mismatched response under each prompt, without gradient.
+    `kl_logratio`, for `kto` alone, is the mean log-ratio of another prompt's two responses under each prompt.
     """
 
     chosen: Tensor
@@ -72,6 +72,7 @@ class Loss:
     beta: str  # what β means
     reference: bool  # whether the function reads ref_chosen and ref_rejected
     batch_dependent: bool  # whether the value of a pair depends on the other pairs of the micro-batch
+    mismatched: bool  # whether the function reads kl_logratio, which costs a second forward pass
 
     @property
     def options(self) -> list[str]:
@@ -87,12 +88,18 @@ LOSSES: dict[str, Loss] = {}
 
 
 def register(
-    *, formula: str, paper: str, beta: str, reference: bool = True, batch_dependent: bool = False
+    *,
+    formula: str,
+    paper: str,
+    beta: str,
+    reference: bool = True,
+    batch_dependent: bool = False,
+    mismatched: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add the function to LOSSES under its own name."""
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        LOSSES[function.__name__] = Loss(function, formula, paper, beta, reference, batch_dependent)
+        LOSSES[function.__name__] = Loss(function, formula, paper, beta, reference, batch_dependent, mismatched)
         return function
 
     return add
@@ -381,6 +388,7 @@ def cpo(logps: PairLogps, beta: float, cpo_alpha: float) -> Tensor:
     paper="[KTO](https://arxiv.org/abs/2402.01306), equation 7",
     beta="risk aversion of the value function: the larger, the sooner it saturates",
     batch_dependent=True,
+    mismatched=True,
 )
 def kto(logps: PairLogps, beta: float, kto_desirable_weight: float, kto_undesirable_weight: float) -> Tensor:
     """KTO: each chosen response is a desirable example, each rejected one an undesirable, apart from each other.

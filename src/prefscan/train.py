@@ -56,7 +56,18 @@ class PairTrainer(DPOTrainer):
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
-        return batch | {"pairs": self.engine.collate(pairs, self.pad_token_id)}
+        batch["pairs"] = self.engine.collate(pairs, self.pad_token_id)
+        if LOSSES[self.cell.loss].mismatched:
+            batch["mismatched"] = self.engine.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
+        return batch
+
+    @torch.no_grad()
+    def kl_logratio(self, model: torch.nn.Module, batch: Any) -> Tensor:
+        """Mean log-ratio of the policy against the base over the two mismatched responses of each prompt; `[B]`."""
+        policy = torch.stack(self.engine.pair_logps(model, batch))
+        with self.model.disable_adapter():
+            base = torch.stack(self.engine.pair_logps(model, batch))
+        return (policy - base).mean(0)
 
     def logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PairLogps:
         chosen, rejected = self.engine.pair_logps(model, inputs["pairs"])
@@ -68,6 +79,7 @@ class PairTrainer(DPOTrainer):
             ref_rejected=reference["ref_rejected_logps"],
             chosen_tokens=reference["chosen_tokens"],
             rejected_tokens=reference["rejected_tokens"],
+            kl_logratio=self.kl_logratio(model, inputs["mismatched"]) if "mismatched" in inputs else None,
         )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
@@ -129,6 +141,29 @@ def with_reference(pairs: list[dict[str, Any]], reference: dict[str, dict[str, A
     if missing:
         raise UserError(f"{REFERENCE} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again")
     return [pair | {key: reference[pair["id"]][key] for key in REFERENCE_COLUMNS} for pair in pairs]
+
+
+MISMATCHED = {"chosen_ids": "other_chosen_ids", "rejected_ids": "other_rejected_ids"}
+
+
+def with_mismatched(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with the responses of the next one in the list, the last with those of the first.
+
+    As in the KTO paper (arXiv 2402.01306, section 4.1), which takes them from the micro-batch; taken from the list, they
+    do not depend on the micro-batch, which may be a single pair. Raises UserError for a single pair in all.
+    """
+    if len(pairs) == 1:
+        raise UserError("kto estimates its KL from the responses of another prompt and there is one pair; add pairs")
+    following = [*pairs[1:], *pairs[:1]]
+    return [
+        pair | {column: other[key] for key, column in MISMATCHED.items()}
+        for pair, other in zip(pairs, following, strict=True)
+    ]
+
+
+def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
+    """The prompt of a pair with the responses of another, as a pair."""
+    return {"prompt_ids": pair["prompt_ids"]} | {key: pair[column] for key, column in MISMATCHED.items()}
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -212,7 +247,10 @@ def train_cell(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PairTrainer, dict[str, Any]]:
     """Train one cell; returns the trainer and the contents of metrics/train/CELL.json."""
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
+    if LOSSES[cell.loss].mismatched:
+        pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
+        columns += MISMATCHED.values()
     updates = update_count(cell.steps, len(pairs), train)
     trainer = PairTrainer(
         cell=cell,
