@@ -408,7 +408,7 @@ def main() -> None:
         return
     for micro_batch in options.micro_batch:
         settings(options.shape, micro_batch, "fast", options.checkpointing)  # refuse a wrong size before any work
-    console = Console()
+    console = Console(width=120)  # where it is not a terminal too: a narrower table folds its figures
     result: dict[str, Any] = {
         "shape": options.shape,
         "checkpointing": options.checkpointing,
