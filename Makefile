@@ -20,8 +20,8 @@ test-all: $(BIN)/.ready  ## run the slow tests too
 	python -m pytest -m ""
 
 check: $(BIN)/.ready  ## lint, format and type check
-	ruff check src tests
-	ruff format --check src tests
+	ruff check src tests benchmarks
+	ruff format --check src tests benchmarks
 	mypy
 
 clean:  ## remove the virtual environment, caches and logs; DVC's cache and outputs stay
