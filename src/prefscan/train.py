@@ -149,8 +149,8 @@ MISMATCHED = {"chosen_ids": "other_chosen_ids", "rejected_ids": "other_rejected_
 def with_mismatched(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The pairs with the responses of the next one in the list, the last with those of the first.
 
-    As in the KTO paper (arXiv 2402.01306, section 4.1), which takes them from the micro-batch; taken from the list, they
-    do not depend on the micro-batch, which may be a single pair. Raises UserError for a single pair in all.
+    As in the KTO paper (arXiv 2402.01306, section 4.1), which takes them from the micro-batch; taken from the list,
+    they do not depend on the micro-batch, which may be a single pair. Raises UserError for a single pair in all.
     """
     if len(pairs) == 1:
         raise UserError("kto estimates its KL from the responses of another prompt and there is one pair; add pairs")

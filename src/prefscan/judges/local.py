@@ -9,7 +9,7 @@ before it: all prompts of a template open with the same instructions, and the tw
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -79,7 +79,8 @@ class ExpectedScore:
         previous: list[int] = []
         for place in sorted(range(len(encoded)), key=encoded.__getitem__):
             ids = encoded[place]
-            shared = len(commonprefix([previous, ids[:-1]]))  # at least one token is left to predict from
+            common = takewhile(lambda pair: pair[0] == pair[1], zip(previous, ids[:-1], strict=False))
+            shared = len(list(common))  # at least the last token is left, to predict from
             cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
             scores = self.probabilities(ids, cache)
             previous = ids
