@@ -263,7 +263,11 @@ def apo_down(logps: PairLogps, beta: float) -> Tensor:
     beta="as in DPO; 0.05 in the paper",
 )
 def discopop(logps: PairLogps, beta: float, discopop_tau: float) -> Tensor:
-    """DiscoPOP: logistic at a negative margin, exponential at a positive one, mixed over a width of τ; not monotone."""
+    """DiscoPOP: logistic at a negative margin, exponential at a positive one, mixed over a width of τ.
+
+    Not monotone where τ is below 0.1: at the start, where every margin is 0, a lower margin pays. At τ = 0.05 the loss
+    has a dip at β(h_w − h_l) = −0.12 and a hump at 0.07, which a pair must pass before its margin grows.
+    """
     logit = beta * logps.margin
     # The exponential overflows where its weight underflows; their product, in one exponent, does not.
     exponential = torch.exp(F.logsigmoid(logit / discopop_tau) - logit)

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from pipeline.workspace import Workspace
 from prefscan import params as params_module
-from prefscan.params import Params, Section
+from prefscan.params import Losses, Params, Section
 
 CELL = "kto_pair-0.1-3"
 # Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
@@ -22,7 +22,7 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "fetch@questions": ("fetch", ["questions"], set()),
     "prepare": ("prepare", [], set()),
     "reference": ("reference", [], set()),
-    "train": ("train", [CELL], set()),
+    "train": ("train", [CELL], {f"train.losses.{name}" for name in Losses.model_fields}),  # each by its own loss
     "merge": ("merge", [CELL], set()),
     "answer-base": ("answer", ["base"], set()),
     "answer": ("answer", [CELL], set()),
