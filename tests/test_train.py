@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
 from prefscan import paths
@@ -108,6 +110,7 @@ def fit(
             with_reference(heldout, reference),
             model,
             tokenizer,
+            Path(mkdtemp(dir=".")),
         )
 
     return run
@@ -228,11 +231,26 @@ def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
     assert difference(our_gradients, their_gradients) < 1e-4
 
 
-def test_activation_checkpointing_changes_no_result(fit: Fit) -> None:
-    for engine in ("shared", "trl"):
-        plain, _ = fit("sigmoid", 4, engine=engine)
-        checkpointed, _ = fit("sigmoid", 4, engine=engine, activation_checkpointing=True)
-        assert difference(adapter(checkpointed), adapter(plain)) < 1e-5
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_activation_checkpointing_changes_no_bit(
+    fit: Fit, train: Train, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: (forwards.append(1), forward(*arguments))[1])
+    half = train.lora.model_copy(update={"dropout": 0.5})
+    results, counts = [], []
+    for checkpointing in (False, True):
+        trainer, metrics = fit(
+            "sigmoid", 4, engine=engine, activation_checkpointing=checkpointing, lora=half, disable_dropout=False
+        )
+        weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        results.append((weights, metrics["heldout"], history(trainer, "loss"), history(trainer, "grad_norm")))
+        counts.append(len(forwards))
+    (plain, *logged), (checkpointed, *logged_again) = results
+    assert all(torch.equal(checkpointed[name], weight) for name, weight in plain.items())
+    assert logged == logged_again
+    assert counts[1] - 2 * counts[0] == 4 * 2  # each update ran each of the two layers once more
 
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
@@ -388,13 +406,18 @@ def test_dvclive_logs_every_step_and_none_logs_nothing(fit: Fit) -> None:
     ("report_to", "integrations"),
     [("none", []), ("dvclive", []), ("wandb", ["wandb"]), ("tensorboard", ["tensorboard"])],
 )
-def test_the_log_goes_where_report_to_says(train: Train, report_to: str, integrations: list[str]) -> None:
+def test_the_log_goes_where_report_to_says(
+    train: Train, report_to: str, integrations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
     section = train.model_copy(update={"report_to": report_to})
     cell = Cell(loss="ipo", beta=0.3, steps=4)
-    arguments = training_arguments(section, cell, 4, seed=5)
+    arguments = training_arguments(section, cell, 4, seed=5, checkpoints=Path("checkpoints"))
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
         assert train_stage.live_logging(section, cell) == []
+    places = {"TENSORBOARD_LOGGING_DIR": "runs/tensorboard/ipo-0.3-4"}
+    assert os.environ == (places if report_to == "tensorboard" else {})
 
 
 # The stage.
@@ -452,7 +475,7 @@ def test_the_stage_writes_an_adapter_without_traces_of_the_machine(two_runs: lis
     assert json.loads(config)["base_model_name_or_path"] == "models/base"
     assert str(folder) not in config
     assert str(Path.home()) not in config
-    assert not (folder / paths.RUNS / "trainer" / "ipo-0.3-4").exists()
+    assert not (folder / paths.CHECKPOINTS / "ipo-0.3-4").exists()
 
 
 def test_the_stage_reports_what_it_measured(two_runs: list[Any]) -> None:
