@@ -134,6 +134,16 @@ def test_from_any_update_a_cell_ends_with_the_same_bits(
     assert not (paths.CHECKPOINTS / CELL).exists()
 
 
+def test_a_4_bit_cell_goes_on_with_the_same_bits(lay_out: Lay, saving: pytest.MonkeyPatch, wide_model: Path) -> None:
+    lay_out(base=wide_model, quantization="nf4", dtype="bf16")
+    run()
+    expected = result()
+    with pytest.raises(Killed):
+        run(kill_at=3)
+    run()
+    assert result() == expected
+
+
 def test_kill_9_and_run_again(lay_out: Lay) -> None:
     lay_out(steps=30)
     key = "ipo-0.3-30"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bitsandbytes.functional import has_avx512bf16
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -344,6 +345,80 @@ def test_a_tie_counts_one_half(fit: Fit) -> None:
     held = metrics["heldout"]
     assert (held["accuracy"], held["base_accuracy"]) == (0.5, 0.5)
     assert (held["margin"], held["chosen_shift"], held["loss"]) == pytest.approx((0, 0, math.log(2)), abs=1e-5)
+
+
+# A 4-bit base on a CPU, whose layers an evaluation forward would repack for good.
+
+
+def four_bit_training(
+    model: torch.nn.Module, tokenizer: Any, train: Train, pairs: list[Any], heldout: list[Any], evaluate: bool
+) -> tuple[PairTrainer, dict[str, torch.Tensor]]:
+    """A trained cell and its gradients then; `evaluate` puts a reference pass before and a held-out pass after it."""
+    engine = load_engine(train.engine)
+    if evaluate:
+        list(reference_rows(model, engine, pairs, train.batch_size, tokenizer.pad_token_id))
+    reference = {"ref_chosen_logps": -60.0, "ref_rejected_logps": -50.0, "chosen_tokens": 20, "rejected_tokens": 12}
+    rows, held = ([pair | reference for pair in some] for some in (pairs, heldout))
+    cell = Cell(loss="sigmoid", beta=0.1, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        if not evaluate:
+            patch.setattr(PairTrainer, "held_out", lambda *_: {})
+        trainer, _ = train_cell(cell, train, 0, rows, held, model, tokenizer, Path(mkdtemp(dir=".")))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, trainer.collate(rows[:4])).backward()
+    return trainer, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def four_bit(train: Train) -> Train:
+    lora = Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)
+    return train.model_copy(update={"quantization": "nf4", "disable_dropout": False, "lora": lora})
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_evaluation_leaves_a_4_bit_bases_gradients_alone(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any], heldout: list[Any], quantization: str
+) -> None:
+    tokenizer = load_tokenizer(wide_model)
+    section = four_bit.model_copy(update={"disable_dropout": True})
+    runs = []
+    for evaluate in (True, False):
+        model = load_model(wide_model, "fp32", quantization).requires_grad_(False)
+        assert model.is_loaded_in_4bit
+        runs.append(four_bit_training(model, tokenizer, section, pairs[:TRAINING], heldout, evaluate))
+    (evaluated, gradients), (alone, expected) = runs
+    assert history(evaluated, "loss") == history(alone, "loss")
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    assert all(gradient.norm() > 0 for gradient in expected.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes repacks nothing here")
+def test_an_evaluation_forward_of_a_4_bit_base_would_spoil_the_gradients(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above would see: with it gone, that one shows nothing on this machine."""
+    tokenizer = load_tokenizer(wide_model)
+    section = four_bit.model_copy(update={"disable_dropout": True})
+    gradients = []
+    for mode in (torch.nn.Module.train, torch.nn.Module.eval):
+        model = load_model(wide_model, "fp32", "nf4").requires_grad_(False)
+        mode(model)
+        gradients.append(four_bit_training(model, tokenizer, section, pairs[:4], pairs[:4], evaluate=True)[1])
+    flat = [torch.cat([gradient.flatten() for gradient in each.values()]).float() for each in gradients]
+    assert torch.cosine_similarity(*flat, dim=0) < 0.9
+
+
+def test_dropout_is_off_in_a_4_bit_bases_evaluation(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any]
+) -> None:
+    model = load_model(wide_model, "fp32", "nf4").requires_grad_(False)
+    trainer, _ = four_bit_training(model, load_tokenizer(wide_model), four_bit, pairs[:8], [], evaluate=False)
+    rows = [pair | dict.fromkeys(train_stage.REFERENCE_COLUMNS, 1.0) for pair in pairs[:8]]
+    assert trainer.held_out(rows, 4) == trainer.held_out(rows, 4)
+    batch = trainer.collate(rows)
+    trainer.model.train()
+    assert not torch.equal(trainer.logps(trainer.model, batch).chosen, trainer.logps(trainer.model, batch).chosen)
 
 
 # Steps, curves, logs.

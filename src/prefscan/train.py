@@ -27,7 +27,7 @@ from prefscan.engines import Engine, load_engine
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.losses import LOSSES, PairLogps
-from prefscan.models import clean_adapter_config, load_tokenizer
+from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
 from prefscan.params import Cell, Lora, Train, load
 from prefscan.paths import (
     ADAPTERS,
@@ -105,7 +105,7 @@ class PairTrainer(DPOTrainer):
     @torch.no_grad()
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base."""
-        self.model.eval()  # LoRA dropout, where it is not disabled, acts in training alone
+        set_evaluation(self.model)
         parts = []
         losses = []
         for batch in micro_batches(pairs, batch_size):
