@@ -487,7 +487,7 @@ def test_the_log_goes_where_report_to_says(
     monkeypatch.setattr(os, "environ", {})
     section = train.model_copy(update={"report_to": report_to})
     cell = Cell(loss="ipo", beta=0.3, steps=4)
-    arguments = training_arguments(section, cell, 4, seed=5, checkpoints=Path("checkpoints"))
+    arguments = training_arguments(section, cell, 4, seed=5, recompute=False, checkpoints=Path("checkpoints"))
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
         assert train_stage.live_logging(section, cell) == []

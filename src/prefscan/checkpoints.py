@@ -30,7 +30,7 @@ WAIT = 100  # times the last save's duration until the next: saving takes at mos
 
 # What the train stage imports, as dvc.yaml lists it.
 CODE = (
-    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "losses.py", "models.py"),
+    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "losses.py", "memory.py", "models.py"),
     *("params.py", "paths.py", "reference.py", "stats.py", "train.py"),
 )
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")

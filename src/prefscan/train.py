@@ -27,6 +27,7 @@ from prefscan.engines import Engine, load_engine
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.losses import LOSSES, PairLogps
+from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
 from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
 from prefscan.params import Cell, Lora, Train, load
 from prefscan.paths import (
@@ -159,7 +160,9 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def training_arguments(train: Train, cell: Cell, steps: int, seed: int, checkpoints: Path) -> DPOConfig:
+def training_arguments(
+    train: Train, cell: Cell, steps: int, seed: int, recompute: bool, checkpoints: Path
+) -> DPOConfig:
     """TRL's arguments for a cell. Its own `loss_type` is not used: PairTrainer computes the loss."""
     on_gpu = torch.cuda.is_available()
     return DPOConfig(
@@ -176,7 +179,7 @@ def training_arguments(train: Train, cell: Cell, steps: int, seed: int, checkpoi
         optim=train.optimizer,
         bf16=on_gpu and train.dtype == "bf16",
         fp16=on_gpu and train.dtype == "fp16",
-        gradient_checkpointing=train.activation_checkpointing,
+        gradient_checkpointing=recompute,
         disable_dropout=train.disable_dropout,
         max_length=None,  # prepare has dropped what does not fit
         remove_unused_columns=False,
@@ -241,6 +244,8 @@ def train_cell(
     """
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS)
     updates = update_count(cell.steps, len(pairs), train)
+    activations = activation_bytes(model.config, longest_batch(pairs, train.batch_size, train.engine), train.dtype)
+    recompute = recomputes(train, activations, free_bytes())
     checkpoint, seconds = last_checkpoint(checkpoints)
     if checkpoint:
         print(f"{cell.key}: going on from {checkpoint}", flush=True)
@@ -249,7 +254,7 @@ def train_cell(
         engine=load_engine(train.engine),
         pad_token_id=tokenizer.pad_token_id,
         model=model,
-        args=training_arguments(train, cell, updates, seed, checkpoints),
+        args=training_arguments(train, cell, updates, seed, recompute, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
         peft_config=lora_config(train.lora),
