@@ -24,6 +24,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny chat model whose rows fill a block of bitsandbytes, 64 weights; do not write to it."""
+    return make_tiny_model(tmp_path_factory.mktemp("wide") / "base", width=64)
+
+
+@pytest.fixture(scope="session")
 def pairs(tiny_model: Path) -> list[dict[str, Any]]:
     """24 tokenised pairs of different lengths, as prepare writes them."""
     from prefscan.models import load_tokenizer

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefscan.errors import UserError
 from prefscan.files import write_json
-from prefscan.models import DTYPES, MANIFEST, clean_adapter_config, load_cell, load_model, load_tokenizer, manifest
+from prefscan.models import (
+    DTYPES,
+    MANIFEST,
+    clean_adapter_config,
+    load_cell,
+    load_model,
+    load_tokenizer,
+    manifest,
+    set_evaluation,
+)
 from tiny import make_tiny_model, random_adapter
 
 BASE = Path("models/base")
@@ -51,14 +61,23 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path, tiny_model: Pat
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can load a 4-bit base")
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_a_4_bit_base_needs_a_gpu(tiny_model: Path, quantization: str) -> None:
-    with pytest.raises(UserError) as error:
-        load_model(tiny_model, "bf16", quantization)
-    assert str(error.value) == (
-        f"train.quantization: '{quantization}' needs a CUDA GPU and this machine has none; set it to none"
-    )
+@pytest.mark.parametrize("double", [False, True])
+def test_a_4_bit_base_loads_as_asked(wide_model: Path, quantization: str, double: bool) -> None:
+    model = load_model(wide_model, "bf16", quantization, double)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, Linear4bit)
+    assert (layer.weight.quant_type, layer.weight.compress_statistics) == (quantization, double)
+    assert layer.compute_dtype == torch.bfloat16
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_evaluation_leaves_4_bit_layers_in_training_mode(wide_model: Path) -> None:
+    for model in (load_model(wide_model, "fp32"), load_model(wide_model, "fp32", "nf4")):
+        for policy in (model, random_adapter(model)):
+            policy.train()
+            set_evaluation(policy)
+            assert all(module.training == isinstance(module, Linear4bit) for module in policy.modules())
 
 
 def test_a_model_with_code_of_its_own_runs_none_of_it(tmp_path: Path, tiny_model: Path) -> None:

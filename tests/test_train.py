@@ -10,16 +10,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from bitsandbytes.functional import has_avx512bf16
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
 from prefscan import paths
@@ -108,6 +111,7 @@ def fit(
             with_reference(heldout, reference),
             model,
             tokenizer,
+            Path(mkdtemp(dir=".")),
         )
 
     return run
@@ -259,11 +263,26 @@ def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
     assert difference(our_gradients, their_gradients) < 1e-4
 
 
-def test_activation_checkpointing_changes_no_result(fit: Fit) -> None:
-    for engine in ("shared", "trl"):
-        plain, _ = fit("sigmoid", 4, engine=engine)
-        checkpointed, _ = fit("sigmoid", 4, engine=engine, activation_checkpointing=True)
-        assert difference(adapter(checkpointed), adapter(plain)) < 1e-5
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_activation_checkpointing_changes_no_bit(
+    fit: Fit, train: Train, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: (forwards.append(1), forward(*arguments))[1])
+    half = train.lora.model_copy(update={"dropout": 0.5})
+    results, counts = [], []
+    for checkpointing in (False, True):
+        trainer, metrics = fit(
+            "sigmoid", 4, engine=engine, activation_checkpointing=checkpointing, lora=half, disable_dropout=False
+        )
+        weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+        results.append((weights, metrics["heldout"], history(trainer, "loss"), history(trainer, "grad_norm")))
+        counts.append(len(forwards))
+    (plain, *logged), (checkpointed, *logged_again) = results
+    assert all(torch.equal(checkpointed[name], weight) for name, weight in plain.items())
+    assert logged == logged_again
+    assert counts[1] - 2 * counts[0] == 4 * 2  # each update ran each of the two layers once more
 
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
@@ -362,6 +381,80 @@ def test_a_tie_counts_one_half(fit: Fit) -> None:
     assert (held["margin"], held["chosen_shift"], held["loss"]) == pytest.approx((0, 0, math.log(2)), abs=1e-5)
 
 
+# A 4-bit base on a CPU, whose layers an evaluation forward would repack for good.
+
+
+def four_bit_training(
+    model: torch.nn.Module, tokenizer: Any, train: Train, pairs: list[Any], heldout: list[Any], evaluate: bool
+) -> tuple[PairTrainer, dict[str, torch.Tensor]]:
+    """A trained cell and its gradients then; `evaluate` puts a reference pass before and a held-out pass after it."""
+    engine = load_engine(train.engine)
+    if evaluate:
+        list(reference_rows(model, engine, pairs, train.batch_size, tokenizer.pad_token_id))
+    reference = {"ref_chosen_logps": -60.0, "ref_rejected_logps": -50.0, "chosen_tokens": 20, "rejected_tokens": 12}
+    rows, held = ([pair | reference for pair in some] for some in (pairs, heldout))
+    cell = Cell(loss="sigmoid", beta=0.1, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        if not evaluate:
+            patch.setattr(PairTrainer, "held_out", lambda *_: {})
+        trainer, _ = train_cell(cell, train, 0, rows, held, model, tokenizer, Path(mkdtemp(dir=".")))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, trainer.collate(rows[:4])).backward()
+    return trainer, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def four_bit(train: Train) -> Train:
+    lora = Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)
+    return train.model_copy(update={"quantization": "nf4", "disable_dropout": False, "lora": lora})
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_evaluation_leaves_a_4_bit_bases_gradients_alone(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any], heldout: list[Any], quantization: str
+) -> None:
+    tokenizer = load_tokenizer(wide_model)
+    section = four_bit.model_copy(update={"disable_dropout": True})
+    runs = []
+    for evaluate in (True, False):
+        model = load_model(wide_model, "fp32", quantization).requires_grad_(False)
+        assert model.is_loaded_in_4bit
+        runs.append(four_bit_training(model, tokenizer, section, pairs[:TRAINING], heldout, evaluate))
+    (evaluated, gradients), (alone, expected) = runs
+    assert history(evaluated, "loss") == history(alone, "loss")
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    assert all(gradient.norm() > 0 for gradient in expected.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes repacks nothing here")
+def test_an_evaluation_forward_of_a_4_bit_base_would_spoil_the_gradients(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above would see: with it gone, that one shows nothing on this machine."""
+    tokenizer = load_tokenizer(wide_model)
+    section = four_bit.model_copy(update={"disable_dropout": True})
+    gradients = []
+    for mode in (torch.nn.Module.train, torch.nn.Module.eval):
+        model = load_model(wide_model, "fp32", "nf4").requires_grad_(False)
+        mode(model)
+        gradients.append(four_bit_training(model, tokenizer, section, pairs[:4], pairs[:4], evaluate=True)[1])
+    flat = [torch.cat([gradient.flatten() for gradient in each.values()]).float() for each in gradients]
+    assert torch.cosine_similarity(*flat, dim=0) < 0.9
+
+
+def test_dropout_is_off_in_a_4_bit_bases_evaluation(
+    in_tmp: Path, wide_model: Path, four_bit: Train, pairs: list[Any]
+) -> None:
+    model = load_model(wide_model, "fp32", "nf4").requires_grad_(False)
+    trainer, _ = four_bit_training(model, load_tokenizer(wide_model), four_bit, pairs[:8], [], evaluate=False)
+    rows = [pair | dict.fromkeys(train_stage.REFERENCE_COLUMNS, 1.0) for pair in pairs[:8]]
+    assert trainer.held_out(rows, 4) == trainer.held_out(rows, 4)
+    batch = trainer.collate(rows)
+    trainer.model.train()
+    assert not torch.equal(trainer.logps(trainer.model, batch).chosen, trainer.logps(trainer.model, batch).chosen)
+
+
 # Steps, curves, logs.
 
 
@@ -422,13 +515,18 @@ def test_dvclive_logs_every_step_and_none_logs_nothing(fit: Fit) -> None:
     ("report_to", "integrations"),
     [("none", []), ("dvclive", []), ("wandb", ["wandb"]), ("tensorboard", ["tensorboard"])],
 )
-def test_the_log_goes_where_report_to_says(train: Train, report_to: str, integrations: list[str]) -> None:
+def test_the_log_goes_where_report_to_says(
+    train: Train, report_to: str, integrations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
     section = train.model_copy(update={"report_to": report_to})
     cell = Cell(loss="ipo", beta=0.3, steps=4)
-    arguments = training_arguments(section, cell, 4, seed=5)
+    arguments = training_arguments(section, cell, 4, seed=5, recompute=False, checkpoints=Path("checkpoints"))
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
         assert train_stage.live_logging(section, cell) == []
+    places = {"TENSORBOARD_LOGGING_DIR": "runs/tensorboard/ipo-0.3-4"}
+    assert os.environ == (places if report_to == "tensorboard" else {})
 
 
 # The stage.
@@ -486,7 +584,7 @@ def test_the_stage_writes_an_adapter_without_traces_of_the_machine(two_runs: lis
     assert json.loads(config)["base_model_name_or_path"] == "models/base"
     assert str(folder) not in config
     assert str(Path.home()) not in config
-    assert not (folder / paths.RUNS / "trainer" / "ipo-0.3-4").exists()
+    assert not (folder / paths.CHECKPOINTS / "ipo-0.3-4").exists()
 
 
 def test_the_stage_reports_what_it_measured(two_runs: list[Any]) -> None:

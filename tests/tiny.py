@@ -12,7 +12,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def make_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, width: int = 32) -> Path:
     """A Llama of 2 layers and random weights with a byte-level tokenizer, saved as transformers saves them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,8 +30,8 @@ def make_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

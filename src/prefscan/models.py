@@ -46,9 +46,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_model(
     folder: Path, dtype: str, quantization: str = "none", double_quantization: bool = False
 ) -> PreTrainedModel:
-    """A causal language model on this machine's device.
+    """A causal language model on this machine's device, in evaluation mode.
 
-    Raises UserError for a folder without safetensors, and for a 4-bit base without a GPU.
+    Raises UserError for a folder without safetensors.
     """
     if not list(folder.glob("*.safetensors")):
         raise UserError(
@@ -56,19 +56,33 @@ def load_model(
         )
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False, "use_safetensors": True}
     if quantization != "none":
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"train.quantization: {quantization!r} needs a CUDA GPU and this machine has none; set it to none"
-            )
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model if quantization != "none" else model.to(device())  # type: ignore[arg-type]
+    if quantization == "none":
+        model.to(device())  # type: ignore[arg-type]
+    set_evaluation(model)
+    return model
+
+
+def set_evaluation(model: torch.nn.Module) -> None:
+    """`model.eval()`, except for 4-bit layers: what acts in training alone, as dropout does, is off.
+
+    On a CPU, bitsandbytes' layer repacks its weights at its first forward in evaluation mode, for good, and every later
+    gradient is wrong without a word. It computes the same in training mode, and there it does not.
+    """
+    model.eval()
+    if getattr(model, "is_loaded_in_4bit", False):
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.train()
 
 
 def manifest(base: Path, adapter: Path) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class Train(Section):
     dtype: DType
     quantization: Literal["none", "fp4", "nf4"]
     double_quantization: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Literal["auto"]
     losses: Losses
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
 

@@ -28,6 +28,7 @@ MTBENCH_METRICS = Path("metrics/mtbench")
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")
 
-# Not stage outputs: live logs, and judgements that were paid for.
+# Not stage outputs: live logs, checkpoints of cells in training, and judgements that were paid for.
 RUNS = Path("runs")
+CHECKPOINTS = Path(".prefscan/checkpoints")
 JUDGE_STORE = Path(".prefscan/judgements")

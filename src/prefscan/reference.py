@@ -30,7 +30,6 @@ def reference_rows(
     model: torch.nn.Module, engine: Engine, pairs: list[Any], batch_size: int, pad_token_id: int
 ) -> Iterator[dict[str, Any]]:
     """One row a pair, in order; computed in micro-batches of the training's size and layout."""
-    # No model.eval(): the base has no dropout to switch off, and a 4-bit base on CPU repacks its weights on eval.
     for batch in micro_batches(pairs, batch_size):
         chosen, rejected = engine.pair_logps(model, engine.collate(batch, pad_token_id))
         for pair, ref_chosen, ref_rejected in zip(batch, chosen.tolist(), rejected.tolist(), strict=True):

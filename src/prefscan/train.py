@@ -6,26 +6,41 @@ The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging a
 losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage.
 """
 
+import os
 import resource
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
 from prefscan.engines import Engine, load_engine
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.losses import LOSSES, PairLogps
-from prefscan.models import clean_adapter_config, load_tokenizer
+from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
+from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
 from prefscan.params import Cell, Lora, Losses, Train, load
-from prefscan.paths import ADAPTERS, BASE, CURVES, HELDOUT_PAIRS, REFERENCE, RUNS, TRAIN_METRICS, TRAIN_PAIRS
+from prefscan.paths import (
+    ADAPTERS,
+    BASE,
+    CHECKPOINTS,
+    CURVES,
+    HELDOUT_PAIRS,
+    REFERENCE,
+    RUNS,
+    TRAIN_METRICS,
+    TRAIN_PAIRS,
+)
 from prefscan.reference import load_base, micro_batches
 from prefscan.stats import mean_interval, share_interval
 
@@ -97,10 +112,14 @@ class PairTrainer(DPOTrainer):
             self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
         return loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Not PEFT's load_adapter, which would turn the bf16 adapter of a 4-bit base into fp32.
+        set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+
     @torch.no_grad()
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base."""
-        self.model.eval()  # LoRA dropout, where it is not disabled, acts in training alone
+        set_evaluation(self.model)
         parts = []
         losses = []
         for batch in micro_batches(pairs, batch_size):
@@ -177,11 +196,13 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def training_arguments(train: Train, cell: Cell, steps: int, seed: int) -> DPOConfig:
+def training_arguments(
+    train: Train, cell: Cell, steps: int, seed: int, recompute: bool, checkpoints: Path
+) -> DPOConfig:
     """TRL's arguments for a cell. Its own `loss_type` is not used: PairTrainer computes the loss."""
     on_gpu = torch.cuda.is_available()
     return DPOConfig(
-        output_dir=str(RUNS / "trainer" / cell.key),
+        output_dir=str(checkpoints),
         beta=cell.beta,
         max_steps=steps,
         per_device_train_batch_size=train.batch_size,
@@ -194,14 +215,14 @@ def training_arguments(train: Train, cell: Cell, steps: int, seed: int) -> DPOCo
         optim=train.optimizer,
         bf16=on_gpu and train.dtype == "bf16",
         fp16=on_gpu and train.dtype == "fp16",
-        gradient_checkpointing=train.activation_checkpointing,
+        gradient_checkpointing=recompute,
         disable_dropout=train.disable_dropout,
         max_length=None,  # prepare has dropped what does not fit
         remove_unused_columns=False,
         seed=seed,
         logging_steps=1,
         logging_first_step=True,
-        save_strategy="no",
+        save_strategy="no",  # checkpoints.Saving asks for it
         report_to=[] if train.report_to in ("none", "dvclive") else [train.report_to],
         run_name=cell.key,
         use_cpu=not on_gpu,
@@ -209,7 +230,12 @@ def training_arguments(train: Train, cell: Cell, steps: int, seed: int) -> DPOCo
 
 
 def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
-    """DVCLive into runs/dvclive/CELL; the other back ends need no callback of ours."""
+    """DVCLive into runs/dvclive/CELL; the other back ends need no callback of ours.
+
+    The log of a cell that goes on from a checkpoint starts there; its curve in metrics/curves is whole.
+    """
+    if train.report_to == "tensorboard":  # which would write beside the checkpoints, and go with them
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RUNS / "tensorboard" / cell.key))
     if train.report_to != "dvclive":
         return []
     from dvclive import Live
@@ -245,28 +271,38 @@ def train_cell(
     heldout: list[dict[str, Any]],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Path,
 ) -> tuple[PairTrainer, dict[str, Any]]:
-    """Train one cell; returns the trainer and the contents of metrics/train/CELL.json."""
+    """Train one cell, from its last checkpoint if there is one.
+
+    Returns the trainer and the contents of metrics/train/CELL.json. Its `cost.seconds` include those that went into the
+    checkpoint; the work that a kill lost is not in them, and the memory is this process's.
+    """
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
         columns += MISMATCHED.values()
     updates = update_count(cell.steps, len(pairs), train)
+    activations = activation_bytes(model.config, longest_batch(pairs, train.batch_size, train.engine), train.dtype)
+    recompute = recomputes(train, activations, free_bytes())
+    checkpoint, seconds = last_checkpoint(checkpoints)
+    if checkpoint:
+        print(f"{cell.key}: going on from {checkpoint}", flush=True)
     trainer = PairTrainer(
         cell=cell,
         options=train.losses,
         engine=load_engine(train.engine),
         pad_token_id=tokenizer.pad_token_id,
         model=model,
-        args=training_arguments(train, cell, updates, seed),
+        args=training_arguments(train, cell, updates, seed, recompute, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
         peft_config=lora_config(train.lora),
-        callbacks=live_logging(train, cell),
+        callbacks=[*live_logging(train, cell), Saving(seconds)],
     )
     started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds += time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
     metrics = {
@@ -298,6 +334,7 @@ def main() -> None:
         with_reference(read_jsonl(HELDOUT_PAIRS), reference),
         load_base(params.train),
         load_tokenizer(BASE),
+        checkpoint_folder(cell, params.train, params.seed),
     )
     with new_folder(ADAPTERS / key) as folder:
         trainer.model.save_pretrained(folder)
@@ -305,7 +342,7 @@ def main() -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
     write_json(TRAIN_METRICS / f"{key}.json", metrics)
-    shutil.rmtree(RUNS / "trainer" / key, ignore_errors=True)
+    shutil.rmtree(CHECKPOINTS / key)
     held = metrics["heldout"]
     print(
         f"{key}: held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats "

@@ -141,7 +141,8 @@ def flex_attention() -> Callable[..., Tensor]:
     """FlexAttention, compiled where there is a GPU: uncompiled, as on a CPU, it computes every masked score."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+    attend: Any = flex_attention
+    return torch.compile(attend, dynamic=True) if torch.cuda.is_available() else attend
 
 
 def block_mask(lengths: Sequence[tuple[int, int, int]], device: torch.device) -> Any:

@@ -1,0 +1,117 @@
+"""A cell in training saves checkpoints; killed and run again, it goes on from the last and ends with the same bits.
+
+A checkpoint is transformers' own: adapter, optimizer, schedule, random states and log, without the base. It lies in
+.prefscan/checkpoints/CELL/KEY, outside the stage's outputs. KEY is a digest of everything that the result depends on:
+a checkpoint of other parameters, code, data or libraries is never found. One counts only with its seal, which is
+written last and holds the digest of every file: one cut short, by a kill or a power failure, is passed over.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from prefscan.errors import UserError
+from prefscan.files import BAD_JSON, sha256, write_json
+from prefscan.params import Cell, Train
+from prefscan.paths import BASE, CHECKPOINTS, HELDOUT_PAIRS, REFERENCE, TRAIN_PAIRS
+
+SEAL = "seal.json"
+FIRST = 30  # seconds of training before a save: a laptop's cell takes two minutes
+WAIT = 100  # times the last save's duration until the next: saving takes at most 1 % of the time
+
+# What the train stage imports, as dvc.yaml lists it.
+CODE = (
+    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "losses.py", "memory.py", "models.py"),
+    *("params.py", "paths.py", "reference.py", "stats.py", "train.py"),
+)
+LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
+
+
+def result_key(cell: Cell, train: Train, seed: int) -> str:
+    """SHA-256 of everything that the result depends on: parameters, inputs, code, libraries and the kind of machine."""
+    package = Path(__file__).parent
+    sources = [package / name for name in CODE]
+    modules = [path for source in sources for path in (source.rglob("*.py") if source.is_dir() else [source])]
+    inputs = [TRAIN_PAIRS, HELDOUT_PAIRS, REFERENCE, *(path for path in BASE.rglob("*") if path.is_file())]
+    everything = {
+        "cell": cell.model_dump(),
+        "train": train.model_dump(exclude={"report_to"}),  # where the log goes changes no result
+        "seed": seed,
+        "inputs": {str(path): sha256(path) for path in inputs},
+        "code": {str(path.relative_to(package)): sha256(path) for path in modules},
+        "libraries": {name: version(name) for name in LIBRARIES},
+        # Another processor, or another number of threads, may add in another order.
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_folder(cell: Cell, train: Train, seed: int) -> Path:
+    """Where this result's checkpoints go; those of the cell's other results are removed, or they would pile up.
+
+    Raises UserError where another process trains the cell: a killed `dvc` leaves the stage that it ran alive.
+    """
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    lock = os.open(CHECKPOINTS / f"{cell.key}.lock", os.O_CREAT | os.O_WRONLY)  # held until this process ends
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is training {cell.key} here; end it, and run `dvc repro` again") from None
+    folder = CHECKPOINTS / cell.key / result_key(cell, train, seed)
+    remove_others(folder, "*")
+    return folder
+
+
+def remove_others(path: Path, siblings: str) -> None:
+    for other in path.parent.glob(siblings):
+        if other != path:
+            shutil.rmtree(other)
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, float]:
+    """The last whole checkpoint of a folder and the seconds of training that went into it, or None and 0."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            seal = json.loads((checkpoint / SEAL).read_text())
+        except (OSError, *BAD_JSON):
+            continue
+        if seal["sha256"] == digests(checkpoint):
+            return checkpoint, seal["seconds"]
+    return None, 0.0
+
+
+class Saving(TrainerCallback):
+    """Saves while a cell trains, in the trainer's output folder, and seals what it has saved."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` of training went into the checkpoint that the run starts from."""
+        self.wait: float = FIRST
+        self.saved = time.perf_counter()
+        self.started = self.saved - seconds
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+        control.should_save = self.begun - self.saved >= self.wait and state.global_step < state.max_steps
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal = {"seconds": self.begun - self.started, "sha256": digests(checkpoint)}
+        write_json(checkpoint / SEAL, seal)
+        remove_others(checkpoint, "checkpoint-*")  # the one before, now that this one is whole
+        self.saved = time.perf_counter()
+        self.wait = max(FIRST, WAIT * (self.saved - self.begun))

@@ -1,0 +1,409 @@
+"""A killed cell goes on from its last checkpoint and ends with the same bits; no other checkpoint is ever used."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from prefscan import checkpoints, paths
+from prefscan import train as train_stage
+from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, result_key
+from prefscan.engines import load_engine
+from prefscan.errors import UserError
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import Cell, Lora, load
+from prefscan.reference import reference_rows
+from tiny import write_rows
+
+ROOT = Path(__file__).parents[1]
+CELL = "ipo-0.3-7"
+ADAPTER = paths.ADAPTERS / CELL / "adapter_model.safetensors"
+
+
+class Killed(Exception):
+    pass
+
+
+Lay = Callable[..., None]
+
+
+@pytest.fixture
+def lay_out(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: Any) -> Lay:
+    """Put in place what dvc has before `prefscan.train` runs; keywords override the section `train`."""
+
+    def write(steps: int = 7, base: Path = tiny_model, **changes: Any) -> None:
+        lora = Lora(r=4, alpha=8, dropout=0.3, targets=["q_proj", "v_proj", "down_proj"])
+        section = {"lora": lora, "disable_dropout": False, "batch_size": 3, "accumulation": 2, "report_to": "none"}
+        train = params.train.model_copy(update=section | changes)
+        model = load_model(base, train.dtype, train.quantization).requires_grad_(False)
+        engine, pad = load_engine(train.engine), load_tokenizer(base).pad_token_id
+        shutil.copytree(base, paths.BASE)
+        write_rows(paths.TRAIN_PAIRS, pairs[:16])
+        write_rows(paths.HELDOUT_PAIRS, pairs[16:])
+        write_rows(paths.REFERENCE, list(reference_rows(model, engine, pairs, train.batch_size, pad)))
+        recipe = {"loss": "ipo", "beta": 0.3, "steps": steps}
+        grid = params.grid.model_copy(update={name: [value] for name, value in recipe.items()})
+        written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe}).model_dump()
+        Path("params.yaml").write_text(yaml.safe_dump(written))
+
+    return write
+
+
+def change(key: str, value: Any) -> None:
+    """Change a value of params.yaml, and the grid with it."""
+    raw = yaml.safe_load(Path("params.yaml").read_text())
+    *parents, last = key.split(".")
+    section = raw
+    for part in parents:
+        section = section[part]
+    section[last] = value
+    if key in raw["grid"]:
+        raw["grid"][key] = [value]
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
+
+
+@pytest.fixture
+def saving(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Every update is followed by a save."""
+    monkeypatch.setattr(checkpoints, "FIRST", 0)
+    monkeypatch.setattr(checkpoints, "WAIT", 0)
+    return monkeypatch
+
+
+def run(key: str = CELL, kill_at: int | None = None, before_seal: bool = False) -> None:
+    """The stage; `kill_at` ends it as a kill would, after the save of that update or between the save and its seal."""
+    on_save = Saving.on_save
+
+    def save(self: Saving, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kill = state.global_step == kill_at
+        if not (kill and before_seal):
+            on_save(self, args, state, control, **kwargs)
+        if kill:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", key])
+        patch.setattr(Saving, "on_save", save)
+        train_stage.main()
+
+
+def result(key: str = CELL) -> tuple[bytes, str, Any]:
+    """What the stage wrote, without the cost."""
+    metrics = json.loads((paths.TRAIN_METRICS / f"{key}.json").read_text())
+    del metrics["cost"]
+    adapter = (paths.ADAPTERS / key / "adapter_model.safetensors").read_bytes()
+    return adapter, (paths.CURVES / f"{key}.csv").read_text(), metrics
+
+
+def saved() -> list[Path]:
+    return sorted(paths.CHECKPOINTS.glob("*/*/checkpoint-*"))
+
+
+# Going on.
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_from_any_update_a_cell_ends_with_the_same_bits(
+    lay_out: Lay, saving: pytest.MonkeyPatch, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With dropout, over three epochs of 6 micro-batches, the last update of each epoch from fewer."""
+    lay_out(engine=engine)
+    run()
+    expected = result()
+    for update in range(1, 7):
+        with pytest.raises(Killed):
+            run(kill_at=update)
+        (checkpoint,) = saved()
+        assert checkpoint.name == f"checkpoint-{update}"
+        capsys.readouterr()
+        run()
+        assert f"{CELL}: going on from {checkpoint}\n" in capsys.readouterr().out
+        assert result() == expected
+    assert not (paths.CHECKPOINTS / CELL).exists()
+
+
+def test_a_4_bit_cell_goes_on_with_the_same_bits(lay_out: Lay, saving: pytest.MonkeyPatch, wide_model: Path) -> None:
+    lay_out(base=wide_model, quantization="nf4", dtype="bf16")
+    run()
+    expected = result()
+    with pytest.raises(Killed):
+        run(kill_at=3)
+    run()
+    assert result() == expected
+
+
+def test_kill_9_and_run_again(lay_out: Lay) -> None:
+    lay_out(steps=30)
+    key = "ipo-0.3-30"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    save_always = "from prefscan import checkpoints, train; checkpoints.FIRST = checkpoints.WAIT = 0; train.main()"
+    killed = subprocess.Popen([sys.executable, "-c", save_always, key], env=environment)
+    while not list(paths.CHECKPOINTS.glob(f"{key}/*/checkpoint-*/{SEAL}")):
+        assert killed.poll() is None, "the stage ended before its first checkpoint"
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (paths.ADAPTERS / key).exists()
+    stage = [sys.executable, "-m", "prefscan.train", key]
+    again = subprocess.run(stage, env=environment, check=True, capture_output=True, text=True)
+    assert f"{key}: going on from {paths.CHECKPOINTS / key}" in again.stdout
+    resumed = result(key)
+    run(key)
+    assert resumed == result(key)
+
+
+def test_the_seconds_before_the_kill_count(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:
+    lay_out()
+    with pytest.raises(Killed):
+        run(kill_at=3)
+    (checkpoint,) = saved()
+    seal = json.loads((checkpoint / SEAL).read_text())
+    assert 0 < seal["seconds"] < 600
+    (checkpoint / SEAL).write_text(json.dumps(seal | {"seconds": 5000.0}))
+    with pytest.raises(Killed):
+        run(kill_at=5)
+    assert last_checkpoint(saved()[0].parent)[1] > 5000
+    run()
+    assert json.loads((paths.TRAIN_METRICS / f"{CELL}.json").read_text())["cost"]["seconds"] > 5000
+
+
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:
+    lay_out()
+    with pytest.raises(Killed):
+        run(kill_at=2)
+    (checkpoint,) = saved()
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert all("lora" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
+
+
+# Never another checkpoint.
+
+
+def test_a_checkpoint_of_another_seed_is_not_used(
+    lay_out: Lay, saving: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay_out()
+    run()
+    first = result()
+    with pytest.raises(Killed):
+        run(kill_at=3)
+    (left,) = saved()
+    change("seed", 12)
+    run()
+    assert "going on" not in capsys.readouterr().out
+    assert not left.exists()
+    second = result()
+    assert second[0] != first[0]
+    run()
+    assert result() == second
+
+
+def key_now() -> str:
+    params = load()
+    return result_key(params.recipe, params.train, params.seed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 12),
+        ("beta", 0.4),
+        ("loss", "sigmoid"),
+        ("steps", 6),
+        ("train.learning_rate", 2e-3),
+        ("train.lora.r", 8),
+    ],
+)
+def test_other_parameters_are_another_key(lay_out: Lay, key: str, value: Any) -> None:
+    lay_out()
+    before = key_now()
+    change(key, value)
+    assert key_now() != before
+
+
+@pytest.mark.parametrize(
+    "path", [paths.TRAIN_PAIRS, paths.HELDOUT_PAIRS, paths.REFERENCE, paths.BASE / "config.json"], ids=str
+)
+def test_other_data_is_another_key(lay_out: Lay, path: Path) -> None:
+    lay_out()
+    before = key_now()
+    path.write_text(path.read_text() + "\n")
+    assert key_now() != before
+
+
+def test_other_weights_are_another_key(lay_out: Lay) -> None:
+    lay_out()
+    before = key_now()
+    path = paths.BASE / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+    assert key_now() != before
+
+
+@pytest.mark.parametrize("name", ["losses.py", "train.py", "checkpoints.py", "engines/shared.py"])
+def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, in_tmp: Path, name: str) -> None:
+    lay_out()
+    before = key_now()
+    copy = shutil.copytree(ROOT / "src/prefscan", in_tmp / "prefscan")
+    monkeypatch.setattr(checkpoints, "__file__", str(copy / "checkpoints.py"))
+    assert key_now() == before
+    (copy / "report.py").write_text("# touched\n")
+    assert key_now() == before
+    (copy / name).write_text((copy / name).read_text() + "\n# touched\n")
+    assert key_now() != before
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "trl", "peft"])
+def test_another_library_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    lay_out()
+    before = key_now()
+    monkeypatch.setattr(checkpoints, "version", lambda asked: "0" if asked == name else metadata.version(asked))
+    assert key_now() != before
+
+
+def test_another_number_of_threads_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out()
+    before = key_now()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert torch.cuda.is_available() or key_now() != before
+
+
+def test_the_logs_place_is_no_part_of_the_key(lay_out: Lay) -> None:
+    lay_out()
+    before = key_now()
+    change("train.report_to", "wandb")
+    assert key_now() == before
+
+
+def test_the_hashed_code_is_what_the_stage_declares() -> None:
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
+    assert {f"src/prefscan/{name}" for name in CODE} == {dep for dep in declared if dep.startswith("src/")}
+
+
+def test_checkpoints_of_a_cells_other_results_are_removed(lay_out: Lay) -> None:
+    lay_out()
+    params = load()
+    other, neighbour = paths.CHECKPOINTS / CELL / "0", paths.CHECKPOINTS / "ipo-0.5-7" / "0"
+    for folder in (other, neighbour):
+        (folder / "checkpoint-1").mkdir(parents=True)
+    folder = checkpoint_folder(Cell(loss="ipo", beta=0.3, steps=7), params.train, params.seed)
+    assert folder.parent == other.parent
+    assert not other.exists()
+    assert neighbour.exists()
+
+
+def test_two_processes_do_not_train_one_cell_at_once(lay_out: Lay) -> None:
+    lay_out()
+    paths.CHECKPOINTS.mkdir(parents=True)
+    path = paths.CHECKPOINTS / f"{CELL}.lock"
+    hold = (
+        f"import fcntl; file = open({str(path)!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=rf"^another process is training {CELL} here; end it, and run `dvc repro`"):
+            run()
+    run()
+    assert ADAPTER.exists()
+
+
+# Whole checkpoints alone.
+
+
+def test_a_save_without_its_seal_is_not_used(
+    lay_out: Lay, saving: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lay_out()
+    run()
+    expected = result()
+    with pytest.raises(Killed):
+        run(kill_at=4, before_seal=True)
+    assert [path.name for path in saved()] == ["checkpoint-3", "checkpoint-4"]
+    capsys.readouterr()
+    with pytest.raises(Killed):
+        run(kill_at=4)  # writes over what it left
+    assert "/checkpoint-3\n" in capsys.readouterr().out
+    run()
+    assert "/checkpoint-4\n" in capsys.readouterr().out
+    assert result() == expected
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two sealed checkpoints; the path of the last."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+            (folder / name).write_text(f"{name} of {step}")
+        checkpoints.write_json(folder / SEAL, {"seconds": float(step), "sha256": checkpoints.digests(folder)})
+    return folder
+
+
+def test_the_last_whole_checkpoint_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) == (checkpoint, 10.0)
+    assert last_checkpoint(tmp_path / "elsewhere") == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", SEAL]
+)
+@pytest.mark.parametrize("harm", ["truncated", "empty", "gone", "altered"])
+def test_a_harmed_checkpoint_is_passed_over(checkpoint: Path, tmp_path: Path, name: str, harm: str) -> None:
+    path = checkpoint / name
+    content = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[:-3], "empty": b"", "altered": content[:-3] + b"abc"}[harm])
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-9", 9.0)
+
+
+# When.
+
+
+def test_saving_waits_half_a_minute_and_then_a_hundred_times_its_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 1000.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    args = type("Arguments", (), {"output_dir": str(tmp_path)})
+    state = type("State", (), {"global_step": 0, "max_steps": 100})
+    control = type("Control", (), {"should_save": False})
+    callback = Saving(7.0)
+    saves = []
+    for step in range(1, 101):
+        state.global_step = step
+        clock += 10
+        callback.on_step_end(args, state, control)
+        if control.should_save:
+            saves.append(step)
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            clock += 2
+            callback.on_save(args, state, control)
+    assert saves == [3, 23, 43, 63, 83]  # after 30 s, then every 200 s
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-83", 7 + 83 * 10 + 4 * 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-83"]
+
+
+def test_nothing_is_saved_after_the_last_update(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:
+    lay_out()
+    steps = []
+    on_save = Saving.on_save
+    saving.setattr(Saving, "on_save", lambda *a, **k: (steps.append(a[2].global_step), on_save(*a, **k)))
+    run()
+    assert steps == [1, 2, 3, 4, 5, 6]

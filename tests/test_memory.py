@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from prefscan.engines import load_engine
+from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
+from prefscan.params import Train
+from tiny import random_adapter, random_pairs
+
+LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]
+GIB = 2**30
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_the_longest_batch_is_the_largest_that_the_engine_lays_out(engine: str, batch_size: int) -> None:
+    pairs = random_pairs(LENGTHS)
+    sizes = []
+    for first in range(len(pairs)):
+        # The longest pair with any others.
+        for others in ([*pairs[:first], *pairs[first + 1 :]], [*pairs[first + 1 :], *pairs[:first]]):
+            batch = load_engine(engine).collate([pairs[first], *others][:batch_size], 0)
+            sizes.append((batch["input_ids"] if engine == "trl" else batch.input_ids).numel())
+    assert longest_batch(pairs, batch_size, engine) >= max(sizes)
+    if batch_size == 1 or engine == "trl":
+        assert longest_batch(pairs, batch_size, engine) == max(sizes)
+
+
+def test_the_longest_packed_batch() -> None:
+    assert longest_batch(random_pairs(LENGTHS), 2, "shared") == (3 + 2 + 30) + (20 + 1 + 1)
+    assert longest_batch(random_pairs(LENGTHS), 2, "trl") == 2 * 2 * (3 + 30)
+    assert longest_batch(random_pairs(LENGTHS), 99, "shared") == sum(map(sum, LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [
+        (LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30), "fp32", 49_920 * 30),
+        (LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32), "bf16", 323_584 * 32),
+        # Attention wider than the hidden state, and a model that names no inner width.
+        (
+            LlamaConfig(hidden_size=64, intermediate_size=10, num_hidden_layers=1, num_attention_heads=8, head_dim=16),
+            "fp32",
+            44 * 128 + 16 * 10,
+        ),
+        (GPT2Config(n_embd=64, n_layer=2, n_head=4), "fp32", 2 * (44 * 64 + 16 * 256)),
+    ],
+    ids=["SmolLM2-135M", "Mistral-7B", "wide heads", "GPT-2"],
+)
+def test_activation_bytes_of_a_token(config: Any, dtype: str, expected: int) -> None:
+    assert activation_bytes(config, 1, dtype) == expected
+    assert activation_bytes(config, 1000, dtype) == 1000 * expected
+
+
+def kept(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the model's own."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+    alive = []  # or another tensor could take a freed one's place
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for place, size in saved.items() if place not in own)
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_estimate_is_what_layers_keep_or_up_to_twice_as_much(engine: str, dtype: str) -> None:
+    pairs = random_pairs([(60, 40, 40)] * 3)
+    measured = []
+    for layers in (1, 3):
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = random_adapter(LlamaForCausalLM(config).to(torch.float32 if dtype == "fp32" else torch.bfloat16))
+        batch = load_engine(engine).collate(pairs, 0)
+        measured.append(kept(model, lambda m=model, b=batch: load_engine(engine).pair_logps(m, b)))
+    two_layers = measured[1] - measured[0]
+    config.num_hidden_layers = 2
+    estimate = activation_bytes(config, longest_batch(pairs, 3, engine), dtype)
+    assert two_layers <= estimate <= 2 * two_layers
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed", "free", "expected"),
+    [
+        ("auto", 4 * GIB, 8 * GIB, False),
+        ("auto", 4 * GIB + 1, 8 * GIB, True),
+        (True, 0, 8 * GIB, True),
+        (False, 9 * GIB, 8 * GIB, False),
+    ],
+)
+def test_auto_recomputes_what_takes_more_than_half_of_the_free_memory(
+    params: Any, setting: Any, needed: int, free: int, expected: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train: Train = params.train.model_copy(update={"activation_checkpointing": setting})
+    assert recomputes(train, needed, free) is expected
+    printed = f"activation checkpointing {'on' if expected else 'off'}: activations of up to 4.0 GiB, 8.0 GiB free\n"
+    assert capsys.readouterr().out == (printed if setting == "auto" else "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/meminfo").exists(), reason="not the memory of Linux")
+def test_the_free_memory_is_the_machines() -> None:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    assert free_bytes() == pytest.approx(available, rel=0.2)
