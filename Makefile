@@ -26,7 +26,7 @@ check: $(BIN)/.ready  ## lint, format and type check
 
 clean:  ## remove the virtual environment, caches and logs; DVC's cache and outputs stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build runs src/*.egg-info
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # torch goes first and pinned: a later package's loose range must not pull in another build.
 $(BIN)/.ready: constraints.txt pyproject.toml

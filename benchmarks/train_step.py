@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import cycle, islice
+from itertools import cycle, islice, permutations
 from pathlib import Path
 from statistics import NormalDist, fmean, median
 from typing import Any
@@ -270,7 +270,7 @@ def measure_peak(options: argparse.Namespace) -> float:
     (lengths,), (micro_batch,), variant = options.lengths, options.micro_batch, options.peak_of
     train = settings(options.shape, micro_batch, variant, options.checkpointing)
     updates = make_updates(options, lengths, train, vocabulary_of(options.folder))
-    largest = max(updates, key=lambda pairs: max(len(p["prompt_ids"]) + len(p["chosen_ids"]) for p in pairs))
+    largest = max(updates, key=lambda pairs: sum(len(pair[key]) for pair in pairs for key in ORCA))
     ready = Variant(variant, train, options.folder, load_tokenizer(BASE), largest)
     pairs = ready.with_reference(largest)
     if torch.cuda.is_available():
@@ -310,16 +310,17 @@ def measure(options: argparse.Namespace, folder: Path, lengths: str, micro_batch
     trains = {name: settings(options.shape, micro_batch, name, options.checkpointing) for name in VARIANTS}
     dtype = trains["stock"].dtype
     updates = make_updates(options, lengths, trains["stock"], vocabulary_of(folder))
+    # First, while this process holds no model.
+    peaks = {name: peak_memory(options, folder, name, lengths, micro_batch) for name in VARIANTS}
     tokenizer = load_tokenizer(BASE)
     variants = [Variant(name, trains[name], folder, tokenizer, updates[0]) for name in VARIANTS]
     repetitions: list[dict[str, Step]] = []
-    for i, update in enumerate(updates):
+    # Every order in turn, so that each variant runs as often after each other one.
+    for update, turn in zip(updates, cycle(permutations(variants)), strict=False):
         prepared = {variant.name: variant.with_reference(update) for variant in variants}
-        turn = variants[i % 3 :] + variants[: i % 3]  # each variant follows each other one
         steps = {variant.name: variant.step(prepared[variant.name]) for variant in turn}
         check_agreement(steps, dtype)
         repetitions.append(steps)
-    del variants
     timed = repetitions[1:]
     results = {}
     for name in VARIANTS:
@@ -328,7 +329,7 @@ def measure(options: argparse.Namespace, folder: Path, lengths: str, micro_batch
             "seconds": spread([step.seconds for step in steps_of]),
             "ratio_to_fast": spread([steps[name].seconds / steps["fast"].seconds for steps in timed]),
             "tokens_per_second": sum(step.tokens for step in steps_of) / sum(step.seconds for step in steps_of),
-            "peak_memory_gib": peak_memory(options, folder, name, lengths, micro_batch),
+            "peak_memory_gib": peaks[name],
             "loss_difference": max(abs(steps[name].loss - steps["stock"].loss) for steps in timed),
             "gradient_difference": max(
                 abs(steps[name].gradient_norm / steps["stock"].gradient_norm - 1) for steps in timed

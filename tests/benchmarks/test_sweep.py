@@ -32,33 +32,29 @@ def workspace(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]]) -> Pa
     return in_tmp
 
 
-@pytest.fixture
-def judge_scores_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model's random weights give any score little probability."""
-    monkeypatch.setattr("prefscan.judges.local.LEAST_MASS", 0.0)
-
-
-def test_a_cell_of_the_loop_does_the_study_s_work(workspace: Path, judge_scores_anything: None) -> None:
-    cell = sweep.study_cell("ipo-0.1-3")
+def test_a_cell_of_the_loop_does_the_study_s_work(workspace: Path) -> None:
+    (cell,) = sweep.study_loop(workspace, ["ipo-0.1-3"])
     assert (cell["trained_as"], cell["updates"], cell["judged_turns"]) == ("ipo", 3, 16)
     assert len(cell["losses"]) == 3
     assert cell["losses"][0] == pytest.approx(25, rel=1e-3)  # (0 − 1/(2β))²
     assert cell["losses"][-1] < cell["losses"][0]
     assert 16 <= cell["generated_tokens"] <= 16 * 5
     assert 1 <= cell["score"] <= 10
-    assert list(cell["seconds"]) == [name for name in sweep.PHASES if name != "start"]
+    assert list(cell["seconds"]) == list(sweep.PHASES)
+    assert sum(cell["seconds"].values()) == pytest.approx(cell["total_seconds"])
     assert not (workspace / "models/merged").exists()
 
 
-def test_a_loss_that_stock_trl_lacks_has_a_stand_in(workspace: Path, judge_scores_anything: None) -> None:
+def test_a_loss_that_stock_trl_lacks_has_a_stand_in(workspace: Path) -> None:
     cell = sweep.study_cell("kto_pair-0.1-3")
     assert cell["trained_as"] == "sigmoid"
     assert cell["losses"][0] == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_a_failed_cell_ends_the_loop(workspace: Path) -> None:
+def test_a_failed_cell_ends_the_loop(workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="failed in cell none-1-1"):
         sweep.study_loop(workspace, ["none-1-1"])
+    assert "cell 'none-1-1' is not in the grid" in capfd.readouterr().err
 
 
 def loop_of(keys: list[str]) -> list[dict[str, Any]]:
