@@ -59,7 +59,14 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
 
     pairs = read_jsonl(TRAIN_PAIRS)
     train = params.train.model_copy(update={"report_to": "none"})
-    arguments = training_arguments(train, cell, update_count(cell.steps, len(pairs), train), params.seed)
+    arguments = training_arguments(
+        train,
+        cell,
+        update_count(cell.steps, len(pairs), train),
+        params.seed,
+        recompute=False,  # on a CPU; the activations fit
+        checkpoints=Path("runs/study"),
+    )
     arguments.loss_type = [STAND_IN.get(cell.loss, cell.loss)]
     trainer = StockTrainer(
         model=model,

@@ -54,7 +54,7 @@ from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, read_text, write_json
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, Train
-from prefscan.paths import BASE, TRAIN_PAIRS
+from prefscan.paths import BASE, RUNS, TRAIN_PAIRS
 from prefscan.reference import micro_batches
 from prefscan.train import PairTrainer, lora_config, peak_memory_gib, training_arguments
 
@@ -99,7 +99,8 @@ class Variant:
         self.name = name
         self.size = train.batch_size
         model = load_model(folder, train.dtype, train.quantization, train.double_quantization).requires_grad_(False)
-        arguments = training_arguments(train, CELL, steps=1, seed=0)
+        recompute = train.activation_checkpointing is True
+        arguments = training_arguments(train, CELL, 1, seed=0, recompute=recompute, checkpoints=RUNS / "train_step")
         common = {
             "model": model,
             "args": arguments,
@@ -117,7 +118,7 @@ class Variant:
             if "lora_B" in parameter_name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * ADAPTER_SCALE)
         # What Trainer.train() does before its first step.
-        if arguments.activation_checkpointing:
+        if recompute:
             self.trainer.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs or None
             )
@@ -201,8 +202,7 @@ def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> 
     pairs = UPDATE[shape]
     if pairs % micro_batch:
         raise UserError(
-            f"--micro-batch: {micro_batch} does not divide the {pairs} pairs of an update; "
-            "choose a size that does"
+            f"--micro-batch: {micro_batch} does not divide the {pairs} pairs of an update; choose a size that does"
         )
     return train.model_copy(
         update={
