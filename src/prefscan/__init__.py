@@ -2,9 +2,12 @@
 
 import os
 
-# Read by OpenMP when torch loads it, hence here. Spinning threads on a shared machine turned a 13 s training step
-# into 209 s; passive waiting costs nothing measurable on an idle one.
+# Read when torch loads OpenMP and first allocates, hence here. Threads that spin while they wait turned a 13 s training
+# step into 209 s on a shared machine; a thousand turns cost others nothing and spare the wake-up between two kernels.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Huge pages: the page faults of fresh activations were a tenth to a fifth of a training step (docs/performance.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __version__ = "0.1.0"
