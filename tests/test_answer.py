@@ -300,7 +300,7 @@ def save_adapter(tiny_model: Path, folder: Path) -> None:
 def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base, and a cell of which merge has written a manifest; each as `dvc repro` runs it."""
     prepare(in_tmp, tiny_model, monkeypatch, "base")
-    cell = "sigmoid-0.1-16"  # the recipe of the committed params.yaml
+    cell = "sigmoid-0.1-24"  # the recipe of the committed params.yaml
     save_adapter(tiny_model, in_tmp / "models/adapters" / cell)
     write_json(
         Path("models/merged", cell, "manifest.json"), manifest(Path("models/base"), Path("models/adapters", cell))

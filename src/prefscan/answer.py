@@ -1,7 +1,7 @@
 """Answer the MT-Bench questions with one model, in FastChat's answer format.
 
     python -m prefscan.answer base
-    python -m prefscan.answer ipo-0.5-16
+    python -m prefscan.answer ipo-0.5-24
 
 Both turns, the model's own chat template, FastChat's temperature for each category. Sampling adds Gumbel noise to the
 logits and takes the largest, which draws from the softmax exactly (Gumbel 1954; Maddison et al., arXiv 1411.0030); each

@@ -1,6 +1,6 @@
 """Merge a cell's adapter into the base, and measure what the merge kept.
 
-    python -m prefscan.merge ipo-0.5-16
+    python -m prefscan.merge ipo-0.5-24
 
 Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So the stage compares the
 held-out margin of the merged weights with that of base + adapter in fp32, and counts the weights that changed at all.

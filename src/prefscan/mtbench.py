@@ -1,7 +1,7 @@
 """Judge a model's MT-Bench answers with FastChat's prompts, in FastChat's judgement format.
 
     python -m prefscan.mtbench base
-    python -m prefscan.mtbench ipo-0.5-16
+    python -m prefscan.mtbench ipo-0.5-24
 
 A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. What a
 paid judge has scored is kept in .prefscan/judgements, by a hash of judge and prompt, and is not asked for again.

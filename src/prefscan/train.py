@@ -1,6 +1,6 @@
 """Tune a LoRA adapter with one loss, at one β, for a number of steps.
 
-    python -m prefscan.train ipo-0.5-16
+    python -m prefscan.train ipo-0.5-24
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
 losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage.
