@@ -13,23 +13,19 @@ from mtbench_data import ROOT, local_judge, make_questions, write_params, write_
 from prefscan.errors import UserError
 from prefscan.files import write_json
 from prefscan.params import load
-from tiny import write_rows
 
 GRID = {"loss": ["ipo", "kto_pair"], "beta": [0.1], "steps": [3]}
 
 
 @pytest.fixture
-def workspace(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]]) -> Path:
+def workspace(prepared: Path) -> Path:
     """What fetch and prepare leave, tiny, with a grid of two cells, committed but for data and model."""
-    (in_tmp / "models").mkdir()
-    (in_tmp / "models/base").symlink_to(tiny_model)
-    (in_tmp / "src").symlink_to(ROOT / "src")
-    write_rows(in_tmp / "data/pairs/train.jsonl", pairs)
-    write_questions(in_tmp, make_questions(each=1))
+    (prepared / "src").symlink_to(ROOT / "src")
+    write_questions(prepared, make_questions(each=1))
     recipe = {"loss": "ipo", "beta": 0.1, "steps": 3, "grid": GRID}
     answer = {"questions": 8, "max_new_tokens": 5, "batch_size": 8}
-    write_params(in_tmp, **recipe, answer=answer, judge=local_judge(in_tmp / "models/base"))
-    return in_tmp
+    write_params(prepared, **recipe, answer=answer, judge=local_judge(prepared / "models/base"))
+    return prepared
 
 
 def test_a_cell_of_the_loop_does_the_study_s_work(workspace: Path) -> None:

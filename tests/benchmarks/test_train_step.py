@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 import train_step
+from mtbench_data import ROOT
 from prefscan.errors import UserError
-from tiny import random_pairs, write_rows
+from tiny import random_pairs
 from train_step import ORCA, Step, check_agreement, make_pairs, settings
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,13 +24,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def workspace(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]]) -> Path:
-    """A working directory with the tiny model as base, its pairs and the committed configuration."""
-    (in_tmp / "models").mkdir()
-    (in_tmp / "models/base").symlink_to(tiny_model)
-    (in_tmp / "conf").symlink_to(ROOT / "conf")
-    write_rows(in_tmp / "data/pairs/train.jsonl", pairs)
-    return in_tmp
+def workspace(prepared: Path) -> Path:
+    """With the committed configuration."""
+    (prepared / "conf").symlink_to(ROOT / "conf")
+    return prepared
 
 
 def test_all_variants_compute_the_same(workspace: Path) -> None:
