@@ -54,8 +54,8 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     """Stock TRL's trainer after the cell's updates, on the tokens that prepare wrote."""
     from datasets import Dataset
 
-    from prefscan.train import lora_config, training_arguments, update_count
-    from train_step import ORCA, StockTrainer
+    from prefscan.train import TokenisedTrainer, lora_config, training_arguments, update_count
+    from train_step import ORCA
 
     pairs = read_jsonl(TRAIN_PAIRS)
     train = params.train.model_copy(update={"report_to": "none"})
@@ -68,7 +68,7 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
         checkpoints=Path("runs/study"),
     )
     arguments.loss_type = [STAND_IN.get(cell.loss, cell.loss)]
-    trainer = StockTrainer(
+    trainer = TokenisedTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([{key: pair[key] for key in ORCA} for pair in pairs]),

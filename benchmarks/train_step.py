@@ -41,12 +41,12 @@ from statistics import NormalDist, fmean, median
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
-from trl import DPOTrainer
 
 from prefscan.engines import shared
 from prefscan.errors import UserError, run_stage
@@ -55,13 +55,14 @@ from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, Train
 from prefscan.paths import BASE, RUNS, TRAIN_PAIRS
 from prefscan.reference import micro_batches
-from prefscan.train import PairTrainer, lora_config, peak_memory_gib, training_arguments
+from prefscan.train import PairTrainer, TokenisedTrainer, lora_config, peak_memory_gib, training_arguments
 
 Pair = dict[str, Any]
 
 VARIANTS = ("stock", "precomputed", "fast")
 CELL = Cell(loss="sigmoid", beta=0.1, steps=1)
-CONFIG = {"smollm2": Path("conf/train/laptop.yaml"), "mistral-7b": Path("conf/train/study.yaml")}
+CONFIG = {"smollm2": "laptop", "mistral-7b": "study"}  # in conf/train
+CONF = Path(__file__).resolve().parents[1] / "conf"
 UPDATE = {"smollm2": 4, "mistral-7b": 16}  # pairs an update; the study's 16 would take minutes on 2 cores
 ORCA = {"prompt_ids": 255, "chosen_ids": 164, "rejected_ids": 237}  # average tokens
 ORCA_SIGMA = 0.5  # assumed, of the logarithm of a length
@@ -69,13 +70,6 @@ ADAPTER_SCALE = 2e-3  # of LoRA's B; at B = 0 policy and reference tie and any l
 # Padding alone moves a summed log-probability by up to 0.5 nats in bf16; times β = 0.1.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}  # relative, of the norm
-
-
-class StockTrainer(DPOTrainer):
-    """TRL's trainer on pairs that are tokenised already."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ class Variant:
         self.trainer: Any = (
             PairTrainer(cell=CELL, options=train.losses, engine=shared, pad_token_id=tokenizer.pad_token_id, **common)
             if name == "fast"
-            else StockTrainer(**common)
+            else TokenisedTrainer(**common)
         )
         generator = torch.Generator().manual_seed(0)
         for parameter_name, parameter in self.trainer.model.named_parameters():
@@ -197,7 +191,9 @@ def make_pairs(source: list[Pair], lengths: str, count: int, vocabulary: int) ->
 
 def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> Train:
     """The shape's configuration in conf/train, with the micro-batch under test and the same pairs an update."""
-    train = Train.model_validate(yaml.safe_load(read_text(CONFIG[shape])))
+    with initialize_config_dir(str(CONF), version_base=None):
+        composed = compose("config", overrides=[f"train={CONFIG[shape]}"])
+    train = Train.model_validate(OmegaConf.to_container(composed.train))
     pairs = UPDATE[shape]
     if pairs % micro_batch:
         raise UserError(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefscan import merge as merge_stage
 from prefscan import paths
+from prefscan.engines import load_engine
 from prefscan.errors import UserError
 from prefscan.files import sha256
 from prefscan.merge import merge_cell
@@ -74,8 +75,9 @@ def mean_margin(policy: Any, base: Any, pairs: list[Any]) -> float:
     return sum(margins) / len(margins)
 
 
-def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any]) -> None:
-    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section())
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any], engine: str) -> None:
+    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), load_engine(engine))
     expected = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:8])
     assert abs(expected) > 0.1
     assert metrics["margin_adapter"] == pytest.approx(expected, abs=1e-4)
@@ -95,7 +97,7 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
     for scale in (1.0, 1e-4):
         save_adapter(scale)
         for dtype in ("fp32", "fp16"):
-            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype))
+            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), load_engine("shared"))
             assert metrics["margin_adapter"] != 0
             kept[scale, dtype], changed[scale, dtype] = metrics["margin_kept"], metrics["weights_changed"]
     assert kept[1.0, "fp32"] == pytest.approx(1, abs=1e-3)
@@ -110,7 +112,7 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
 def test_a_zero_adapter_has_no_margin_to_keep_and_changes_no_weight(policy: Any, pairs: list[Any], dtype: str) -> None:
     """The tiny base's weights are no fp16 numbers: rounding the base is not the adapter's doing."""
     save_adapter(scale=0.0)
-    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype))
+    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), load_engine("shared"))
     assert metrics["margin_adapter"] == 0
     assert metrics["margin_kept"] is None
     assert metrics["weights_changed"] == 0

@@ -41,12 +41,13 @@ def round_weights(model: nn.Module, dtype: str) -> None:
         parameter.data = parameter.data.to(DTYPES[dtype]).to(parameter.dtype)
 
 
-def merge_cell(base: Path, adapter: Path, pairs: list[Any], merge: Merge) -> tuple[PreTrainedModel, dict[str, Any]]:
+def merge_cell(
+    base: Path, adapter: Path, pairs: list[Any], merge: Merge, engine: Engine
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The merged model, in fp32 holding values of `merge.dtype`, and what the merge kept.
 
     `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs.
     """
-    engine = load_engine("shared")
     model = PeftModel.from_pretrained(load_model(base, "fp32").requires_grad_(False), adapter).eval()
     with model.disable_adapter():
         before = margins(model, engine, pairs, "base")
@@ -76,7 +77,7 @@ def main() -> None:
     (key,) = sys.argv[1:]
     params.cell(key)
     pairs = read_jsonl(HELDOUT_PAIRS)[: params.merge.check_pairs]
-    merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs, params.merge)
+    merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs, params.merge, load_engine(params.train.engine))
     with new_folder(MERGED / key) as folder:
         if params.merge.format == "adapter":
             write_json(folder / MANIFEST, manifest(BASE, ADAPTERS / key))

@@ -54,7 +54,14 @@ CURVE_COLUMNS = {
 }
 
 
-class PairTrainer(DPOTrainer):
+class TokenisedTrainer(DPOTrainer):
+    """DPOTrainer on pairs that prepare has tokenised."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset
+
+
+class PairTrainer(TokenisedTrainer):
     """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
 
     def __init__(self, *, cell: Cell, options: Losses, engine: Engine, pad_token_id: int, **kwargs: Any) -> None:
@@ -65,9 +72,6 @@ class PairTrainer(DPOTrainer):
         super().__init__(data_collator=self.collate, **kwargs)
         self.precompute_ref_logps = True
         self.model.get_base_model().prefscan_fused_head = True  # DPOTrainer has just added it
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset  # tokenised by prepare
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
