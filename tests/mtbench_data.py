@@ -85,7 +85,8 @@ def write_params(root: Path, **changes: Any) -> None:
     """The committed params.yaml with changes: a mapping is merged, but for `judge`, whose keys depend on its kind."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for key, value in changes.items():
-        params[key] = params[key] | value if isinstance(value, dict) and key != "judge" else value
+        merged = isinstance(value, dict) and isinstance(params[key], dict) and key != "judge"
+        params[key] = params[key] | value if merged else value
     (root / "params.yaml").write_text(yaml.safe_dump(params))
 
 

@@ -64,6 +64,8 @@ def test_share_interval_counts_a_tie_as_half() -> None:
 )
 def test_auc_counts_the_pairs_by_hand(good: list[float], bad: list[float], expected: float) -> None:
     assert auc(good, bad) == pytest.approx(expected, abs=1e-12)
+    u = stats.mannwhitneyu(good, bad).statistic
+    assert auc(good, bad) == pytest.approx(u / (len(good) * len(bad)), abs=1e-12)
 
 
 def test_a_bootstrap_over_clusters_is_scipys_of_their_means() -> None:

@@ -223,6 +223,13 @@ class Questions(Section):
     corrected: PackageFile
 
 
+class Agreement(Section):
+    """Judgements by others, people or GPT-4, and the answers that they judged, both in FastChat's formats."""
+
+    judgements: str
+    answers: str
+
+
 class Params(Section):
     """params.yaml as a whole."""
 
@@ -238,6 +245,7 @@ class Params(Section):
     merge: Merge
     answer: Answer
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
+    agreement: Agreement | None
     questions: Questions
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ def auc(good: ArrayLike, bad: ArrayLike) -> float:
 
     Mann and Whitney's U over N·M (1947), which is the area under the ROC curve (Hanley and McNeil 1982).
     """
-    return float(stats.mannwhitneyu(good, bad).statistic / (np.size(good) * np.size(bad)))
+    return float(np.sign(np.subtract.outer(good, bad)).mean() / 2 + 0.5)
 
 
 def cluster_bootstrap(
