@@ -90,8 +90,15 @@ def write_params(root: Path, **changes: Any) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def local_judge(folder: Path | str) -> dict[str, Any]:
-    return {"kind": "local", "name": "tiny", "folder": str(folder), "dtype": "fp32", "references": "corrected"}
+def local_judge(folder: Path | str, batch_size: int = 1) -> dict[str, Any]:
+    return {
+        "kind": "local",
+        "name": "tiny",
+        "folder": str(folder),
+        "dtype": "fp32",
+        "batch_size": batch_size,
+        "references": "corrected",
+    }
 
 
 def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:

@@ -202,6 +202,7 @@ class LocalJudge(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     folder: str
     dtype: DType
+    batch_size: Positive
     references: Literal["stock", "corrected"]
 
 
