@@ -36,7 +36,7 @@ from rich.table import Table
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_json, read_jsonl, write_json
 from prefscan.params import Cell, LocalJudge, Params, load
-from prefscan.paths import ANSWER_METRICS, BASE, JUDGE_STORE, QUESTIONS, TRAIN_PAIRS
+from prefscan.paths import ANSWER_METRICS, BASE, QUESTIONS, TRAIN_PAIRS
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = {"kto_pair": "sigmoid", "ipo_sum": "ipo"}  # losses that stock TRL 1.16 lacks
@@ -112,24 +112,13 @@ def answer_one_at_a_time(model: Any, tokenizer: Any, params: Params, model_id: s
     return records, generated
 
 
-def judge_answers(answers: list[Any], params: Params) -> list[float]:
-    """The score of every turn, from the judge of params.yaml."""
-    from prefscan.mtbench import build_turns, judge_turns
-
-    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
-    templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
-    author = params.judge.references
-    references = {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{author}.jsonl")}
-    turns = build_turns(questions, answers, templates, references)
-    return [verdict.score for verdict in judge_turns(turns, params.judge, JUDGE_STORE) if verdict.score is not None]
-
-
 def study_cell(key: str) -> dict[str, Any]:
     """One cell of the study's loop, in this process and working directory."""
     params = load()
     cell = params.cell(key)
     seconds: dict[str, float] = {}
     from prefscan.models import DTYPES, load_model, load_tokenizer
+    from prefscan.mtbench import judge_answers
     from prefscan.reference import load_base
 
     with phase(seconds, "load"):
@@ -144,7 +133,7 @@ def study_cell(key: str) -> dict[str, Any]:
             model = load_model(Path(merged), params.answer.dtype).eval()
             answers, generated = answer_one_at_a_time(model, tokenizer, params, key)
     with phase(seconds, "judge"):
-        scores = judge_answers(answers, params)
+        scores = [judgement["score"] for judgement in judge_answers(key, answers, params.judge)[0]]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "cell": key,

@@ -85,12 +85,20 @@ def write_params(root: Path, **changes: Any) -> None:
     """The committed params.yaml with changes: a mapping is merged, but for `judge`, whose keys depend on its kind."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for key, value in changes.items():
-        params[key] = params[key] | value if isinstance(value, dict) and key != "judge" else value
+        merged = isinstance(value, dict) and isinstance(params[key], dict) and key != "judge"
+        params[key] = params[key] | value if merged else value
     (root / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def local_judge(folder: Path | str) -> dict[str, Any]:
-    return {"kind": "local", "name": "tiny", "folder": str(folder), "dtype": "fp32", "references": "corrected"}
+def local_judge(folder: Path | str, batch_size: int = 1) -> dict[str, Any]:
+    return {
+        "kind": "local",
+        "name": "tiny",
+        "folder": str(folder),
+        "dtype": "fp32",
+        "batch_size": batch_size,
+        "references": "corrected",
+    }
 
 
 def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:

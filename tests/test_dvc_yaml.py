@@ -16,7 +16,7 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages
 
 
 def stage_module(name: str) -> str:
-    return {"answer-base": "answer", "mtbench-base": "mtbench"}.get(name, name)
+    return {"answer-base": "answer", "judge-check": "judge_check", "mtbench-base": "mtbench"}.get(name, name)
 
 
 def body(name: str) -> dict[str, Any]:

@@ -73,7 +73,17 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: 
         curve = "".join(f"{step},{0.7 - step / 100},{step / 50},0.5,1.0,0.001\n" for step in range(1, 9))
         header = "step,loss,reward_margin,reward_accuracy,grad_norm,learning_rate\n"
         write_text(root / f"metrics/curves/{key}.csv", header + curve)
+    write_json(root / "metrics/judge.json", judge_metrics())
     write_json(root / "metrics/prepare.json", {"rows": 300, "train": 31, "heldout": 30})
+
+
+def judge_metrics(swapped_low: float = 0.44, truncated_low: float = 0.4) -> dict[str, Any]:
+    """The part of metrics/judge.json that the report reads."""
+    found = {
+        "swapped": {"auc": 0.53, "auc_low": swapped_low, "auc_high": 0.61},
+        "truncated": {"auc": 0.56, "auc_low": truncated_low, "auc_high": 0.72},
+    }
+    return {"judge": "tiny", "questions": 15, "without_reference": found}
 
 
 def metrics(kind: str, key: str) -> Any:
@@ -236,7 +246,7 @@ def test_the_page_and_the_markdown_print_the_table() -> None:
         assert any(line.startswith("![") and line.endswith(f"]({name}.png)") for line in lines)
     leads = [lead.strip() for lead in page.leads if lead.strip()]
     assert [line for line in lines if line in leads] == leads
-    assert len(leads) == 5
+    assert len(leads) == 6
 
 
 @pytest.mark.usefixtures("sweep")
@@ -284,9 +294,36 @@ def leads() -> list[str]:
     return [lead.strip() for lead in Page(Path("reports/report.html").read_text()).leads]
 
 
-@pytest.mark.usefixtures("sweep")
-def test_a_local_judge_is_named_first_as_no_judge_of_quality() -> None:
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("swapped_low", "truncated_low", "verdict"),
+    [
+        (0.44, 0.4, "it cannot be shown to tell them apart, so no score below should be read as quality."),
+        (0.5, 0.5, "it cannot be shown to tell them apart, so no score below should be read as quality."),
+        (0.44, 0.51, "it can tell it from its own first quarter only, so no score below should be read as quality."),
+        (0.51, 0.4, "it can tell it from the same answer given to another question only, so no score below should be"),
+        (0.51, 0.51, "it can tell them apart."),
+    ],
+)
+def test_the_first_sentence_says_whether_the_judge_can_tell(
+    in_tmp: Path, swapped_low: float, truncated_low: float, verdict: str
+) -> None:
+    write_sweep(in_tmp)
+    write_json(in_tmp / "metrics/judge.json", judge_metrics(swapped_low, truncated_low))
+    report.main()
     first = leads()[0]
+    assert first.startswith(
+        "The judge tiny ranks a reference answer above the same answer given to another question with probability "
+        f"0.53 [{swapped_low:.2f}, 0.61], and above its own first quarter with probability "
+        f"0.56 [{truncated_low:.2f}, 0.72] (95 % intervals over 15 questions; 0.5 is chance): {verdict}"
+    )
+    paragraphs = Path("reports/report.md").read_text().split("\n\n")
+    assert paragraphs[1].strip() == first
+
+
+@pytest.mark.usefixtures("sweep")
+def test_a_local_judge_is_named_as_no_judge_of_quality() -> None:
+    first = leads()[1]
     assert first.startswith("The scores come from the small local judge tiny: they show that the pipeline works,")
     assert first.endswith("not which method is better.")
 
@@ -295,13 +332,13 @@ def test_a_local_judge_is_named_first_as_no_judge_of_quality() -> None:
 def test_a_server_judge_needs_no_such_warning(in_tmp: Path) -> None:
     write_sweep(in_tmp, judge=openai_judge("http://127.0.0.1:9/v1"))
     report.main()
-    assert leads()[0].startswith("4 cells of ")
+    assert leads()[1].startswith("4 cells of ")
     assert "local judge" not in Path("reports/report.html").read_text() + Path("reports/report.md").read_text()
 
 
 @pytest.mark.usefixtures("sweep")
 def test_the_sentences_say_what_the_metrics_say() -> None:
-    _, compared, scored, held, merged = leads()
+    _, _, compared, scored, held, merged = leads()
     assert "losses sigmoid, ipo; β 0.1, 0.5; steps 8." in compared
     assert "31 training and 30 held-out pairs of 300; 8 MT-Bench questions, two turns each." in compared
     base, cells = metrics("mtbench", "base"), [metrics("mtbench", key) for key in CELLS]
@@ -394,9 +431,9 @@ def test_hostile_names_are_text(hostile: str) -> None:
     assert {"script", "img", "iframe", "object", "embed", "link", "base", "form"}.isdisjoint(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.title == f"{HOSTILE}: 4 cells"
-    assert f"4 cells of {HOSTILE} on {HOSTILE}: losses" in page.leads[1]
+    assert f"4 cells of {HOSTILE} on {HOSTILE}: losses" in page.leads[2]
     assert hostile.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3 + len(CATEGORIES)  # categories label the chart
-    assert "49" not in page.title + page.leads[1]
+    assert "49" not in page.title + page.leads[2]
 
 
 def test_hostile_names_are_text_in_the_markdown_too(hostile_reports: Path) -> None:

@@ -142,15 +142,14 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> 
     }
 
 
-def main() -> None:
-    params = load()
-    (key,) = sys.argv[1:]
-    settings = params.judge
+def judge_answers(
+    key: str, answers: Sequence[Any], settings: LocalJudge | OpenAIJudge
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """FastChat's judgement records of both turns of every answer, and the category of each question."""
     questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
     templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
     references = {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{settings.references}.jsonl")}
-    turns = build_turns(questions, read_jsonl(ANSWERS / f"{key}.jsonl"), templates, references)
-    verdicts = judge_turns(turns, settings, JUDGE_STORE)
+    turns = build_turns(questions, answers, templates, references)
     judgements = [
         {
             "question_id": turn.question_id,
@@ -162,9 +161,17 @@ def main() -> None:
             "turn": turn.turn,
             "tstamp": 0.0,  # a time would make equal judgements hash differently
         }
-        for turn, verdict in zip(turns, verdicts, strict=True)
+        for turn, verdict in zip(turns, judge_turns(turns, settings, JUDGE_STORE), strict=True)
     ]
-    metrics = scores(judgements, {turn.question_id: turn.category for turn in turns})
+    return judgements, {turn.question_id: turn.category for turn in turns}
+
+
+def main() -> None:
+    params = load()
+    (key,) = sys.argv[1:]
+    settings = params.judge
+    judgements, categories = judge_answers(key, read_jsonl(ANSWERS / f"{key}.jsonl"), settings)
+    metrics = scores(judgements, categories)
     write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)
     write_json(MTBENCH_METRICS / f"{key}.json", metrics | {"judge": settings.name, "references": settings.references})
     print(f"{key}: {metrics['average']:.3f} [{metrics['average_low']:.3f}, {metrics['average_high']:.3f}]")

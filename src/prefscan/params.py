@@ -202,6 +202,7 @@ class LocalJudge(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     folder: str
     dtype: DType
+    batch_size: Positive
     references: Literal["stock", "corrected"]
 
 
@@ -223,6 +224,13 @@ class Questions(Section):
     corrected: PackageFile
 
 
+class Agreement(Section):
+    """Judgements by others, people or GPT-4, and the answers that they judged, both in FastChat's formats."""
+
+    judgements: str
+    answers: str
+
+
 class Params(Section):
     """params.yaml as a whole."""
 
@@ -238,6 +246,7 @@ class Params(Section):
     merge: Merge
     answer: Answer
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
+    agreement: Agreement | None
     questions: Questions
 
     @model_validator(mode="after")

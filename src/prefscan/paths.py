@@ -24,6 +24,7 @@ ANSWER_METRICS = Path("metrics/answer")
 JUDGEMENTS = Path("data/mt_bench/model_judgment")
 CELL_JUDGEMENTS = JUDGEMENTS / "cells"
 MTBENCH_METRICS = Path("metrics/mtbench")
+JUDGE_METRICS = Path("metrics/judge.json")
 
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")

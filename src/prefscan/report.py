@@ -22,6 +22,7 @@ from prefscan.paths import (
     ANSWER_METRICS,
     CELL_JUDGEMENTS,
     CURVES,
+    JUDGE_METRICS,
     JUDGEMENTS,
     MERGE_METRICS,
     MTBENCH_METRICS,
@@ -111,9 +112,34 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
     }
 
 
-def sentences(params: Params, cells: pd.DataFrame, base: dict[str, Any], prepared: dict[str, Any]) -> list[str]:
+def judge_sentence(judge: dict[str, Any]) -> str:
+    """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
+    bad = {
+        "the same answer given to another question": judge["without_reference"]["swapped"],
+        "its own first quarter": judge["without_reference"]["truncated"],
+    }
+    ranks = [
+        f"{name} with probability {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]"
+        for name, found in bad.items()
+    ]
+    told = [name for name, found in bad.items() if found["auc_low"] > 0.5]
+    if len(told) == len(bad):
+        verdict = "it can tell them apart"
+    elif told:
+        verdict = f"it can tell it from {told[0]} only, so no score below should be read as quality"
+    else:
+        verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
+    return (
+        f"The judge {judge['judge']} ranks a reference answer above {', and above '.join(ranks)} (95 % intervals over "
+        f"{judge['questions']} questions; 0.5 is chance): {verdict}."
+    )
+
+
+def sentences(
+    params: Params, cells: pd.DataFrame, base: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
+) -> list[str]:
     """What was compared and what may be concluded, computed from the data."""
-    lines = []
+    lines = [judge_sentence(judge)]
     if params.judge.kind == "local":
         lines.append(
             f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
@@ -262,7 +288,7 @@ def main() -> None:
         write_report(
             folder,
             f"{params.model.name}: {len(cells)} cells",
-            sentences(params, table, base, prepared),
+            sentences(params, table, base, prepared, read_json(JUDGE_METRICS)),
             figures,
             pd.concat([pd.DataFrame([base_row]), table]),
         )

@@ -95,6 +95,31 @@ def test_a_shared_beginning_is_computed_once(judge: ExpectedScore) -> None:
     assert computed == [len(judge.tokens(prompts[0])), 1, tail, 1, 1, 1]
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_batches_score_as_one_prompt_after_the_other(judge: ExpectedScore, tiny_model: Path, batch_size: int) -> None:
+    prompts = [Prompt("Judge.", f"Answer {i}: " + "so it is β " * (i * 7 % 5)) for i in range(7)]
+    alone = dict(judge.verdicts(prompts))
+    batched = load_judge(LocalJudge.model_validate(local_judge(tiny_model, batch_size)))
+    passes: list[int] = []
+    batched.model.model.embed_tokens.register_forward_hook(lambda module, args, output: passes.append(args[0].shape[0]))
+    together = dict(batched.verdicts(prompts))
+    assert max(passes) == min(batch_size, 7)
+    assert sorted(together) == sorted(alone)
+    for place, verdict in alone.items():
+        assert together[place].score == pytest.approx(verdict.score, abs=1e-4)
+    assert max(v.score for v in alone.values()) - min(v.score for v in alone.values()) > 0.01  # else all agree anyway
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_rigged_model_gives_its_score_in_batches_too(judge: ExpectedScore, batch_size: int) -> None:
+    judge.batch_size = batch_size
+    rig(judge, {"[": "7"})
+    (_, first), (_, second) = sorted(judge.verdicts([PROMPT, Prompt("", "β")]))
+    assert (first.score, second.score) == (pytest.approx(7, abs=1e-6), pytest.approx(7, abs=1e-6))
+    rig(judge, {"[": "x"})
+    assert [verdict.score for _, verdict in judge.verdicts([PROMPT, Prompt("", "β")])] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("follows", "score"),
     [

@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "merge": ("merge", [CELL], set()),
     "answer-base": ("answer", ["base"], set()),
     "answer": ("answer", [CELL], set()),
+    "judge-check": ("judge_check", [], set()),
     "mtbench-base": ("mtbench", ["base"], set()),
     "mtbench": ("mtbench", [CELL], set()),
     "report": ("report", [], set()),

@@ -102,7 +102,7 @@ def shrink(folder: Path, packages: Path) -> None:
     )
     write("answer/tiny.yaml", {"questions": 8, "max_new_tokens": 6, "batch_size": 8, "dtype": "fp32"})
     write("sweep/tiny.yaml", {"loss": "sigmoid, kto_pair", "beta": "", "steps": ""})
-    questions = make_questions(each=1)
+    questions = make_questions(each=2)  # judge-check swaps answers within a category
     references = make_references(questions, "GPT-4")
     bench = {
         "bench/question.jsonl": questions,

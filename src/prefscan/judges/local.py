@@ -4,8 +4,9 @@ G-Eval (Liu et al., arXiv 2303.16634, equation 1): Σ p(s)·s over the scores s 
 `Rating: [[`, the place where FastChat's prompts ask for the number, and one forward pass gives p(s). "1" is a score of
 its own and the first token of "10", so a second pass, of one token, splits its probability.
 
-Prompts are judged in the order of their tokens, and each takes over the keys and values of what it shares with the one
-before it: all prompts of a template open with the same instructions, and the two turns of a question share more.
+With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
+what it shares with the one before it: all prompts of a template open with the same instructions, and the two turns of a
+question share more. Larger batches hold prompts of similar length, padded on the left, and share nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,9 +29,10 @@ LEAST_MASS = 1e-3  # under this probability of any score, an expectation over sc
 class ExpectedScore:
     """Scores by expectation under a causal language model with a chat template."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.batch_size = batch_size
         self.digits = [self._single_token(str(digit)) for digit in range(10)]
 
     def _single_token(self, digit: str) -> int:
@@ -73,8 +75,31 @@ class ExpectedScore:
         logits = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[0, -1].double().softmax(-1).cpu()
 
-    def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
-        encoded = [self.tokens(prompt) for prompt in prompts]
+    @torch.no_grad()
+    def batch_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The same of several prompts in two forward passes, shape `[len(rows), 10]`."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        one, zero = self.digits[1], self.digits[0]
+        start = self._next_tokens(ids, mask, positions, cache)
+        more = torch.ones(len(rows), 1, dtype=torch.long)
+        after_one = self._next_tokens(more * one, torch.cat([mask, more], 1), positions[:, -1:] + 1, cache)
+        ten = start[:, one] * after_one[:, zero]
+        scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
+        scores[:, 0] -= ten
+        return scores
+
+    def _next_tokens(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].double().softmax(-1).cpu()
+
+    def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
+        """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
         cache = DynamicCache()  # without the model's config: every layer keeps all positions, and so can be cropped
         previous: list[int] = []
         for place in sorted(range(len(encoded)), key=encoded.__getitem__):
@@ -82,8 +107,19 @@ class ExpectedScore:
             common = takewhile(lambda pair: pair[0] == pair[1], zip(previous, ids[:-1], strict=False))
             shared = len(list(common))  # at least the last token is left, to predict from
             cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
-            scores = self.probabilities(ids, cache)
+            yield place, self.probabilities(ids, cache)
             previous = ids
+
+    def in_batches(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
+        """The place and the probabilities of each prompt, longest first: too little memory shows at once."""
+        order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place]))
+        for first in range(0, len(order), self.batch_size):
+            places = order[first : first + self.batch_size]
+            yield from zip(places, self.batch_probabilities([encoded[place] for place in places]), strict=True)
+
+    def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
+        encoded = [self.tokens(prompt) for prompt in prompts]
+        for place, scores in (self.one_by_one if self.batch_size == 1 else self.in_batches)(encoded):
             mass = scores.sum().item()
             if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
                 yield place, Verdict(None, "", f"the judge gives any score with probability {mass:.1e} only")
@@ -94,4 +130,4 @@ class ExpectedScore:
 
 def make(judge: LocalJudge) -> ExpectedScore:
     folder = Path(judge.folder)
-    return ExpectedScore(load_model(folder, judge.dtype), load_tokenizer(folder))
+    return ExpectedScore(load_model(folder, judge.dtype), load_tokenizer(folder), judge.batch_size)

@@ -1,0 +1,258 @@
+"""Check the judge before its scores are shown: does it tell good answers from bad ones, and does it repeat itself?
+
+    python -m prefscan.judge_check
+
+Good answers are the corrected reference answers of math, reasoning and coding, the only ones that the fetched data
+has. Bad ones are made of them: the same answers, each given to another question of its category, and the first quarter
+of each. docs/judging.md says how to read metrics/judge.json.
+"""
+
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from prefscan.errors import UserError, run_stage
+from prefscan.files import read_jsonl, write_json
+from prefscan.judges import Prompt, load_judge
+from prefscan.mtbench import NEED_REFERENCE, Turn, build_turns, judge_turns
+from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
+from prefscan.paths import JUDGE_METRICS, JUDGE_STORE, QUESTIONS
+from prefscan.stats import auc, cluster_bootstrap, mean_interval, pairwise_agreement
+
+QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
+REPEATS = 6  # prompts asked a second time
+SAME = 1e-4  # a local judge's score moves less than this with the prompts beside it
+# FastChat's prompts for a first turn: of the categories without and with a reference shown to the judge.
+TEMPLATES = {"without_reference": "single-v1", "with_reference": "single-math-v1"}
+VERSIONS = ("good", "swapped", "truncated")
+
+
+def swap(answers: dict[int, str]) -> dict[int, str]:
+    """Each answer under another question's id: one random cycle, so none keeps its own; equal for equal ids."""
+    order = sorted(answers)
+    random.Random(0).shuffle(order)
+    return {question: answers[order[i - 1]] for i, question in enumerate(order)}
+
+
+def first_quarter(text: str) -> str:
+    """The first quarter of the words, at least one, with the white space between them as it was."""
+    words = list(re.finditer(r"\S+", text))
+    return text[: words[max(1, len(words) // 4) - 1].end()]
+
+
+def versions(questions: dict[int, Any], references: dict[int, Any]) -> dict[int, dict[str, str]]:
+    """Of each checked question the good, swapped and truncated first-turn answer.
+
+    Raises UserError for a category with fewer than two reference answers, where none can be swapped.
+    """
+    by_category: dict[str, dict[int, str]] = defaultdict(dict)
+    for number, reference in references.items():
+        by_category[questions[number]["category"]][number] = reference["choices"][0]["turns"][0]
+    found = {}
+    for category in sorted(NEED_REFERENCE):
+        shortest = sorted(by_category[category].items(), key=lambda item: (len(item[1]), item[0]))
+        answers = dict(shortest[:QUESTIONS_EACH])
+        if len(answers) < 2:
+            raise UserError(
+                f"{QUESTIONS}/reference_answer/corrected.jsonl has {len(answers)} reference answers of category "
+                f"{category}; the judge check swaps answers and needs two or more"
+            )
+        swapped = swap(answers)
+        for number, text in answers.items():
+            found[number] = {"good": text, "swapped": swapped[number], "truncated": first_quarter(text)}
+    return found
+
+
+def check_turns(
+    questions: dict[int, Any],
+    answers: dict[int, dict[str, str]],
+    templates: dict[str, Any],
+    shown: dict[int, Any],
+) -> list[Turn]:
+    """Every version of every answer in both prompts, by prompt, question and version; `shown` maps to references."""
+    turns = []
+    for name in TEMPLATES.values():
+        for number, texts in answers.items():
+            question = questions[number]
+            fields = {"question": question["turns"][0]}
+            if name == TEMPLATES["with_reference"]:
+                if number not in shown:
+                    raise UserError(f"question {number} needs a reference answer and judge.references has none")
+                fields["ref_answer_1"] = shown[number]["choices"][0]["turns"][0]
+            for version in VERSIONS:
+                text = templates[name]["prompt_template"].format(answer=texts[version], **fields)
+                prompt = Prompt(templates[name]["system_prompt"], text)
+                turns.append(Turn(number, question["category"], 1, name, prompt))
+    return turns
+
+
+def compare(good: Sequence[float], bad: Sequence[float]) -> dict[str, float]:
+    """AUC and mean margin of good over bad answers to the same questions, with 95 % intervals over questions."""
+    a, b = np.array(good), np.array(bad)
+    low, high = cluster_bootstrap(len(a), lambda draw: auc(a[draw], b[draw]))
+    margin, margin_low, margin_high = mean_interval((a - b).tolist())
+    return {
+        **{"auc": auc(a, b), "auc_low": low, "auc_high": high},
+        **{"margin": margin, "margin_low": margin_low, "margin_high": margin_high},
+    }
+
+
+def discrimination(scores: Sequence[float]) -> dict[str, Any]:
+    """The figures of one prompt from its scores, ordered by question and version."""
+    of = {version: scores[i :: len(VERSIONS)] for i, version in enumerate(VERSIONS)}
+    means = {f"mean_{version}": fmean(of[version]) for version in VERSIONS}
+    return means | {bad: compare(of["good"], of[bad]) for bad in VERSIONS[1:]}
+
+
+def repeat(prompts: Sequence[Prompt], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
+    """The prompts asked again, past the store of paid verdicts; raises UserError for one that then has no score."""
+    again = dict(load_judge(settings).verdicts(prompts))
+    differences = []
+    for i, before in enumerate(scores):
+        score = again[i].score
+        if score is None:
+            raise UserError(f"the judge scored a prompt once and not the second time: {again[i].reason}")
+        differences.append(abs(score - before))
+    return {
+        "prompts": len(prompts),
+        "largest_difference": max(differences),
+        "deterministic": max(differences) < SAME,
+    }
+
+
+def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
+    """Others' scores by question, model and turn, the mean of several; raises UserError for a faulty record."""
+    found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
+    for number, row in enumerate(read_jsonl(Path(agreement.judgements)), start=1):
+        for field in ("question_id", "model", "turn", "score"):
+            if not isinstance(row, dict) or field not in row:
+                raise UserError(f"agreement.judgements: {agreement.judgements}, record {number} has no {field!r}")
+        score = row["score"]
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not 1 <= score <= 10:
+            raise UserError(
+                f"agreement.judgements: {agreement.judgements}, record {number}: score {score!r} is no number from 1 "
+                "to 10; FastChat writes −1 where it found no rating: remove such records"
+            )
+        found[row["question_id"], row["model"], row["turn"]].append(score)
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def judged_answers(agreement: Agreement, models: set[str]) -> dict[str, list[Any]]:
+    """The answers of the judged models; raises UserError for a model without and for a record that lacks a field."""
+    by_model: dict[str, list[Any]] = defaultdict(list)
+    for number, row in enumerate(read_jsonl(Path(agreement.answers)), start=1):
+        for field in ("question_id", "model_id", "choices"):
+            if not isinstance(row, dict) or field not in row:
+                raise UserError(f"agreement.answers: {agreement.answers}, record {number} has no {field!r}")
+        by_model[row["model_id"]].append(row)
+    if missing := sorted(models - set(by_model)):
+        raise UserError(f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}")
+    return {model: by_model[model] for model in sorted(models)}
+
+
+def _correlation(ours: Sequence[float], theirs: Sequence[float], ranks: bool) -> float:
+    """Spearman's or Pearson's; NaN where either side is constant."""
+    if min(np.ptp(ours), np.ptp(theirs)) == 0:
+        return math.nan
+    return float((stats.spearmanr(ours, theirs) if ranks else stats.pearsonr(ours, theirs)).statistic)
+
+
+def agree(
+    ours: dict[tuple[int, str, int], float], theirs: dict[tuple[int, str, int], float]
+) -> dict[str, float | int | None]:
+    """Correlation over all judged turns, and agreement of votes on pairs of models, with intervals over questions.
+
+    Both map (question, model, turn) to a score, `theirs` a part of `ours`. A figure that is not defined is None: a
+    correlation with constant scores, agreement without a pair of models.
+    """
+    by_question: dict[int, list[tuple[int, str, int]]] = defaultdict(list)
+    for key in theirs:
+        by_question[key[0]].append(key)
+    groups = list(by_question.values())
+    if len(groups) < 2:
+        raise UserError(f"agreement.judgements: {len(groups)} questions; an interval needs two or more")
+    pairs = [[(ours[key], theirs[key]) for key in group] for group in groups]
+
+    votes = []  # of a question, both turns together: agreeing votes and all, with ties and without
+    for group in groups:
+        turns = defaultdict(list)
+        for key in group:
+            turns[key[2]].append(key)
+        counts = [pairwise_agreement([ours[k] for k in keys], [theirs[k] for k in keys]) for keys in turns.values()]
+        votes.append(np.sum(counts, axis=0))
+
+    def correlation(draw: Any, ranks: bool) -> float:
+        first, second = zip(*(pair for i in draw for pair in pairs[i]), strict=True)
+        return _correlation(first, second, ranks)
+
+    def share(draw: Any, place: int) -> float:
+        total = np.sum([votes[i] for i in draw], axis=0)
+        return float(total[place] / total[place + 1]) if total[place + 1] else math.nan
+
+    figures = {
+        "spearman": lambda draw: correlation(draw, ranks=True),
+        "pearson": lambda draw: correlation(draw, ranks=False),
+        "pairwise_with_ties": lambda draw: share(draw, 0),
+        "pairwise_without_ties": lambda draw: share(draw, 2),
+    }
+    found: dict[str, float | int | None] = {"questions": len(groups), "turns": len(theirs)}
+    for name, statistic in figures.items():
+        values = statistic(np.arange(len(groups))), *cluster_bootstrap(len(groups), statistic)
+        for suffix, value in zip(("", "_low", "_high"), values, strict=True):
+            found[name + suffix] = None if math.isnan(value) else value
+    return found
+
+
+def main() -> None:
+    params = load()
+    settings, agreement = params.judge, params.agreement
+    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
+    templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
+
+    def references(author: str) -> dict[int, Any]:
+        return {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{author}.jsonl")}
+
+    shown = references(settings.references)
+    answers = versions(questions, references("corrected"))
+    turns = check_turns(questions, answers, templates, shown)
+    checked = len(turns)
+    theirs, compared = {}, []
+    if agreement:
+        theirs = external_scores(agreement)
+        for model, records in judged_answers(agreement, {model for _, model, _ in theirs}).items():
+            built = build_turns(questions, records, templates, shown)
+            wanted = [(turn, (turn.question_id, model, turn.turn)) for turn in built]
+            compared += [(turn, key) for turn, key in wanted if key in theirs]
+        if lost := set(theirs) - {key for _, key in compared}:
+            number, model, turn_number = min(lost)
+            raise UserError(
+                f"agreement.answers: {agreement.answers} has no answer of {model} to question {number} turn "
+                f"{turn_number}, which {agreement.judgements} judges"
+            )
+    turns += [turn for turn, _ in compared]
+    scores = [verdict.score for verdict in judge_turns(turns, settings, JUDGE_STORE) if verdict.score is not None]
+    half = checked // len(TEMPLATES)
+    metrics: dict[str, Any] = {"judge": settings.name, "references": settings.references, "questions": len(answers)}
+    for i, name in enumerate(TEMPLATES):
+        metrics[name] = discrimination(scores[i * half : (i + 1) * half])
+    again = range(min(REPEATS, half))
+    metrics["repeat"] = repeat([turns[i].prompt for i in again], [scores[i] for i in again], settings)
+    ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
+    metrics["agreement"] = agree(ours, theirs) if agreement else None
+    write_json(JUDGE_METRICS, metrics)
+    for name in TEMPLATES:
+        for bad in VERSIONS[1:]:
+            found = metrics[name][bad]
+            print(f"{name}, {bad}: AUC {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]")
+
+
+if __name__ == "__main__":
+    run_stage(main)
