@@ -17,6 +17,7 @@ class Reply:
     body: bytes = b""
     content_type: str = "application/json"
     fault: Literal["", "closes", "hangs"] = ""
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 def completion(content: str | None) -> Reply:
@@ -62,6 +63,8 @@ def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Chat
                 return
             self.send_response(reply.status)
             self.send_header("Content-Type", reply.content_type)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
             self.wfile.write(reply.body)

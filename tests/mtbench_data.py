@@ -109,6 +109,8 @@ def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:
         "base_url": base_url,
         "key_variable": "PREFSCAN_TEST_KEY",
         "max_tokens": 64,
+        "seed": None,
+        "samples": 1,
         "concurrency": 2,
         "timeout": 30.0,
         "attempts": 3,

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import re
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -155,7 +158,18 @@ def test_main_with_a_server(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, refer
         mtbench.main()
         assert len(server.requests) == 16
     judgements = read_lines(JUDGEMENTS)
-    keys = ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
+    keys = [
+        "question_id",
+        "model",
+        "judge",
+        "user_prompt",
+        "judgment",
+        "score",
+        "turn",
+        "sample",
+        "served_by",
+        "tstamp",
+    ]
     assert [list(row) for row in judgements] == [keys] * 16
     assert [(row["question_id"], row["turn"]) for row in judgements] == [(81 + i // 2, 1 + i % 2) for i in range(16)]
     for row in judgements:
@@ -169,6 +183,8 @@ def test_main_with_a_server(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, refer
     assert metrics["average"] == fmean(row["score"] for row in judgements)
     assert metrics["judge"] == "gpt-4"
     assert metrics["references"] == references
+    assert metrics["served_by"] == ["m"]
+    assert metrics["sample_sd"] is None
     assert set(metrics["categories"]) == set(CATEGORIES)
 
 
@@ -184,10 +200,68 @@ def test_main_with_a_local_judge_twice_is_the_same_bytes(
     assert not Path(".prefscan").exists()
 
 
+def test_samples_are_judged_and_kept_apart(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples a turn: as many requests, records and stored replies; FastChat prints our average over all."""
+    with chat_server(lambda _, number: completion(f"[[{number % 9 + 1}]]")) as server:
+        prepare(in_tmp, openai_judge(server.url, samples=3, concurrency=1), monkeypatch)
+        mtbench.main()
+        assert len(server.requests) == 48
+        first = JUDGEMENTS.read_bytes()
+        mtbench.main()
+        assert len(server.requests) == 48
+        assert JUDGEMENTS.read_bytes() == first
+    judgements = read_lines(JUDGEMENTS)
+    assert [row["sample"] for row in judgements] == [0, 1, 2] * 16
+    groups = [[row["score"] for row in judgements[i : i + 3]] for i in range(0, 48, 3)]
+    assert groups[0] == [1, 2, 3]
+    metrics = json.loads(METRICS.read_text())
+    assert metrics["sample_sd"] == pytest.approx(1.0)  # of n, n + 1, n + 2 in every group
+    assert all(max(group) - min(group) == 2 for group in groups)
+    assert metrics["average"] == pytest.approx(fmean(row["score"] for row in judgements))
+    assert metrics["questions"]["81"] == fmean(groups[0] + groups[1])
+    shown = shown_by_fastchat("--input-file", JUDGEMENTS)
+    for name, section in zip(("first_turn", "second_turn", "average"), shown, strict=True):
+        assert f"{metrics[name]:.{len(section['base'].split('.')[1])}f}" == section["base"]
+
+
+def test_a_killed_stage_asks_for_no_kept_reply_again(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 while the server holds back the ninth reply: what had arrived and was stored is not asked again."""
+    held, release = Event(), Event()
+
+    def rate(_: dict[str, Any], number: int) -> Reply:
+        if number == 8:
+            held.set()
+            release.wait(60)
+        return completion("[[5]]")
+
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url, concurrency=1), monkeypatch)
+        source = str(Path(mtbench.__file__).parents[1])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefscan.mtbench", "base"], env=os.environ | {"PYTHONPATH": source}
+        )
+        try:
+            assert held.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+            release.set()
+        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 8
+        before = [request["messages"] for request in server.requests[:8]]
+        server.requests.clear()
+        mtbench.main()
+        assert len(server.requests) == 8
+        assert not [request for request in server.requests if request["messages"] in before]
+    assert len(read_lines(JUDGEMENTS)) == 16
+
+
 def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each way to fail once: no rating, a wrong one, a refusal, a server error; then a run with a healthy server."""
+    """Each way to fail once: no rating, a wrong one, a refusal, a server error; then a run with a healthy server.
+
+    Replies without a rating were paid for and stay, until they are deleted.
+    """
     faults = {
         ("writing", 1): (completion("I would rather not."), "no rating"),
         ("math", 2): (completion("[[11]]"), "rating '11' is no number from 1 to 10"),
@@ -209,16 +283,27 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
         for (category, number), (_, reason) in faults.items():
             (question_id,) = (q["question_id"] for q in QUESTIONS.values() if q["category"] == category)
             assert f"question {question_id} turn {number}: {reason}" in str(failure.value)
-        assert len(server.requests) == 16 + 2  # the server error was tried three times
+        assert len(server.requests) == 16 + 2 + 2  # the server error was tried three times, two turns got a reminder
         assert not JUDGEMENTS.exists()
         assert not METRICS.exists()
-        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 12
+        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 14
 
         healthy = True
         server.requests.clear()
-        mtbench.main()
+        with pytest.raises(UserError, match=r"2 of 16 turns have no score .*delete a kept reply") as failure:
+            mtbench.main()
         asked = Counter(turns[r["messages"][1]["content"]] for r in server.requests)
-        assert {(turn.category, turn.turn): count for turn, count in asked.items()} == dict.fromkeys(faults, 1)
+        assert {(turn.category, turn.turn): count for turn, count in asked.items()} == {
+            ("stem", 1): 1,
+            ("coding", 2): 1,
+        }
+        kept = re.findall(r"kept in (\S+\.json)", str(failure.value))
+        assert len(kept) == 2
+        for path in kept:
+            Path(path).unlink()
+        server.requests.clear()
+        mtbench.main()
+        assert len(server.requests) == 2
         judgements = read_lines(JUDGEMENTS)
         assert [row["score"] for row in judgements] == [row["question_id"] - 80 for row in judgements]
         assert len(judgements) == 16
@@ -276,6 +361,8 @@ def settings() -> OpenAIJudge:
         {"name": "gpt-5"},
         {"base_url": None},
         {"max_tokens": 65},
+        {"seed": 1},
+        {"sample": 1},
         {"system": "Rate it!"},
         {"user": "Other"},
     ],
@@ -283,13 +370,24 @@ def settings() -> OpenAIJudge:
 def test_a_paid_verdict_belongs_to_its_judge_and_prompt(
     tmp_path: Path, settings: OpenAIJudge, change: dict[str, Any]
 ) -> None:
-    prompt = {"system": "Rate it.", "user": "Hello"}
-    verdict = Verdict(7.5, "Good β. [[7.5]]")
+    prompt: dict[str, Any] = {"system": "Rate it.", "user": "Hello", "sample": 0}
+    verdict = Verdict(7.5, "Good β. [[7.5]]", served_by="m fp")
     PaidVerdicts(tmp_path, settings).put(Prompt(**prompt), verdict)
     assert PaidVerdicts(tmp_path, settings).get(Prompt(**prompt)) == verdict
     other = settings.model_copy(update={k: v for k, v in change.items() if k not in prompt})
     changed = prompt | {k: v for k, v in change.items() if k in prompt}
     assert PaidVerdicts(tmp_path, other).get(Prompt(**changed)) is None
+
+
+def test_a_paid_verdict_belongs_to_the_server_in_the_environment(
+    tmp_path: Path, settings: OpenAIJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings.model_copy(update={"base_url": None})
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    PaidVerdicts(tmp_path, settings).put(Prompt("s", "u"), Verdict(3.0, "[[3]]"))
+    assert PaidVerdicts(tmp_path, settings).get(Prompt("s", "u")) is not None
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:2/v1")
+    assert PaidVerdicts(tmp_path, settings).get(Prompt("s", "u")) is None
 
 
 @pytest.mark.parametrize("change", [{"timeout": 1.0}, {"attempts": 9}, {"concurrency": 1}, {"key_variable": "OTHER"}])

@@ -4,17 +4,18 @@
     python -m prefscan.mtbench ipo-0.5-24
 
 A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. What a
-paid judge has scored is kept in .prefscan/judgements, by a hash of judge and prompt, and is not asked for again.
+paid judge has replied is kept in .prefscan/judgements, by a hash of judge and prompt, and is not asked for again.
 """
 
 import hashlib
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from rich.progress import Progress
@@ -41,7 +42,8 @@ class Turn:
     prompt: Prompt
 
     def __str__(self) -> str:
-        return f"question {self.question_id} turn {self.turn}"
+        sample = f" sample {self.prompt.sample}" if self.prompt.sample else ""
+        return f"question {self.question_id} turn {self.turn}{sample}"
 
 
 def build_turns(
@@ -79,14 +81,19 @@ def build_turns(
 
 
 class PaidVerdicts:
-    """Scored replies of a judge that costs money, one file each, named by a hash of judge and prompt."""
+    """Replies of a judge that costs money, scored or not, one file each, named by a hash of judge and prompt."""
 
     def __init__(self, folder: Path, judge: OpenAIJudge) -> None:
         self.folder = folder
-        self.identity = {"model": judge.name, "base_url": judge.base_url, "max_tokens": judge.max_tokens}
+        self.identity = {
+            "model": judge.name,
+            "base_url": judge.base_url or os.environ.get("OPENAI_BASE_URL"),  # as the client does
+            "max_tokens": judge.max_tokens,
+            "seed": judge.seed,
+        }
 
     def path(self, prompt: Prompt) -> Path:
-        content = json.dumps([self.identity, prompt.system, prompt.user], ensure_ascii=False)
+        content = json.dumps([self.identity, prompt.system, prompt.user, prompt.sample], ensure_ascii=False)
         return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
 
     def get(self, prompt: Prompt) -> Verdict | None:
@@ -94,11 +101,14 @@ class PaidVerdicts:
         return Verdict(**read_json(path)) if path.exists() else None
 
     def put(self, prompt: Prompt, verdict: Verdict) -> None:
-        write_json(self.path(prompt), {"score": verdict.score, "text": verdict.text})
+        write_json(self.path(prompt), asdict(verdict))
 
 
 def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store: Path) -> list[Verdict]:
-    """A scored verdict a turn; raises UserError with the list of turns that have no score, after keeping the others."""
+    """A scored verdict a turn; raises UserError with the list of turns that have no score, after keeping all replies.
+
+    A reply without a rating was paid for as well, and asking the same again would most likely buy the same.
+    """
     paid = PaidVerdicts(store, settings) if isinstance(settings, OpenAIJudge) else None
     verdicts = {i: known for i, turn in enumerate(turns) if paid and (known := paid.get(turn.prompt))}
     waiting = [i for i in range(len(turns)) if i not in verdicts]
@@ -107,14 +117,19 @@ def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store
         judge = load_judge(settings) if waiting else None
         for place, verdict in judge.verdicts([turns[i].prompt for i in waiting]) if judge else ():
             verdicts[waiting[place]] = verdict
-            if paid and verdict.score is not None:
+            if paid and verdict.text:
                 paid.put(turns[waiting[place]].prompt, verdict)
             progress.advance(task)
-    failed = [f"{turns[i]}: {verdicts[i].reason}" for i in waiting if verdicts[i].score is None]
+    failed = [
+        f"{turn}: {verdicts[i].reason}" + (f", kept in {paid.path(turn.prompt)}" if paid and verdicts[i].text else "")
+        for i, turn in enumerate(turns)
+        if verdicts[i].score is None
+    ]
     if failed:
         raise UserError(
             f"{len(failed)} of {len(turns)} turns have no score ({'; '.join(failed[:5])}{'; …' * (len(failed) > 5)}); "
-            "scored turns of a paid judge are kept: run `dvc repro` again to judge the others"
+            "all replies of a paid judge are kept: run `dvc repro` again to judge the others, and delete a kept reply "
+            "without a rating first to pay for another"
         )
     return [verdicts[i] for i in range(len(turns))]
 
@@ -122,13 +137,17 @@ def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store
 def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
     """Averages over first turns, second turns and all turns, as FastChat's show_result prints them, and by category.
 
-    The interval of the average treats a question, both turns together, as one observation.
+    The interval of the average treats a question, both turns and all samples together, as one observation. `sample_sd`
+    is the standard deviation between samples of a turn, pooled over turns; None where each was judged once.
     """
     by_turn, by_question, by_category = defaultdict(list), defaultdict(list), defaultdict(list)
+    samples = defaultdict(list)
     for judgement in judgements:
         by_turn[judgement["turn"]].append(judgement["score"])
         by_question[judgement["question_id"]].append(judgement["score"])
         by_category[categories[judgement["question_id"]]].append(judgement["score"])
+        samples[judgement["question_id"], judgement["turn"]].append(judgement["score"])
+    several = all(len(values) > 1 for values in samples.values())
     questions = {str(question): fmean(values) for question, values in sorted(by_question.items())}
     _, low, high = mean_interval(list(questions.values()))
     return {
@@ -137,6 +156,7 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> 
         "average": fmean(judgement["score"] for judgement in judgements),
         "average_low": low,
         "average_high": high,
+        "sample_sd": fmean(variance(values) for values in samples.values()) ** 0.5 if several else None,
         "categories": {category: fmean(values) for category, values in sorted(by_category.items())},
         "questions": questions,
     }
@@ -145,11 +165,16 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> 
 def judge_answers(
     key: str, answers: Sequence[Any], settings: LocalJudge | OpenAIJudge
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """FastChat's judgement records of both turns of every answer, and the category of each question."""
+    """FastChat's judgement records of both turns of every answer, one a sample, and the category of each question."""
     questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
     templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
     references = {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{settings.references}.jsonl")}
-    turns = build_turns(questions, answers, templates, references)
+    samples = settings.samples if isinstance(settings, OpenAIJudge) else 1  # a local judge repeats itself
+    turns = [
+        replace(turn, prompt=replace(turn.prompt, sample=sample))
+        for turn in build_turns(questions, answers, templates, references)
+        for sample in range(samples)
+    ]
     judgements = [
         {
             "question_id": turn.question_id,
@@ -159,6 +184,8 @@ def judge_answers(
             "judgment": verdict.text,
             "score": verdict.score,
             "turn": turn.turn,
+            "sample": turn.prompt.sample,
+            "served_by": verdict.served_by,
             "tstamp": 0.0,  # a time would make equal judgements hash differently
         }
         for turn, verdict in zip(turns, judge_turns(turns, settings, JUDGE_STORE), strict=True)
@@ -173,7 +200,12 @@ def main() -> None:
     judgements, categories = judge_answers(key, read_jsonl(ANSWERS / f"{key}.jsonl"), settings)
     metrics = scores(judgements, categories)
     write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)
-    write_json(MTBENCH_METRICS / f"{key}.json", metrics | {"judge": settings.name, "references": settings.references})
+    provenance = {
+        "judge": settings.name,
+        "references": settings.references,
+        "served_by": sorted({row["served_by"] for row in judgements} - {""}),
+    }
+    write_json(MTBENCH_METRICS / f"{key}.json", metrics | provenance)
     print(f"{key}: {metrics['average']:.3f} [{metrics['average_low']:.3f}, {metrics['average_high']:.3f}]")
 
 

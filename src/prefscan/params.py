@@ -213,6 +213,8 @@ class OpenAIJudge(Section):
     base_url: str | None
     key_variable: str
     max_tokens: Positive
+    seed: int | None
+    samples: Positive
     concurrency: Positive
     timeout: Annotated[float, Field(gt=0)]
     attempts: Positive

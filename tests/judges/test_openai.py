@@ -2,8 +2,12 @@
 
 import itertools
 import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
+import httpx
+import openai
 import pytest
 
 import prefscan.judges.openai
@@ -11,7 +15,7 @@ from chat_server import Reply, chat_server, completion, error
 from mtbench_data import openai_judge
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, load_judge
-from prefscan.judges.openai import parse_rating
+from prefscan.judges.openai import REMINDER, parse_rating, retry_after
 from prefscan.params import OpenAIJudge
 
 KEY = "sk-test"
@@ -131,7 +135,10 @@ def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
         ([Reply(body=b'{"choices": [{"message": null}]}')], "the server sent an empty reply", 1),
         ([completion("")], "the server sent an empty reply", 1),
         ([completion(None)], "the server sent an empty reply", 1),
-        ([completion("Rating: [[12]]")], "rating '12' is no number from 1 to 10", 1),
+        ([completion("Rating: [[12]]"), completion("[[0]]")], "rating '0' is no number from 1 to 10", 2),
+        ([completion("8/10"), completion("[[8/10]]")], "rating '8/10' is no number from 1 to 10", 2),
+        ([completion("[[7]] or [[8]]"), completion("fine")], "no rating of the form [[n]] in the reply", 2),
+        ([completion("fine"), error(400)], "the server answered 400 (BadRequestError)", 2),
     ],
 )
 def test_a_fault_is_a_verdict_without_score(replies: list[Reply], reason: str, count: int) -> None:
@@ -139,6 +146,51 @@ def test_a_fault_is_a_verdict_without_score(replies: list[Reply], reason: str, c
     assert verdict.score is None
     assert reason in verdict.reason
     assert len(requests) == count
+
+
+@pytest.mark.parametrize("bad", ["Quite good.", "[[0]]", "[[11]]", "[[8/10]]", "[[3]] or [[4]]"])
+def test_a_reply_without_one_rating_is_answered_once_with_a_reminder(bad: str) -> None:
+    verdict, (first, second) = ask([completion(bad), GOOD])
+    assert verdict.score == 6
+    assert second["messages"] == [
+        *first["messages"],
+        {"role": "assistant", "content": bad},
+        {"role": "user", "content": REMINDER},
+    ]
+    assert verdict.text == f"{bad}\n\n[{REMINDER}]\n\nRating: [[6]]"
+    assert {key: first[key] for key in first if key != "messages"} == {
+        key: second[key] for key in second if key != "messages"
+    }
+
+
+def test_a_failed_turn_shows_both_replies() -> None:
+    verdict, _ = ask([completion("Well."), completion("Again, well.")])
+    assert verdict.score is None
+    assert verdict.text.startswith("Well.")
+    assert verdict.text.endswith("Again, well.")
+
+
+def test_a_reminder_that_is_not_answered_leaves_nothing_to_keep() -> None:
+    """An empty text is what the store goes by: the turn is asked again in the next run."""
+    verdict, _ = ask([completion("Well."), error(400)])
+    assert verdict.text == ""
+
+
+@pytest.mark.parametrize(("seed", "sample", "sent"), [(None, 0, None), (None, 2, None), (7, 0, 7), (7, 2, 9)])
+def test_a_seed_is_sent_where_one_is_set(seed: int | None, sample: int, sent: int | None) -> None:
+    with chat_server(lambda *_: GOOD) as server:
+        judge = load_judge(OpenAIJudge.model_validate(openai_judge(server.url, seed=seed)))
+        list(judge.verdicts([Prompt("s", "u", sample)]))
+    (request,) = server.requests
+    assert request.get("seed") == sent
+    assert ("seed" in request) == (seed is not None)
+
+
+def test_the_model_and_fingerprint_that_served_are_kept() -> None:
+    body = json.loads(GOOD.body) | {"model": "gpt-4-0613", "system_fingerprint": "fp_1"}
+    verdict, _ = ask([Reply(body=json.dumps(body).encode())])
+    assert verdict.served_by == "gpt-4-0613 fp_1"
+    assert ask([GOOD])[0].served_by == "m"
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -200,6 +252,45 @@ def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(late > early for early, late in itertools.pairwise(longest))
     assert all(len(set(group)) == 20 for group in by_attempt)
     assert max(waits) <= 60
+
+
+def status_error(header: str | None) -> openai.APIStatusError:
+    headers = {} if header is None else {"Retry-After": header}
+    response = httpx.Response(429, headers=headers, request=httpx.Request("POST", "http://127.0.0.1:9/"))
+    return openai.RateLimitError("slow down", response=response, body=None)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("3", 3), ("0.5", 0.5), ("0", 0), ("-4", 0), ("100000", 600), ("inf", 600)]
+    + [(header, 0) for header in (None, "", "nan", "soon", "Thu, 01 Jan 1970 00:00:00 GMT")],
+)
+def test_the_wait_that_a_server_asks_for(header: str | None, seconds: float) -> None:
+    assert retry_after(status_error(header)) == seconds
+
+
+def test_the_wait_until_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    assert 80 < retry_after(status_error(date)) <= 90
+
+
+@pytest.mark.parametrize(
+    "error", [None, OSError(), openai.APIConnectionError(request=httpx.Request("POST", "http://x"))]
+)
+def test_an_error_without_a_reply_asks_for_no_wait(error: BaseException | None) -> None:
+    assert retry_after(error) == 0
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("0", 0.25)])
+def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
+    monkeypatch: pytest.MonkeyPatch, asked: str, waited: float
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    monkeypatch.setattr(prefscan.judges.openai, "wait_random_exponential", lambda **_: lambda _: 0.25)
+    limited = Reply(429, error(429).body, headers={"Retry-After": asked})
+    verdict, requests = ask([limited, GOOD])
+    assert (verdict.score, len(requests), waits) == (6, 2, [waited])
 
 
 def test_the_server_may_send_more_than_openai_does() -> None:

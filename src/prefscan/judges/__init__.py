@@ -8,19 +8,24 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Prompt:
-    """FastChat's judge prompt for one turn, filled in."""
+    """FastChat's judge prompt for one turn, filled in; `sample` counts from 0 where a judge is asked several times."""
 
     system: str
     user: str
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score from 1 to 10, or the reason why there is none; `text` is the judge's reply as it came."""
+    """A score from 1 to 10, or the reason why there is none; `text` is the judge's reply as it came.
+
+    `served_by` is the model that a provider says it used, and its fingerprint; empty for a judge on this machine.
+    """
 
     score: float | None
     text: str
     reason: str = ""
+    served_by: str = ""
 
 
 class Judge(Protocol):
