@@ -1,7 +1,10 @@
 """The answer stage: FastChat's format and temperatures, exact seeded sampling, and no error taken for an answer."""
 
+import copy
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,13 @@ from typing import Any
 import fastchat.llm_judge.common as fastchat
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
 from prefscan import answer
-from prefscan.answer import SeededSampling, answer_questions, end_tokens, select_questions
+from prefscan.answer import Reply, SeededSampling, answer_questions, divergence, end_tokens, log_ratio, select_questions
 from prefscan.errors import UserError
 from prefscan.files import write_json
 from prefscan.models import load_cell, load_model, load_tokenizer, manifest
@@ -41,7 +45,10 @@ def tokenizer(tiny_model: Path) -> Any:
 def answers(model: Any, tokenizer: Any, questions: list[Any], seed: int = 0, **changes: Any) -> dict[int, Any]:
     """Of each question: its two replies, and each one's length and whether the limit cut it."""
     rows = answer_questions(model, tokenizer, questions, "base", settings(**changes), seed)
-    return {record["question_id"]: (record["choices"][0]["turns"], size) for record, size in rows}
+    return {
+        record["question_id"]: ([reply.text for reply in both], [(len(reply.tokens), reply.cut) for reply in both])
+        for record, both in rows
+    }
 
 
 @pytest.mark.parametrize("count", [8, 40, 80])
@@ -238,6 +245,48 @@ def test_lengths_and_cuts_of_rows_that_end_at_different_places(model: Any, token
     assert {ended for _, ended in outcomes} == {True, False}
 
 
+def reply_of(tokens: list[int]) -> Reply:
+    return Reply("", [1], tokens, [0.0] * len(tokens), cut=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([5] * 8, 4 / 5), ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5), ([1, 2, 3, 4, 5], 0), ([5, 5, 5], 0), ([5] * 4, 0)],
+)
+def test_repetition_is_the_share_of_4_grams_seen_before(tokens: list[int], share: float) -> None:
+    assert reply_of(tokens).repetition == pytest.approx(share)
+
+
+def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenizer: Any) -> None:
+    """Of sampled and greedy rows, with padding: as a forward pass over prompt and reply gives them."""
+    replies = [
+        reply
+        for _, both in answer_questions(model, tokenizer, make_questions(1), "base", settings(batch_size=8), seed=0)
+        for reply in both
+    ]
+    for reply in replies:
+        logits = model(torch.tensor([reply.prompt + reply.tokens])).logits[0, len(reply.prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(reply.tokens)), reply.tokens]
+        assert torch.allclose(torch.tensor(reply.logprobs), expected, atol=1e-5)
+    assert len({len(reply.prompt) for reply in replies}) > 2
+
+
+def test_the_base_has_no_divergence_from_itself_and_another_model_has(model: Any, tokenizer: Any) -> None:
+    answered = [both for _, both in answer_questions(model, tokenizer, make_questions(1), "base", settings(), seed=0)]
+    assert divergence(answered, model) == pytest.approx(
+        {"per_reply": 0, "per_reply_low": 0, "per_reply_high": 0, "per_token": 0}, abs=1e-4
+    )
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight.data *= 3
+    found = divergence(answered, other)
+    ratios = [[log_ratio(reply, other) for reply in both] for both in answered]
+    count = sum(len(reply.tokens) for both in answered for reply in both)
+    assert found["per_reply"] == pytest.approx(sum(map(sum, ratios)) / 16)
+    assert found["per_token"] == pytest.approx(sum(map(sum, ratios)) / count)
+    assert found["per_reply_low"] < found["per_reply"] < found["per_reply_high"]
+    assert abs(found["per_reply"]) > 1e-3
+
+
 @pytest.mark.parametrize("own", ["b", ["b", "c"], ["<|im_end|>"], None])
 def test_a_turn_ends_with_the_models_tokens_and_the_tokenizers(model: Any, tokenizer: Any, own: Any) -> None:
     ids = tokenizer.convert_tokens_to_ids(own) if own else None
@@ -279,6 +328,80 @@ def test_out_of_memory_is_an_error_and_no_answer(
         answer.main()
     assert len(prompts) == 3
     assert not list(in_tmp.rglob("base.json*"))
+    (left,) = Path(".prefscan/answers/base").iterdir()
+    assert len(left.read_text().splitlines()) == 4  # the first batch, for the next run
+
+
+def results() -> tuple[bytes, dict[str, Any]]:
+    metrics = json.loads(Path("metrics/answer/base.json").read_text())
+    metrics.pop("cost")  # seconds
+    return Path("data/mt_bench/model_answer/base.jsonl").read_bytes(), metrics
+
+
+def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
+    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 in the second of two batches, with a line cut short; the first batch is not answered again."""
+    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    answer.main()
+    whole = results()
+    assert not list(Path(".prefscan/answers/base").iterdir())
+
+    script = (
+        "import os, signal, sys; sys.argv = ['answer', 'base']\n"
+        "from prefscan import answer\n"
+        "generate, calls = answer.generate, []\n"
+        "def killed(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return generate(*args)\n"
+        "answer.generate = killed\n"
+        "answer.main()\n"
+    )
+    threads = str(torch.get_num_threads())  # a part of the key
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": threads}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = Path(".prefscan/answers/base").iterdir()
+    assert len(left.read_text().splitlines()) == 4
+    with left.open("a") as file:
+        file.write('{"record": {"question_id')
+
+    generate, calls = answer.generate, []
+    monkeypatch.setattr(answer, "generate", lambda *args: calls.append(1) or generate(*args))
+    answer.main()
+    assert len(calls) == 2  # both turns of the second batch
+    assert results() == whole
+
+
+@pytest.mark.parametrize("change", ["seed", "answer", "questions", "weights"])
+def test_answers_of_another_result_are_not_used(
+    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    Path("models/base").unlink()
+    shutil.copytree(tiny_model, "models/base")
+    changed, seed = settings(), 0
+    before = answer.answers_file("base", changed, seed)
+    assert answer.answers_file("base", changed, seed) == before
+    before.write_text("x")
+    if change == "answer":
+        changed = settings(max_new_tokens=13)
+    elif change == "seed":
+        seed = 1
+    elif change == "questions":
+        write_questions(in_tmp, make_questions(3))
+    elif change == "weights":
+        Path("models/base/model.safetensors").write_bytes(b"other")
+    assert answer.answers_file("base", changed, seed) != before
+    assert not before.exists()
+
+
+def test_the_hashed_code_is_what_the_stage_declares() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage in ("answer", "answer-base"):
+        code = {dep for dep in stages[stage]["deps"] if dep.startswith("src/")}
+        assert {f"src/prefscan/{name}" for name in answer.CODE} == code
 
 
 def test_a_cell_outside_the_grid_is_refused(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,16 +444,22 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monke
         for record in written[key].values():
             assert list(record) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
             assert record["model_id"] == key
-            assert [list(choice) for choice in record["choices"]] == [["index", "turns"]]
+            assert [list(choice) for choice in record["choices"]] == [["index", "turns", "tokens", "cut"]]
             assert len(record["choices"][0]["turns"]) == 2
         fastchat.check_data(questions, written, {}, [key], {"default": fastchat.Judge("gpt-4", {})})
         rows = list(answer_questions(loaded.eval(), tokenizer, questions, key, settings(max_new_tokens=6), seed=0))
-        assert list(written[key].values()) == [record for record, _ in rows]
-        sizes = [turn for _, size in rows for turn in size]
+        assert list(written[key].values()) == sorted((record for record, _ in rows), key=lambda r: r["question_id"])
+        replies = [reply for _, both in rows for reply in both]
         metrics = json.loads(Path(f"metrics/answer/{key}.json").read_text())
         assert metrics["questions"] == 8
-        assert metrics["mean_tokens"] == sum(length for length, _ in sizes) / 16
-        assert metrics["share_cut"] == sum(cut for _, cut in sizes) / 16
+        assert metrics["mean_tokens"] == sum(len(reply.tokens) for reply in replies) / 16
+        assert metrics["share_cut"] == sum(reply.cut for reply in replies) / 16
+        assert metrics["repetition"] == pytest.approx(sum(reply.repetition for reply in replies) / 16)
+        assert ("divergence" in metrics) == (key == cell)
+        if key == cell:
+            expected = divergence([both for _, both in rows], models["base"].eval())
+            assert metrics["divergence"] == pytest.approx(expected, abs=1e-4)
+            assert abs(expected["per_reply"]) > 1e-2
     identities = [record["answer_id"] for records in written.values() for record in records.values()]
     assert len(set(identities)) == 16
     base, tuned = ([record["choices"] for record in records.values()] for records in written.values())

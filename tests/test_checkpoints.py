@@ -17,9 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from prefscan import checkpoints, paths
+from prefscan import checkpoints, keys, paths
 from prefscan import train as train_stage
-from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, result_key
+from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
 from prefscan.engines import load_engine
 from prefscan.errors import UserError
 from prefscan.models import load_model, load_tokenizer
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_seed_is_not_used(
 
 def key_now() -> str:
     params = load()
-    return result_key(params.recipe, params.train, params.seed)
+    return train_key(params.recipe, params.train, params.seed)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch
     lay_out()
     before = key_now()
     copy = shutil.copytree(ROOT / "src/prefscan", in_tmp / "prefscan")
-    monkeypatch.setattr(checkpoints, "__file__", str(copy / "checkpoints.py"))
+    monkeypatch.setattr(keys, "__file__", str(copy / "keys.py"))
     assert key_now() == before
     (copy / "report.py").write_text("# touched\n")
     assert key_now() == before
@@ -270,7 +270,7 @@ def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch
 def test_another_library_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     lay_out()
     before = key_now()
-    monkeypatch.setattr(checkpoints, "version", lambda asked: "0" if asked == name else metadata.version(asked))
+    monkeypatch.setattr(keys, "version", lambda asked: "0" if asked == name else metadata.version(asked))
     assert key_now() != before
 
 

@@ -42,6 +42,10 @@ def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]
     return scores(judgements, categories) | {"judge": "tiny", "references": "corrected"}
 
 
+def divergence_of(i: int) -> dict[str, float]:
+    return {"per_reply": i / 2, "per_reply_low": i / 2 - 1, "per_reply_high": i / 2 + 1, "per_token": i / 100}
+
+
 def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: Any) -> None:
     """params.yaml and the metrics of four cells, as the stages before report leave them in a workspace."""
     grid = {"loss": [LOSSES[0], *LOSSES], "beta": [BETAS[0], *BETAS], "steps": [8]}
@@ -57,7 +61,11 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: 
         write_json(root / f"metrics/mtbench/{key}.json", mtbench_metrics(judgements, categories))
         write_json(
             root / f"metrics/answer/{key}.json",
-            {"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "cost": {"seconds": 1.0}},
+            {
+                **{"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8},
+                "cost": {"seconds": 1.0},
+            }
+            | ({} if key == "base" else {"divergence": divergence_of(i)}),
         )
         if key == "base":
             continue
@@ -170,16 +178,17 @@ def test_the_table_holds_the_metrics() -> None:
         expected = {
             **{"score": judged["average"], "score_low": judged["average_low"], "score_high": judged["average_high"]},
             **{name: judged[name] for name in ("first_turn", "second_turn")},
-            "share_cut": metrics("answer", key)["share_cut"],
+            **{name: metrics("answer", key)[name] for name in ("share_cut", "mean_tokens", "repetition")},
         }
         if key == "base":
             expected |= {"accuracy": 0.5, "margin": 0, "chosen_shift": 0, "rejected_shift": 0}
-            assert row["margin_kept"] == row["beta"] == ""
+            assert row["margin_kept"] == row["beta"] == row["divergence"] == ""
         else:
             trained, merged = metrics("train", key), metrics("merge", key)
             expected |= trained["heldout"] | {"train_seconds": trained["cost"]["seconds"]}
             expected |= {"beta": float(key.split("-")[1]), "steps": 8, "peak_memory_gib": 1.5}
-            expected |= {"mean_tokens": metrics("answer", key)["mean_tokens"]}
+            ratio = metrics("answer", key)["divergence"]
+            expected |= {f"divergence{end}": ratio[f"per_reply{end}"] for end in ("", "_low", "_high")}
             assert row["loss"] == key.split("-")[0]
             assert row["margin_kept"] == ("" if merged["margin_kept"] is None else str(merged["margin_kept"]))
         assert {name: float(row[name]) for name in expected} == expected
@@ -187,15 +196,18 @@ def test_the_table_holds_the_metrics() -> None:
 
 def expected_row(key: str) -> list[str]:
     """A row of the printed table, from the metrics."""
-    judged, cut = metrics("mtbench", key), f"{metrics('answer', key)['share_cut']:.0%}"
+    judged, answered = metrics("mtbench", key), metrics("answer", key)
+    text = [f"{answered['share_cut']:.0%}", f"{answered['mean_tokens']:.0f}", f"{answered['repetition']:.0%}"]
     printed = [judged[name] for name in ("average", "average_low", "average_high", "first_turn", "second_turn")]
     if key == "base":
-        rest = ["0.50", "0.00", "–", "–", "0.00", "0.00", "–", cut, "–"]
+        rest = ["0.50", "0.00", "–", "–", "0.00", "0.00", "–", *text, "–", "–", "–", "–"]
     else:
         held, kept = metrics("train", key)["heldout"], metrics("merge", key)["margin_kept"]
         names = ("accuracy", "margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")
         seconds = f"{metrics('train', key)['cost']['seconds']:.0f}"
-        rest = [*(f"{held[name]:.2f}" for name in names), "–" if kept is None else f"{kept:.1%}", cut, seconds]
+        ratio = [f"{answered['divergence'][name]:.2f}" for name in ("per_reply", "per_reply_low", "per_reply_high")]
+        merged = "–" if kept is None else f"{kept:.1%}"
+        rest = [*(f"{held[name]:.2f}" for name in names), merged, *text, *ratio, seconds]
     return [key, *(f"{value:.2f}" for value in printed), *rest]
 
 

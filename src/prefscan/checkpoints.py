@@ -7,20 +7,18 @@ written last and holds the digest of every file: one cut short, by a kill or a p
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, sha256, write_json
+from prefscan.keys import result_key
 from prefscan.params import Cell, Train
 from prefscan.paths import BASE, CHECKPOINTS, HELDOUT_PAIRS, REFERENCE, TRAIN_PAIRS
 
@@ -30,31 +28,18 @@ WAIT = 100  # times the last save's duration until the next: saving takes at mos
 
 # What the train stage imports, as dvc.yaml lists it.
 CODE = (
-    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "losses.py", "memory.py", "models.py"),
-    *("params.py", "paths.py", "reference.py", "stats.py", "train.py"),
+    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "keys.py", "losses.py", "memory.py"),
+    *("models.py", "params.py", "paths.py", "reference.py", "stats.py", "train.py"),
 )
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
 
 
-def result_key(cell: Cell, train: Train, seed: int) -> str:
-    """SHA-256 of everything that the result depends on: parameters, inputs, code, libraries and the kind of machine."""
-    package = Path(__file__).parent
-    sources = [package / name for name in CODE]
-    modules = [path for source in sources for path in (source.rglob("*.py") if source.is_dir() else [source])]
-    inputs = [TRAIN_PAIRS, HELDOUT_PAIRS, REFERENCE, *(path for path in BASE.rglob("*") if path.is_file())]
-    everything = {
+def train_key(cell: Cell, train: Train, seed: int) -> str:
+    parameters = {
         "cell": cell.model_dump(),
         "train": train.model_dump(exclude={"report_to"}),  # where the log goes changes no result
         "seed": seed,
-        "inputs": {str(path): sha256(path) for path in inputs},
-        "code": {str(path.relative_to(package)): sha256(path) for path in modules},
-        "libraries": {name: version(name) for name in LIBRARIES},
-        # Another processor, or another number of threads, may add in another order.
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
     }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    return result_key(parameters, [TRAIN_PAIRS, HELDOUT_PAIRS, REFERENCE, BASE], CODE)
 
 
 def checkpoint_folder(cell: Cell, train: Train, seed: int) -> Path:
@@ -68,7 +53,7 @@ def checkpoint_folder(cell: Cell, train: Train, seed: int) -> Path:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is training {cell.key} here; end it, and run `dvc repro` again") from None
-    folder = CHECKPOINTS / cell.key / result_key(cell, train, seed)
+    folder = CHECKPOINTS / cell.key / train_key(cell, train, seed)
     remove_others(folder, "*")
     return folder
 

@@ -32,4 +32,5 @@ SUMMARY = Path("metrics/summary.json")
 # Not stage outputs: live logs, checkpoints of cells in training, and judgements that were paid for.
 RUNS = Path("runs")
 CHECKPOINTS = Path(".prefscan/checkpoints")
+UNFINISHED_ANSWERS = Path(".prefscan/answers")
 JUDGE_STORE = Path(".prefscan/judgements")

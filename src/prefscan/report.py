@@ -61,6 +61,8 @@ def cell_row(cell: Cell) -> dict[str, Any]:
         "weights_changed": merge["weights_changed"],
         "share_cut": answer["share_cut"],
         "mean_tokens": answer["mean_tokens"],
+        "repetition": answer["repetition"],
+        **{f"divergence{end}": answer["divergence"][f"per_reply{end}"] for end in ("", "_low", "_high")},
         "train_seconds": train["cost"]["seconds"],
         "peak_memory_gib": train["cost"]["peak_memory_gib"],
     }
@@ -246,6 +248,11 @@ COLUMNS = {
     "rejected_shift": ("rejected shift, nats", "{:.2f}"),
     "margin_kept": ("margin kept by merge", "{:.1%}"),
     "share_cut": ("answers cut", "{:.0%}"),
+    "mean_tokens": ("tokens a reply", "{:.0f}"),
+    "repetition": ("repeated 4-grams", "{:.0%}"),
+    "divergence": ("log-ratio to the base, nats a reply", "{:.2f}"),
+    "divergence_low": ("95 % low", "{:.2f}"),
+    "divergence_high": ("95 % high", "{:.2f}"),
     "train_seconds": ("training, s", "{:.0f}"),
 }
 
@@ -265,7 +272,8 @@ def main() -> None:
         "chosen_shift": 0.0,
         "rejected_shift": 0.0,
     }
-    base_row["share_cut"] = read_json(ANSWER_METRICS / "base.json")["share_cut"]
+    answered = read_json(ANSWER_METRICS / "base.json")
+    base_row |= {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
     figures: dict[str, tuple[str, alt.TopLevelMixin]] = {
         "score": (
             "MT-Bench score against β; bars are 95 % intervals over questions",
