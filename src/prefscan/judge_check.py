@@ -11,7 +11,8 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,14 +22,14 @@ from scipy import stats
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, write_json
-from prefscan.judges import Prompt, load_judge
-from prefscan.mtbench import NEED_REFERENCE, Turn, build_turns, judge_turns
+from prefscan.judges import Prompt
+from prefscan.mtbench import NEED_REFERENCE, Turn, build_turns, judge_turns, load_questions, load_references
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, JUDGE_STORE, QUESTIONS
 from prefscan.stats import auc, cluster_bootstrap, mean_interval, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
-REPEATS = 6  # prompts asked a second time
+REPEATS = 6  # prompts judged a second time
 SAME = 1e-4  # a local judge's score moves less than this with the prompts beside it
 # FastChat's prompts for a first turn: of the categories without and with a reference shown to the judge.
 TEMPLATES = {"without_reference": "single-v1", "with_reference": "single-math-v1"}
@@ -112,29 +113,30 @@ def discrimination(scores: Sequence[float]) -> dict[str, Any]:
     return means | {bad: compare(of["good"], of[bad]) for bad in VERSIONS[1:]}
 
 
-def repeat(prompts: Sequence[Prompt], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
-    """The prompts asked again, past the store of paid verdicts; raises UserError for one that then has no score."""
-    again = dict(load_judge(settings).verdicts(prompts))
-    differences = []
-    for i, before in enumerate(scores):
-        score = again[i].score
-        if score is None:
-            raise UserError(f"the judge scored a prompt once and not the second time: {again[i].reason}")
-        differences.append(abs(score - before))
-    return {
-        "prompts": len(prompts),
-        "largest_difference": max(differences),
-        "deterministic": max(differences) < SAME,
-    }
+def judged_scores(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> list[float]:
+    return [verdict.score for verdict in judge_turns(turns, settings, JUDGE_STORE) if verdict.score is not None]
+
+
+def repeat(turns: Sequence[Turn], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
+    """The turns judged again, each as a second sample of its prompt."""
+    again = judged_scores([replace(turn, prompt=replace(turn.prompt, sample=1)) for turn in turns], settings)
+    largest = max(abs(second - first) for first, second in zip(scores, again, strict=True))
+    return {"prompts": len(turns), "largest_difference": largest, "deterministic": largest < SAME}
+
+
+def records(key: str, path: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of `agreement.KEY` with their numbers from 1; raises UserError for one that lacks a field."""
+    for number, row in enumerate(read_jsonl(Path(path)), start=1):
+        for field in fields:
+            if not isinstance(row, dict) or field not in row:
+                raise UserError(f"agreement.{key}: {path}, record {number} has no {field!r}")
+        yield number, row
 
 
 def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
     """Others' scores by question, model and turn, the mean of several; raises UserError for a faulty record."""
     found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
-    for number, row in enumerate(read_jsonl(Path(agreement.judgements)), start=1):
-        for field in ("question_id", "model", "turn", "score"):
-            if not isinstance(row, dict) or field not in row:
-                raise UserError(f"agreement.judgements: {agreement.judgements}, record {number} has no {field!r}")
+    for number, row in records("judgements", agreement.judgements, ("question_id", "model", "turn", "score")):
         score = row["score"]
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not 1 <= score <= 10:
             raise UserError(
@@ -148,10 +150,7 @@ def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
 def judged_answers(agreement: Agreement, models: set[str]) -> dict[str, list[Any]]:
     """The answers of the judged models; raises UserError for a model without and for a record that lacks a field."""
     by_model: dict[str, list[Any]] = defaultdict(list)
-    for number, row in enumerate(read_jsonl(Path(agreement.answers)), start=1):
-        for field in ("question_id", "model_id", "choices"):
-            if not isinstance(row, dict) or field not in row:
-                raise UserError(f"agreement.answers: {agreement.answers}, record {number} has no {field!r}")
+    for _, row in records("answers", agreement.answers, ("question_id", "model_id", "choices")):
         by_model[row["model_id"]].append(row)
     if missing := sorted(models - set(by_model)):
         raise UserError(f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}")
@@ -214,14 +213,9 @@ def agree(
 def main() -> None:
     params = load()
     settings, agreement = params.judge, params.agreement
-    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
-    templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
-
-    def references(author: str) -> dict[int, Any]:
-        return {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{author}.jsonl")}
-
-    shown = references(settings.references)
-    answers = versions(questions, references("corrected"))
+    questions, templates = load_questions()
+    shown = load_references(settings.references)
+    answers = versions(questions, load_references("corrected"))
     turns = check_turns(questions, answers, templates, shown)
     checked = len(turns)
     theirs, compared = {}, []
@@ -238,13 +232,13 @@ def main() -> None:
                 f"{turn_number}, which {agreement.judgements} judges"
             )
     turns += [turn for turn, _ in compared]
-    scores = [verdict.score for verdict in judge_turns(turns, settings, JUDGE_STORE) if verdict.score is not None]
+    scores = judged_scores(turns, settings)
     half = checked // len(TEMPLATES)
     metrics: dict[str, Any] = {"judge": settings.name, "references": settings.references, "questions": len(answers)}
     for i, name in enumerate(TEMPLATES):
         metrics[name] = discrimination(scores[i * half : (i + 1) * half])
-    again = range(min(REPEATS, half))
-    metrics["repeat"] = repeat([turns[i].prompt for i in again], [scores[i] for i in again], settings)
+    again = min(REPEATS, half)
+    metrics["repeat"] = repeat(turns[:again], scores[:again], settings)
     ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
     metrics["agreement"] = agree(ours, theirs) if agreement else None
     write_json(JUDGE_METRICS, metrics)

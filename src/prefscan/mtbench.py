@@ -46,6 +46,17 @@ class Turn:
         return f"question {self.question_id} turn {self.turn}{sample}"
 
 
+def load_questions() -> tuple[dict[int, Any], dict[str, Any]]:
+    """MT-Bench's questions by id, and FastChat's judge prompts by name."""
+    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
+    return questions, {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
+
+
+def load_references(author: str) -> dict[int, Any]:
+    """The reference answers by question id; `author` is stock or corrected."""
+    return {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{author}.jsonl")}
+
+
 def build_turns(
     questions: dict[int, Any], answers: Sequence[Any], templates: dict[str, Any], references: dict[int, Any]
 ) -> list[Turn]:
@@ -166,9 +177,8 @@ def judge_answers(
     key: str, answers: Sequence[Any], settings: LocalJudge | OpenAIJudge
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """FastChat's judgement records of both turns of every answer, one a sample, and the category of each question."""
-    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
-    templates = {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
-    references = {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{settings.references}.jsonl")}
+    questions, templates = load_questions()
+    references = load_references(settings.references)
     samples = settings.samples if isinstance(settings, OpenAIJudge) else 1  # a local judge repeats itself
     turns = [
         replace(turn, prompt=replace(turn.prompt, sample=sample))

@@ -64,16 +64,8 @@ class ExpectedScore:
 
         `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids` and of a "1".
         """
-        start = self._next_token(ids[cache.get_seq_length() :], cache)
-        ten = start[self.digits[1]] * self._next_token([self.digits[1]], cache)[self.digits[0]]
-        scores = torch.stack([*start[self.digits[1:]], ten])
-        scores[0] -= scores[9]
-        return scores
-
-    def _next_token(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
-        inputs = torch.tensor([ids], device=self.model.device)
-        logits = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[0, -1].double().softmax(-1).cpu()
+        start = self._next_tokens(cache, torch.tensor([ids[cache.get_seq_length() :]]))
+        return self._scores(start, self._next_tokens(cache, torch.tensor([[self.digits[1]]])))[0]
 
     @torch.no_grad()
     def batch_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -83,20 +75,24 @@ class ExpectedScore:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
-        one, zero = self.digits[1], self.digits[0]
-        start = self._next_tokens(ids, mask, positions, cache)
+        start = self._next_tokens(cache, ids, attention_mask=mask, position_ids=positions)
         more = torch.ones(len(rows), 1, dtype=torch.long)
-        after_one = self._next_tokens(more * one, torch.cat([mask, more], 1), positions[:, -1:] + 1, cache)
-        ten = start[:, one] * after_one[:, zero]
+        mask, positions = torch.cat([mask, more], 1), positions[:, -1:] + 1
+        after_one = self._next_tokens(cache, more * self.digits[1], attention_mask=mask, position_ids=positions)
+        return self._scores(start, after_one)
+
+    def _next_tokens(self, cache: DynamicCache, ids: Tensor, **layout: Tensor) -> Tensor:
+        """Probabilities of the token after each row, shape `[rows, vocabulary]`."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in ({"input_ids": ids} | layout).items()}
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].double().softmax(-1).cpu()
+
+    def _scores(self, start: Tensor, after_one: Tensor) -> Tensor:
+        """Probabilities of the scores, shape `[rows, 10]`, from those of the first token and of the one after a "1"."""
+        ten = start[:, self.digits[1]] * after_one[:, self.digits[0]]
         scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
         scores[:, 0] -= ten
         return scores
-
-    def _next_tokens(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].double().softmax(-1).cpu()
 
     def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
