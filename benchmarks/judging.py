@@ -14,18 +14,15 @@ import multiprocessing
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
+from configuration import group
 from prefscan.errors import UserError, run_stage
 from prefscan.judges import Prompt, load_judge
 from prefscan.params import OpenAIJudge
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 KEY_VARIABLE = "PREFSCAN_BENCHMARK_KEY"
 
 
@@ -54,8 +51,7 @@ def seconds(settings: OpenAIJudge, turns: int) -> float:
 
 def measure(turns: int, latency: float) -> dict[str, Any]:
     os.environ[KEY_VARIABLE] = "none"  # the server asks for none
-    with initialize_config_dir(str(CONF), version_base=None):
-        judge: Any = OmegaConf.to_container(compose("config", overrides=["judge=gpt4"]).judge)
+    judge = group("judge", "gpt4")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         judge |= {"base_url": f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "key_variable": KEY_VARIABLE}
         server = multiprocessing.Process(target=serve, args=(listening, latency), daemon=True)

@@ -42,12 +42,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from configuration import group
 from prefscan.engines import shared
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, read_text, write_json
@@ -62,7 +61,6 @@ Pair = dict[str, Any]
 VARIANTS = ("stock", "precomputed", "fast")
 CELL = Cell(loss="sigmoid", beta=0.1, steps=1)
 CONFIG = {"smollm2": "laptop", "mistral-7b": "study"}  # in conf/train
-CONF = Path(__file__).resolve().parents[1] / "conf"
 UPDATE = {"smollm2": 4, "mistral-7b": 16}  # pairs an update; the study's 16 would take minutes on 2 cores
 ORCA = {"prompt_ids": 255, "chosen_ids": 164, "rejected_ids": 237}  # average tokens
 ORCA_SIGMA = 0.5  # assumed, of the logarithm of a length
@@ -191,9 +189,7 @@ def make_pairs(source: list[Pair], lengths: str, count: int, vocabulary: int) ->
 
 def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> Train:
     """The shape's configuration in conf/train, with the micro-batch under test and the same pairs an update."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("config", overrides=[f"train={CONFIG[shape]}"])
-    train = Train.model_validate(OmegaConf.to_container(composed.train))
+    train = Train.model_validate(group("train", CONFIG[shape]))
     pairs = UPDATE[shape]
     if pairs % micro_batch:
         raise UserError(
