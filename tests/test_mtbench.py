@@ -34,10 +34,10 @@ from mtbench_data import (
 )
 from prefscan import mtbench
 from prefscan.errors import UserError
+from prefscan.intervals import mean_interval
 from prefscan.judges import Prompt, Verdict
 from prefscan.mtbench import PaidVerdicts, build_turns, scores
 from prefscan.params import OpenAIJudge
-from prefscan.stats import mean_interval
 
 KEY = "sk-never-written-anywhere"
 

@@ -22,11 +22,12 @@ from scipy import stats
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, write_json
+from prefscan.intervals import mean_interval
 from prefscan.judges import Prompt
 from prefscan.mtbench import NEED_REFERENCE, Turn, build_turns, judge_turns, load_questions, load_references
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, JUDGE_STORE, QUESTIONS
-from prefscan.stats import auc, cluster_bootstrap, mean_interval, pairwise_agreement
+from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
 REPEATS = 6  # prompts judged a second time

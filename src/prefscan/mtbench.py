@@ -22,10 +22,10 @@ from rich.progress import Progress
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_json, read_jsonl, write_json, write_jsonl
+from prefscan.intervals import mean_interval
 from prefscan.judges import Prompt, Verdict, load_judge
 from prefscan.params import LocalJudge, OpenAIJudge, load
 from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, JUDGE_STORE, MTBENCH_METRICS, QUESTIONS
-from prefscan.stats import mean_interval
 
 # FastChat's NEED_REF_CATS as far as MT-Bench has them, which a test compares; importing it costs seconds.
 NEED_REFERENCE = {"math", "reasoning", "coding"}

@@ -1,32 +1,9 @@
-"""Intervals and measures of agreement for the figures that stages report; standard methods, on scipy."""
+"""Measures of agreement and of comparison between judged answers; standard methods, on scipy."""
 
-from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-
-
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and two-sided Student t interval of independent values, in their own unit.
-
-    Raises ValueError for fewer than two values, which say nothing about their spread.
-    """
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, got {len(values)}")
-    mean = fmean(values)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-def share_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Share and Wilson score interval (Wilson 1927); ties may count as half a success."""
-    share = successes / trials
-    z = float(stats.norm.ppf((1 + confidence) / 2))
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
-    return share, centre - half, centre + half
 
 
 def auc(good: ArrayLike, bad: ArrayLike) -> float:
