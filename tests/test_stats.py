@@ -380,7 +380,7 @@ def test_a_part_without_repeats_is_in_the_next_one_outwards(
     assert [part is None for part in found] == [part is None for part in expected]
     for part, truth in zip(found, expected, strict=True):
         if part is not None:
-            # The standard error of a variance of 30 seeds is a quarter of it; the other parts have 1,500 values or more.
+            # The standard error of a variance of 30 seeds is a quarter of it; the others have 1,500 values.
             assert part == pytest.approx(truth, rel=0.5 if truth == 1 else 0.12)
 
 

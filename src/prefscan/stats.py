@@ -289,7 +289,7 @@ def minimum_detectable_difference(
     critical = float(stats.t.ppf(1 - alpha / 2, freedom))
 
     def excess_power(noncentrality: float) -> float:
-        # The wrong-side tail by symmetry: scipy's nct.cdf(-critical, …, noncentrality) is NaN for a large noncentrality.
+        # The wrong-side tail by symmetry: scipy's nct.cdf is NaN there for a large noncentrality.
         tails = stats.nct.sf(critical, freedom, noncentrality) + stats.nct.sf(critical, freedom, -noncentrality)
         return float(tails) - power
 
