@@ -87,7 +87,7 @@ def assert_as_documented(counts: dict[str, int], spread: float, studies: int) ->
 
 
 # What the corrected interval of the best cell reaches; docs/statistics.md says where it leaves 93 to 97 %.
-SELECTED = (0.92, 0.98)
+SELECTED = (0.92, 0.99)
 GRIDS = [(cells, questions, spread) for cells in (6, 54) for questions in (8, 80) for spread in (0.0, SPREAD)]
 
 
@@ -118,6 +118,29 @@ def test_the_simulation_sees_what_is_not_corrected() -> None:
         assert_share_within(counts["uncorrected"], 200, *SELECTED)
     with pytest.raises(AssertionError, match=r"above 0\.05"):
         assert_share_within(counts["uncorrected_tests"], 200, 0, 0.05)
+
+
+def test_other_bootstraps_do_not_cover_with_8_questions() -> None:
+    """Why the bootstrap is studentised: scipy's percentile and BCa intervals cover 88 to 89 %."""
+    studies = [simulate(1, 8, 0.0, seed) for seed in range(2000)]
+    scores, truth = np.array([study.scores[0] for study in studies]), studies[0].truth[0]
+    for method in ("percentile", "BCa"):
+        interval = stats.bootstrap((scores,), np.mean, method=method, axis=1, rng=0, batch=100).confidence_interval
+        covered = int(((interval.low <= truth) & (truth <= interval.high)).sum())
+        assert_share_within(covered, 2000, 0.86, 0.9)
+
+
+def test_the_correction_errs_low_and_less() -> None:
+    """A resample holds 63 % of the questions: the cell chosen on them is a little worse than the one chosen on all."""
+    errors = []
+    for seed in range(500):
+        scores, truth = simulate(54, 8, SPREAD, seed)
+        best = selected_best(scores)
+        errors.append([best.apparent - truth[best.cell], best.corrected - truth[best.cell]])
+    apparent, corrected = np.mean(errors, axis=0)
+    assert 0.6 < apparent < 0.85
+    assert -0.25 < corrected < 0
+    assert np.square(errors).mean(axis=0)[1] < np.square(errors).mean(axis=0)[0]
 
 
 @pytest.mark.slow

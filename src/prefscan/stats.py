@@ -170,7 +170,7 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike) -> ClusteredMean:
 def bootstrap_mean_interval(scores: ArrayLike, resamples: int = 2000) -> tuple[float, float]:
     """Studentised 95 % bootstrap interval (Efron and Tibshirani 1993, chapter 12) of the mean of `[questions]`, seed 0.
 
-    Studentised, because with 8 questions the percentile and BCa intervals contain the truth in fewer than 90 % of
+    Studentised, because with 8 questions the percentile and BCa intervals contain the truth in only 89 % of
     studies. Resamples of equal scores have no standard error and are left out.
     Raises ValueError for fewer than 5 questions, whose distinct resamples are too few for a tail of 2.5 %.
     """
