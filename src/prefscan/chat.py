@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx
 import openai
 from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -22,7 +21,7 @@ from prefscan.errors import UserError
 
 PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
-NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def retry_after(error: BaseException | None) -> float:
 
 def may_be_billed(error: BaseException) -> bool:
     """Whether the server may have computed a reply that never arrived whole: a time-out, a connection that broke."""
-    return isinstance(error, openai.APIConnectionError) and not isinstance(error.__cause__, NEVER_SENT)
+    return isinstance(error, openai.APIConnectionError) and type(error.__cause__).__name__ not in NEVER_SENT
 
 
 def complete(send: Callable[[], Any], attempts: int) -> Reply:

@@ -222,10 +222,13 @@ def judge_answers(
     references = load_references(settings.references)
     others = None if against is None else {answer["question_id"]: answer for answer in against}
     samples = settings.samples if isinstance(settings, OpenAIJudge) else 1  # a local judge repeats itself
+    built = build_turns(questions, answers, templates, references, others)
+    orders = 1 if against is None else 2
     turns = [
         replace(turn, prompt=replace(turn.prompt, sample=sample))
+        for start in range(0, len(built), orders)
         for sample in range(samples)
-        for turn in build_turns(questions, answers, templates, references, others)
+        for turn in built[start : start + orders]
     ]
     verdicts = judge_turns(turns, settings)
     if against is None:
