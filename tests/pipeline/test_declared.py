@@ -15,8 +15,8 @@ from prefscan import params as params_module
 from prefscan.params import Losses, Params, Section
 
 CELL = "kto_pair-0.1-3"
-# Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
 PAIRS = {"judge.against"}  # read with `judge.mode: pair` alone
+# Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
 STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "fetch@model": ("fetch", ["model"], {"model.name"}),  # read in error messages only
     "fetch@pairs": ("fetch", ["pairs"], set()),
