@@ -16,7 +16,7 @@ class Reply:
     status: int = 200
     body: bytes = b""
     content_type: str = "application/json"
-    fault: Literal["", "closes", "hangs"] = ""
+    fault: Literal["", "closes", "cuts", "hangs"] = ""
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,7 +56,7 @@ def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Chat
                 served.requests.append(request | {"path": self.path})
                 served.keys.append(self.headers["Authorization"])
             reply = served.answer(request, number)
-            if reply.fault:
+            if reply.fault in ("closes", "hangs"):
                 if reply.fault == "hangs":
                     served.closing.wait()
                 self.close_connection = True
@@ -67,6 +67,10 @@ def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Chat
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(reply.body)))
             self.end_headers()
+            if reply.fault == "cuts":
+                self.close_connection = True
+                self.wfile.write(reply.body[: len(reply.body) // 2])
+                return
             self.wfile.write(reply.body)
 
         def log_message(self, *_: Any) -> None:

@@ -52,6 +52,10 @@ def _template(name: str, system: str, text: str) -> dict[str, Any]:
     return {"name": name, "system_prompt": system, "prompt_template": text} | form
 
 
+def _pair(name: str, system: str, text: str) -> dict[str, Any]:
+    return _template(name, system, text) | {"type": "pairwise", "output_format": "[[A]]"}
+
+
 TEMPLATES = {
     template["name"]: template
     for template in (
@@ -62,6 +66,19 @@ TEMPLATES = {
             "single-math-v1-multi-turn",
             "Rate sums of turn 2.",
             "{question_1}|{ref_answer_1}|{question_2}|{ref_answer_2}||{question_1}|{answer_1}|{question_2}|{answer_2}",
+        ),
+        _pair("pair-v2", "Choose.", "{question}|A: {answer_a}|B: {answer_b}"),
+        _pair("pair-math-v1", "Choose by sums.", "{question}|{ref_answer_1}|A: {answer_a}|B: {answer_b}"),
+        _pair(
+            "pair-v2-multi-turn",
+            "Choose at turn 2.",
+            "{question_1}|{question_2}|A: {answer_a_1}|{answer_a_2}|B: {answer_b_1}|{answer_b_2}",
+        ),
+        _pair(
+            "pair-math-v1-multi-turn",
+            "Choose by sums at turn 2.",
+            "{question_1}|{ref_answer_1}|{question_2}|{ref_answer_2}"
+            "|A: {answer_a_1}|{answer_a_2}|B: {answer_b_1}|{answer_b_2}",
         ),
     )
 }
@@ -95,9 +112,11 @@ def local_judge(folder: Path | str, batch_size: int = 1) -> dict[str, Any]:
         "kind": "local",
         "name": "tiny",
         "folder": str(folder),
+        "mode": "single",
+        "against": "base",
+        "references": "corrected",
         "dtype": "fp32",
         "batch_size": batch_size,
-        "references": "corrected",
     }
 
 
@@ -106,6 +125,8 @@ def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:
         "kind": "openai",
         "name": "gpt-4",
         "folder": "models/base",
+        "mode": "single",
+        "against": "base",
         "base_url": base_url,
         "key_variable": "PREFSCAN_TEST_KEY",
         "max_tokens": 64,
@@ -115,6 +136,8 @@ def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:
         "timeout": 30.0,
         "attempts": 3,
         "references": "stock",
+        "prices": None,
+        "budget": None,
     } | changes
 
 

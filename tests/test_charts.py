@@ -62,7 +62,7 @@ def texts(svg: str) -> list[str]:
 
 
 AGAINST_BETA: dict[str, tuple[Callable[[pd.DataFrame], Any], float]] = {
-    "score": (lambda cells: charts.score_against_beta(cells, 5.125), 5.125),
+    "score": (lambda cells: charts.score_against_beta(cells, 5.125, "MT-Bench score (1 to 10)"), 5.125),
     "accuracy": (charts.accuracy_against_beta, 0.5),
     "margin": (charts.margin_against_beta, 0),
 }
@@ -89,7 +89,7 @@ def test_against_beta_shows_every_cell_with_its_interval(value: str, grid: tuple
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_against_beta_labels_what_the_grid_holds_in_its_order(grid: tuple[Any, Any, Any]) -> None:
     losses, betas, steps = grid
-    found = texts(render(charts.score_against_beta(table(*grid), 5.125)))
+    found = texts(render(charts.score_against_beta(table(*grid), 5.125, "MT-Bench score (1 to 10)")))
     headers = ["one epoch" if step == "epoch" else f"{step} steps" for step in steps]
     assert [text for text in found if text in headers] == headers
     assert [text for text in found if text in losses] == losses  # one legend, not one for colour and one for shape
@@ -121,7 +121,7 @@ def test_categories_show_every_model_in_every_category() -> None:
             for j, category in enumerate(categories)
         ]
     )
-    svg = render(charts.scores_by_category(scores))
+    svg = render(charts.scores_by_category(scores, "MT-Bench score (1 to 10)"))
     shown = Counter(
         (m["model"], m["category"], float(m["score"]))
         for label in marks(svg, "point")
@@ -135,15 +135,15 @@ def test_categories_show_every_model_in_every_category() -> None:
 
 def test_a_category_whose_models_agree_is_drawn() -> None:
     scores = pd.DataFrame([{"model": model, "category": "math", "score": 5.0} for model in ("base", "ipo-0.1-8")])
-    assert len(marks(render(charts.scores_by_category(scores)), "point")) == 2
+    assert len(marks(render(charts.scores_by_category(scores, "MT-Bench score (1 to 10)")), "point")) == 2
 
 
 def test_a_loss_keeps_its_colour_from_chart_to_chart() -> None:
     losses = ["sigmoid", "ipo", "kto_pair"]
     cells = table(losses, [0.1], ["8"])
-    against = charts.score_against_beta(cells, 5.0).to_dict()["spec"]["layer"][2]["encoding"]["color"]["scale"]
+    against = charts.score_against_beta(cells, 5.0, "score").to_dict()["spec"]["layer"][2]["encoding"]["color"]["scale"]
     scores = pd.DataFrame([{"model": name, "category": "math", "score": 5.0} for name in ("base", *cells["cell"])])
-    category = charts.scores_by_category(scores).to_dict()["layer"][1]["encoding"]["color"]["scale"]
+    category = charts.scores_by_category(scores, "score").to_dict()["layer"][1]["encoding"]["color"]["scale"]
     assert against["domain"] == losses
     assert category["domain"] == ["base", *cells["cell"]]
     assert category["range"] == ["#666666", *against["range"]]
@@ -189,6 +189,6 @@ def test_a_run_of_one_update_shows_its_point() -> None:
 
 def test_every_loss_has_its_own_mark() -> None:
     cells = table(list(LOSSES), [0.1], ["8"])
-    svg = render(charts.score_against_beta(cells, 5.125))
+    svg = render(charts.score_against_beta(cells, 5.125, "MT-Bench score (1 to 10)"))
     points = re.findall(r'aria-roledescription="point"[^>]* d="([^"]*)"[^>]*fill="([^"]*)"', svg)
     assert len(points) == len(set(points)) == len(LOSSES)

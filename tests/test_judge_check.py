@@ -78,7 +78,7 @@ def test_a_category_with_one_reference_is_refused() -> None:
 def test_the_reference_is_shown_in_one_prompt_only() -> None:
     shown = {r["question_id"]: r for r in make_references([*QUESTIONS.values()], "stock")}
     answers = versions(QUESTIONS, GOOD)
-    turns = check_turns(QUESTIONS, answers, TEMPLATES, shown)
+    turns = check_turns(QUESTIONS, answers, TEMPLATES, shown, "single")
     assert len(turns) == 90
     for i, turn in enumerate(turns):
         number, version = [*answers][i % 45 // 3], ("good", "swapped", "truncated")[i % 3]
@@ -87,7 +87,7 @@ def test_the_reference_is_shown_in_one_prompt_only() -> None:
         assert ("stock first" in turn.prompt.user) == (turn.template == "single-math-v1") == (i >= 45)
     del shown[turns[0].question_id]
     with pytest.raises(UserError, match=f"question {turns[0].question_id} needs a reference answer"):
-        check_turns(QUESTIONS, answers, TEMPLATES, shown)
+        check_turns(QUESTIONS, answers, TEMPLATES, shown, "single")
 
 
 def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **params: Any) -> None:
@@ -120,6 +120,31 @@ def test_a_judge_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         for bad in ("swapped", "truncated"):
             assert set(found[bad].values()) == {1, 7}
             assert (found[bad]["auc"], found[bad]["margin"]) == (1, 7)
+
+
+def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The good answer wins against both bad ones in both orders; a judge that likes place A ends in ties."""
+
+    def knows(request: dict[str, Any], _: int) -> Reply:
+        text = request["messages"][1]["content"]
+        number = next(n for n, q in QUESTIONS.items() if text.startswith(q["turns"][0]))
+        first, second = text.split("A: ")[1].split("|B: ")
+        right = f"Right {number} is a  long\nanswer"
+        assert first.startswith(right) != second.startswith(right)
+        return completion("[[A]]" if first.startswith(right) else "[[B]]")
+
+    for rate, auc, told in ((knows, 1.0, True), (lambda *_: completion("[[A]]"), 0.5, False)):
+        with chat_server(rate) as server:
+            prepare(in_tmp, openai_judge(server.url, mode="pair"), monkeypatch)
+            judge_check.main()
+            assert len(server.requests) == 15 * 2 * 2 * 2 + judge_check.REPEATS
+        metrics = json.loads(JUDGE.read_text())
+        assert metrics["mode"] == "pair"
+        for name in ("without_reference", "with_reference"):
+            for bad in ("swapped", "truncated"):
+                found = metrics[name][bad]
+                assert found["auc"] == auc
+                assert (found["auc_low"] > 0.5) == told
 
 
 def test_a_judge_that_likes_length_alone_cannot_tell_swapped_ones(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import zlib
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ from typing import Any
 import fastchat.llm_judge.common as fastchat
 import pytest
 
-import prefscan.judges.openai
+import prefscan.chat
 from chat_server import ChatServer, Reply, chat_server, completion, error
 from mtbench_data import (
     CATEGORIES,
@@ -34,10 +35,10 @@ from mtbench_data import (
 )
 from prefscan import mtbench
 from prefscan.errors import UserError
-from prefscan.judges import Prompt, Verdict
-from prefscan.mtbench import PaidVerdicts, build_turns, scores
-from prefscan.params import OpenAIJudge
-from prefscan.stats import mean_interval
+from prefscan.intervals import mean_interval
+from prefscan.judges import Verdict
+from prefscan.judges.openai import Replies
+from prefscan.mtbench import build_turns, pair_row, scores
 
 KEY = "sk-never-written-anywhere"
 
@@ -48,6 +49,7 @@ def by_id(rows: list[dict[str, Any]]) -> dict[int, Any]:
 
 QUESTIONS = by_id(make_questions(1))
 ANSWERS = make_answers([*QUESTIONS.values()])
+OTHERS = make_answers([*QUESTIONS.values()], "ipo-0.1-24")
 REFERENCES = by_id(make_references([*QUESTIONS.values()], "stock"))
 
 
@@ -134,7 +136,7 @@ def test_scores_by_question_and_category() -> None:
 def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
     monkeypatch.setattr(sys, "argv", ["mtbench", "base"])
-    monkeypatch.setattr(prefscan.judges.openai, "wait_random_exponential", lambda **_: lambda _: 0)
+    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0)
     write_params(root, judge=judge)
     write_questions(root, [*QUESTIONS.values()])
     write_lines(root / "data/mt_bench/model_answer/base.jsonl", ANSWERS)
@@ -286,7 +288,7 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
         assert len(server.requests) == 16 + 2 + 2  # the server error was tried three times, two turns got a reminder
         assert not JUDGEMENTS.exists()
         assert not METRICS.exists()
-        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 14
+        assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 16  # two of two turns
 
         healthy = True
         server.requests.clear()
@@ -339,7 +341,7 @@ def test_a_verdict_that_cannot_be_kept_stops_the_asking(in_tmp: Path, monkeypatc
         kept.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PaidVerdicts, "put", refuse)
+    monkeypatch.setattr(Replies, "put", refuse)
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         with pytest.raises(OSError, match="No space"):
@@ -348,54 +350,6 @@ def test_a_verdict_that_cannot_be_kept_stops_the_asking(in_tmp: Path, monkeypatc
             if "ThreadPoolExecutor" in thread.name:
                 thread.join(2)
         assert len(server.requests) < 16
-
-
-@pytest.fixture
-def settings() -> OpenAIJudge:
-    return OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"name": "gpt-5"},
-        {"base_url": None},
-        {"max_tokens": 65},
-        {"seed": 1},
-        {"sample": 1},
-        {"system": "Rate it!"},
-        {"user": "Other"},
-    ],
-)
-def test_a_paid_verdict_belongs_to_its_judge_and_prompt(
-    tmp_path: Path, settings: OpenAIJudge, change: dict[str, Any]
-) -> None:
-    prompt: dict[str, Any] = {"system": "Rate it.", "user": "Hello", "sample": 0}
-    verdict = Verdict(7.5, "Good β. [[7.5]]", served_by="m fp")
-    PaidVerdicts(tmp_path, settings).put(Prompt(**prompt), verdict)
-    assert PaidVerdicts(tmp_path, settings).get(Prompt(**prompt)) == verdict
-    other = settings.model_copy(update={k: v for k, v in change.items() if k not in prompt})
-    changed = prompt | {k: v for k, v in change.items() if k in prompt}
-    assert PaidVerdicts(tmp_path, other).get(Prompt(**changed)) is None
-
-
-def test_a_paid_verdict_belongs_to_the_server_in_the_environment(
-    tmp_path: Path, settings: OpenAIJudge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings.model_copy(update={"base_url": None})
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    PaidVerdicts(tmp_path, settings).put(Prompt("s", "u"), Verdict(3.0, "[[3]]"))
-    assert PaidVerdicts(tmp_path, settings).get(Prompt("s", "u")) is not None
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:2/v1")
-    assert PaidVerdicts(tmp_path, settings).get(Prompt("s", "u")) is None
-
-
-@pytest.mark.parametrize("change", [{"timeout": 1.0}, {"attempts": 9}, {"concurrency": 1}, {"key_variable": "OTHER"}])
-def test_how_a_judge_is_reached_does_not_cost_its_verdicts(
-    tmp_path: Path, settings: OpenAIJudge, change: dict[str, Any]
-) -> None:
-    PaidVerdicts(tmp_path, settings).put(Prompt("s", "u"), Verdict(3.0, "[[3]]"))
-    assert PaidVerdicts(tmp_path, settings.model_copy(update=change)).get(Prompt("s", "u")) is not None
 
 
 def test_the_key_is_written_nowhere(
@@ -423,3 +377,82 @@ def test_the_key_is_written_nowhere(
     assert len(texts) > 12
     assert "/chat/completions" in caplog.text  # the client does log what it sends
     assert not [text for text in texts if KEY in text]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_prompts_of_pairs_are_fastchats(category: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastChat's own match between two models, with its judgement of both orders."""
+    asked: list[Any] = []
+
+    def record(model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
+        asked.append(conversation.to_openai_api_messages())
+        return "[[A]]"
+
+    monkeypatch.setattr(fastchat, "chat_completion_openai", record)
+    (question,) = (q for q in QUESTIONS.values() if q["category"] == category)
+    number = question["question_id"]
+    (answer,), (other,) = ([a for a in rows if a["question_id"] == number] for rows in (ANSWERS, OTHERS))
+    reference = REFERENCES.get(number)
+    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES, {number: other})
+    assert [turn.turn for turn in turns] == [1, 1, 2, 2]
+    for turn in turns[::2]:
+        judge = fastchat.Judge("gpt-4", TEMPLATES[turn.template], reference is not None, multi_turn=turn.turn == 2)
+        match = fastchat.MatchPair(question, "base", "other", answer, other, judge, reference, turn.turn == 2)
+        result = fastchat.play_a_match_pair(match, output_file="")
+        both = [t for t in turns if t.turn == turn.turn]
+        assert [t.prompt.user for t in both] == [result["g1_user_prompt"], result["g2_user_prompt"]]
+        assert asked.pop()[0] == {"role": "system", "content": both[1].prompt.system}
+        row = pair_row("base", "other", "gpt-4", both, [Verdict(1.0, "[[A]]"), Verdict(1.0, "[[A]]")])
+        assert {name: row[name] for name in result if name not in ("judge", "tstamp")} == {
+            name: value for name, value in result.items() if name not in ("judge", "tstamp")
+        }
+        assert tuple(row["judge"]) == result["judge"]
+
+
+def test_a_pair_without_the_other_answer_is_refused() -> None:
+    with pytest.raises(UserError, match=r"question 81 was not answered by judge\.against"):
+        build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES, {})
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_pairs_are_what_show_result_prints(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    """A judge with a liking for place A on some questions: wins, losses and ties of all kinds."""
+    letters = {}
+
+    def rate(request: dict[str, Any], _: int) -> Reply:
+        text = request["messages"][1]["content"]
+        letters[text] = "ABCAAB"[zlib.crc32(text.encode()) % 6]
+        return completion(f"[[{letters[text]}]]")
+
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url, mode="pair", against="ipo-0.1-24", samples=samples), monkeypatch)
+        write_lines(in_tmp / "data/mt_bench/model_answer/ipo-0.1-24.jsonl", OTHERS)
+        mtbench.main()
+        assert len(server.requests) == 32 * samples
+        rows, metrics = read_lines(JUDGEMENTS), json.loads(METRICS.read_text())
+        assert len(rows) == 16 * samples
+        monkeypatch.setattr(sys, "argv", ["mtbench", "ipo-0.1-24"])
+        mtbench.main()
+        assert len(server.requests) == 32 * samples  # nobody is asked about an answer beside itself
+    itself = json.loads(METRICS.with_name("ipo-0.1-24.json").read_text())
+    assert (itself["average"], itself["average_low"], itself["average_high"]) == (0.5, 0.5, 0.5)
+    assert METRICS.with_name("ipo-0.1-24.json").exists()
+    assert read_lines(JUDGEMENTS.with_name("ipo-0.1-24.jsonl")) == []
+
+    options = ["--mode", "pairwise-baseline", "--baseline-model", "ipo-0.1-24", "--input-file", str(JUDGEMENTS)]
+    command = [sys.executable, "-m", "fastchat.llm_judge.show_result", *options]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    shown = next(line.split() for line in printed.splitlines() if line.startswith("base"))
+    turns = 16 * samples
+    expected = [metrics["wins"], metrics["losses"], metrics["ties"]]
+    assert [int(value) for value in shown[1:4]] == expected
+    assert min(expected) > 0
+    assert sum(expected) == turns
+    for value, rate_of in zip(shown[4:], (expected[0] / turns, expected[1] / turns, metrics["average"]), strict=True):
+        digits = len(value.split(".")[1])
+        assert value == f"{rate_of:.{digits}f}"
+    by_hand = [letters[row["g1_user_prompt"]] == "A" and letters[row["g2_user_prompt"]] == "B" for row in rows]
+    assert sum(by_hand) == metrics["wins"]
+    same = [letters[r["g1_user_prompt"]] + letters[r["g2_user_prompt"]] in ("AB", "BA", "CC") for r in rows]
+    assert metrics["orders_agree"] == fmean(same)
+    assert (metrics["mode"], metrics["against"]) == ("pair", "ipo-0.1-24")

@@ -15,6 +15,7 @@ from typing import Any
 
 import altair as alt
 import pytest
+from scipy import stats
 
 from mtbench_data import (
     CATEGORIES,
@@ -53,7 +54,12 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: 
     write_params(root, **({"grid": grid, "judge": local_judge("models/base")} | recipe | params))
     for i, (key, level) in enumerate(LEVELS.items()):
         judgements = [
-            {"question_id": question, "model": key, "score": level + question % 3 / 2 + turn / 8, "turn": turn}
+            {
+                "question_id": question,
+                "model": key,
+                "score": level + question % 3 / 2 + turn / 8 + question * i % 5 / 2,
+                "turn": turn,
+            }
             for question in CATEGORY_OF
             for turn in (1, 2)
         ]
@@ -208,7 +214,32 @@ def expected_row(key: str) -> list[str]:
         ratio = [f"{answered['divergence'][name]:.2f}" for name in ("per_reply", "per_reply_low", "per_reply_high")]
         merged = "–" if kept is None else f"{kept:.1%}"
         rest = [*(f"{held[name]:.2f}" for name in names), merged, *text, *ratio, seconds]
-    return [key, *(f"{value:.2f}" for value in printed), *rest]
+    differs = ["–"] * 7 if key == "base" else expected_differences()[key]
+    scores = [f"{value:.2f}" for value in printed]
+    return [key, *scores[:3], *differs, *scores[3:], *rest]
+
+
+def by_question(key: str) -> list[float]:
+    return [value for _, value in sorted(metrics("mtbench", key)["questions"].items())]
+
+
+def expected_differences() -> dict[str, list[str]]:
+    """The printed comparison with the base by scipy's paired t test, and Holm's correction as its definition has it."""
+    base = by_question("base")
+    tests = {key: stats.ttest_rel(by_question(key), base) for key in CELLS}
+    ordered = sorted(CELLS, key=lambda key: tests[key].pvalue)
+    corrected, largest = {}, 0.0
+    for place, key in enumerate(ordered):
+        largest = max(largest, (len(CELLS) - place) * tests[key].pvalue)
+        corrected[key] = min(largest, 1.0)
+    found = {}
+    for key in CELLS:
+        interval = tests[key].confidence_interval()
+        apart = [a - b for a, b in zip(by_question(key), base, strict=True)]
+        counts = [sum(d > 0 for d in apart), sum(d == 0 for d in apart), sum(d < 0 for d in apart)]
+        numbers = (sum(apart) / len(apart), interval.low, interval.high)
+        found[key] = [*(f"{n:+.2f}" for n in numbers), f"{corrected[key]:.2f}", *map(str, counts)]
+    return found
 
 
 class Page(HTMLParser):
@@ -258,7 +289,7 @@ def test_the_page_and_the_markdown_print_the_table() -> None:
         assert any(line.startswith("![") and line.endswith(f"]({name}.png)") for line in lines)
     leads = [lead.strip() for lead in page.leads if lead.strip()]
     assert [line for line in lines if line in leads] == leads
-    assert len(leads) == 6
+    assert len(leads) == 8
 
 
 @pytest.mark.usefixtures("sweep")
@@ -350,18 +381,23 @@ def test_a_server_judge_needs_no_such_warning(in_tmp: Path) -> None:
 
 @pytest.mark.usefixtures("sweep")
 def test_the_sentences_say_what_the_metrics_say() -> None:
-    _, _, compared, scored, held, merged = leads()
+    _, _, compared, scored, differ, picked, held, merged = leads()
     assert "losses sigmoid, ipo; β 0.1, 0.5; steps 8." in compared
     assert "31 training and 30 held-out pairs of 300; 8 MT-Bench questions, two turns each." in compared
     base, cells = metrics("mtbench", "base"), [metrics("mtbench", key) for key in CELLS]
     averages = [cell["average"] for cell in cells]
     assert (
         f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], "
-        f"the cells {min(averages):.2f} to {max(averages):.2f};"
+        f"the cells {min(averages):.2f} to {max(averages):.2f}: MT-Bench score (1 to 10);"
     ) in scored
-    apart = [c for c in cells if c["average_low"] > base["average_high"] or c["average_high"] < base["average_low"]]
-    assert len(apart) == 3
-    assert f"intervals of {4 - len(apart)} of 4 cells overlap the base's." in scored
+    rows = expected_differences()
+    significant = [key for key, row in rows.items() if float(row[3]) <= 0.05]
+    assert 0 < len(significant) < 4
+    assert f"Holm's correction over 4 cells {', '.join(significant)} differ significantly" in differ
+    assert f"smallest corrected p {min(float(row[3]) for row in rows.values()):.2f})" in differ
+    assert "sigmoid " in picked
+    assert f"for {max(averages[:2]):.2f} (sigmoid-0.5-8)" in picked
+    assert f"for {max(averages[2:]):.2f} (ipo-0.1-8)" in picked
     assert "accuracy is 0.55 to 0.70 beside the base's 0.5, over all 30 held-out pairs" in held
     assert "above zero beyond its 95 % interval in 3 of 4 cells." in held  # margin_low is 0, 2, 4 and 6
     assert "The merges, in fp32, kept 97.0% to 99.0% of the held-out margin; 6% to 25% of the answers" in merged

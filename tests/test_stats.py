@@ -1,56 +1,33 @@
+import itertools
 import math
-import random
 
 import numpy as np
 import pytest
-from scipy import stats
+from numpy.typing import NDArray
+from scipy import integrate, stats
 
-from prefscan.stats import auc, cluster_bootstrap, mean_interval, pairwise_agreement, share_interval
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-@pytest.mark.parametrize("values", [[1.0, 2.0], [6.5, 7.25, 7.25, 8.0, 3.0], [-0.001, 0.002, 0.0]])
-def test_mean_interval_is_students(values: list[float], confidence: float) -> None:
-    mean, low, high = mean_interval(values, confidence)
-    expected = stats.t.interval(confidence, len(values) - 1, loc=stats.tmean(values), scale=stats.sem(values))
-    assert (mean, low, high) == pytest.approx((stats.tmean(values), *expected), rel=1e-12)
-
-
-def test_mean_interval_of_equal_values_is_a_point() -> None:
-    assert mean_interval([4.0, 4.0, 4.0]) == (4.0, 4.0, 4.0)
-
-
-@pytest.mark.parametrize("values", [[], [7.0]])
-def test_mean_interval_needs_two_values(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=f"at least two values, got {len(values)}"):
-        mean_interval(values)
+from prefscan.stats import (
+    VarianceComponents,
+    auc,
+    bootstrap_mean_interval,
+    cluster_bootstrap,
+    clustered_mean,
+    holm,
+    length_controlled_difference,
+    minimum_detectable_difference,
+    paired_difference,
+    pairwise_agreement,
+    probability_best,
+    sd_with_repeats,
+    selected_best,
+    variance_components,
+)
 
 
-def test_mean_interval_covers_the_true_mean_as_often_as_it_says() -> None:
-    rng = random.Random(0)
-    trials = 4000
-    covered = 0
-    for _ in range(trials):
-        _, low, high = mean_interval([rng.gauss(3.0, 2.0) for _ in range(6)])
-        covered += low <= 3.0 <= high
-    assert covered / trials == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / trials))
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-@pytest.mark.parametrize(("successes", "trials"), [(0, 12), (1, 1), (7, 12), (12, 12), (640, 1000)])
-def test_share_interval_is_wilsons(successes: int, trials: int, confidence: float) -> None:
-    share, low, high = share_interval(successes, trials, confidence)
-    expected = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
-    assert (share, low, high) == pytest.approx((successes / trials, expected.low, expected.high), abs=1e-12)
-
-
-def test_share_interval_counts_a_tie_as_half() -> None:
-    share, low, high = share_interval(6.5, 12)
-    _, low_of_6, high_of_6 = share_interval(6, 12)
-    _, low_of_7, high_of_7 = share_interval(7, 12)
-    assert share == 6.5 / 12
-    assert low_of_6 < low < low_of_7
-    assert high_of_6 < high < high_of_7
+def skewed_scores(*shape: int, seed: int = 0) -> NDArray[np.float64]:
+    """Whole judge scores from 1 to 10, more of them high than low."""
+    rng = np.random.default_rng(seed)
+    return np.clip(np.rint(9.5 - rng.gamma(2, 1.4, size=shape)), 1, 10)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +81,370 @@ def test_pairwise_agreement_is_the_papers(
     first: list[float], second: list[float], expected: tuple[int, int, int, int]
 ) -> None:
     assert pairwise_agreement(first, second) == expected
+
+
+def test_clustered_mean_by_hand() -> None:
+    """Cluster means 2, 4 and 9: mean 5, variance 13, standard error √(13/3), and Student's quantile 4.3027 at 2."""
+    mean, error, low, high = clustered_mean([1, 3, 4, 4, 8, 10], [81, 81, 82, 82, 83, 83])
+    assert (mean, error) == pytest.approx((5, (13 / 3) ** 0.5))
+    assert (low, high) == pytest.approx((5 - 4.30265273 * error, 5 + 4.30265273 * error))
+    assert clustered_mean([10, 4, 1, 8, 3, 4], [83, 82, 81, 83, 81, 82]) == pytest.approx((mean, error, low, high))
+
+
+def test_clustered_standard_error_is_the_papers_double_sum() -> None:
+    """Miller's own form: the naive error plus the covariances within each cluster, times the small-sample factor."""
+    scores = skewed_scores(8, 6) + np.arange(8)[:, None]
+    values, clusters = scores.ravel(), np.repeat(np.arange(8), 6)
+    deviations, n = values - values.mean(), values.size
+    squared = (deviations**2).sum() / n**2
+    for i, j in itertools.permutations(range(n), 2):
+        if clusters[i] == clusters[j]:
+            squared += deviations[i] * deviations[j] / n**2
+    error = clustered_mean(values, clusters).standard_error
+    assert error == pytest.approx((squared * 8 / 7) ** 0.5, rel=1e-12)
+    assert error > 1.5 * stats.sem(values)  # what ignoring the questions would have claimed
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "message"),
+    [
+        ([1, 2, 3], [1, 1, 2], "clusters must be of one size, got 1 to 2"),
+        ([1, 2], [1, 1], "at least 2 questions, got 1"),
+        ([1, math.nan], [1, 2], "1 of 2 values are not finite"),
+        ([1, 2], [1, 2, 3], "a cluster for each of 2 values"),
+        ([], [], r"an array \[observations\]"),
+        ([[1, 2]], [[1, 2]], r"an array \[observations\], got the shape \[1, 2\]"),
+    ],
+)
+def test_clustered_mean_refuses(values: list[float], clusters: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clustered_mean(values, clusters)
+
+
+def test_the_bootstrap_is_the_textbook_loop() -> None:
+    scores = skewed_scores(12)
+    rng = np.random.default_rng(3)
+    pivots = []
+    for _ in range(20000):
+        draw = rng.choice(scores, size=12)
+        if draw.std() > 0:
+            pivots.append((draw.mean() - scores.mean()) / (draw.std(ddof=1) / 12**0.5))
+    low, high = np.quantile(pivots, [0.025, 0.975])
+    expected = scores.mean() - high * stats.sem(scores), scores.mean() - low * stats.sem(scores)
+    assert bootstrap_mean_interval(scores, resamples=20000) == pytest.approx(expected, abs=0.06)
+
+
+def test_bootstrap_and_t_interval_agree_for_80_questions() -> None:
+    turns = skewed_scores(80, 2)
+    _, error, low, high = clustered_mean(turns.ravel(), np.repeat(np.arange(80), 2))
+    assert bootstrap_mean_interval(turns.mean(axis=1)) == pytest.approx((low, high), abs=0.25 * error)
+    normal = stats.norm.interval(0.5, loc=turns.mean(), scale=error)
+    assert bootstrap_mean_interval(turns.mean(axis=1)) != pytest.approx(normal, abs=0.25 * error)
+
+
+def test_the_bootstrap_follows_the_skew() -> None:
+    """A tail of low scores: the truth may lie further below the mean than above it."""
+    scores = np.array([9.0, 9, 9, 8, 9, 8, 9, 2, 9, 8])
+    low, high = bootstrap_mean_interval(scores)
+    assert scores.mean() - low > 1.5 * (high - scores.mean())
+
+
+def test_a_bootstrap_of_equal_scores_is_a_point_and_of_four_is_refused() -> None:
+    assert bootstrap_mean_interval([7.1] * 8) == pytest.approx((7.1, 7.1))
+    with pytest.raises(ValueError, match="at least 5 questions, got 4"):
+        bootstrap_mean_interval([1, 2, 3, 4])
+
+
+def test_paired_difference_is_scipys_paired_t_test() -> None:
+    a, b = skewed_scores(2, 80, 2).mean(axis=2)
+    result = paired_difference(a, b)
+    expected = stats.ttest_rel(a, b)
+    interval = expected.confidence_interval(0.95)
+    assert result[:5] == pytest.approx(
+        ((a - b).mean(), stats.sem(a - b), interval.low, interval.high, expected.pvalue), rel=1e-9
+    )
+    assert (result.wins, result.ties, result.losses) == ((a > b).sum(), (a == b).sum(), (a < b).sum())
+    assert min(result[5:]) > 0
+    swapped = paired_difference(b, a)
+    assert swapped[:5] == pytest.approx(
+        (-result.mean, result.standard_error, -result.high, -result.low, result.p_value)
+    )
+    assert swapped[5:] == result[5:][::-1]
+
+
+def test_paired_difference_of_sums_in_another_order_is_a_tie() -> None:
+    """0.1 + 0.2 is not 0.3 in floating point: three such questions would be a certain difference of 5e-17."""
+    result = paired_difference([0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2], [0.3, 0.3, 0.3])
+    assert result == (0, 0, 0, 0, 1, 0, 3, 0)
+
+
+def test_paired_difference_without_spread_is_certain() -> None:
+    assert paired_difference([2, 3, 4], [1, 2, 3]) == (1, 0, 1, 1, 0, 3, 0, 0)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1, 2], [1, 2, 3]), ([1], [2]), ([1, math.inf], [1, 2])])
+def test_paired_difference_refuses(a: list[float], b: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"same questions|at least 2 questions|not finite"):
+        paired_difference(a, b)
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 is 0.04, 0.06, 0.06, 0.04, and never falls: the last is 0.06."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1])
+    assert holm([0.3]) == pytest.approx([0.3])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, 1.1])
+    with pytest.raises(ValueError, match="not finite"):
+        holm([0.5, math.nan])
+
+
+def test_holm_is_the_closed_bonferroni_test() -> None:
+    """Marcus, Peritz and Gabriel (1976): a test's adjusted p-value is the largest Bonferroni p of the sets with it."""
+    p = np.random.default_rng(0).beta(0.4, 4, size=7)
+    expected = np.zeros(7)
+    for size in range(1, 8):
+        for members in itertools.combinations(range(7), size):
+            bonferroni = min(1, size * min(p[list(members)]))
+            expected[list(members)] = np.maximum(expected[list(members)], bonferroni)
+    assert holm(p) == pytest.approx(expected, rel=1e-12)
+
+
+def test_selected_best_is_the_nested_loop() -> None:
+    scores = skewed_scores(6, 8, 2).mean(axis=2)
+    rng = np.random.default_rng(5)
+    left_out: list[list[float]] = [[] for _ in range(8)]
+    for _ in range(20000):
+        draw = rng.integers(8, size=8)
+        cell = scores[:, draw].mean(axis=1).round(9).argmax()
+        for question in set(range(8)) - set(draw.tolist()):
+            left_out[question].append(scores[cell, question])
+    expected = np.mean([np.mean(values) for values in left_out])
+    best = selected_best(scores, resamples=20000)
+    assert best.corrected == pytest.approx(expected, abs=0.03)
+    assert best.cell == scores.mean(axis=1).argmax()
+    assert best.apparent == pytest.approx(scores.mean(axis=1).max())
+    assert best.optimism == pytest.approx(best.apparent - best.corrected)
+    assert best.optimism > 0.2
+    _, _, low, high = clustered_mean(scores[best.cell], range(8))
+    assert (best.low, best.high) == pytest.approx((low - best.optimism, high - best.optimism))
+
+
+def test_a_single_cell_has_no_optimism() -> None:
+    scores = skewed_scores(1, 8)
+    best = selected_best(scores)
+    mean, _, low, high = clustered_mean(scores[0], range(8))
+    assert best == pytest.approx((0, mean, 0, mean, low, high), abs=1e-9)
+
+
+def test_a_cell_better_on_every_question_has_no_optimism() -> None:
+    scores = skewed_scores(5, 8, seed=2)
+    scores[3] = scores.max(axis=0) + np.arange(8) / 8 + 0.5
+    best = selected_best(scores)
+    assert best.cell == 3
+    assert best.optimism == pytest.approx(0, abs=1e-9)
+
+
+def test_equal_cells_go_to_the_first() -> None:
+    assert selected_best([[1, 2, 3], [4, 1, 1], [2, 2, 2]]).cell == 0
+
+
+def test_selected_best_refuses() -> None:
+    with pytest.raises(ValueError, match="at least 2 questions, got 1"):
+        selected_best([[1.0], [2.0]])
+    with pytest.raises(ValueError, match="1 resamples leave some of 8 questions never out"):
+        selected_best(skewed_scores(2, 8), resamples=1)
+    with pytest.raises(ValueError, match=r"an array \[cells, questions\]"):
+        selected_best([1.0, 2.0])
+
+
+def test_probability_best_counts_every_resample() -> None:
+    """All 3³ resamples of three questions, by hand: equally likely, so that shares converge to their count."""
+    grids = {"dpo": np.array([[1.0, 5, 6], [4, 4, 4]]), "ipo": np.array([[3.0, 5, 4]]), "kto": np.array([[4.0, 4, 4]])}
+    expected = dict.fromkeys(grids, 0.0)
+    for draw in itertools.product(range(3), repeat=3):
+        best = {loss: max(sum(cell[q] for q in draw) for cell in grid) for loss, grid in grids.items()}
+        highest = [loss for loss in best if best[loss] == max(best.values())]
+        for loss in highest:
+            expected[loss] += 1 / 27 / len(highest)
+    shares = probability_best(grids, resamples=40000)
+    assert shares == pytest.approx(expected, abs=0.01)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(expected.values()) > 0.05
+
+
+def test_probability_best_splits_ties_that_rounding_would_break() -> None:
+    scores = skewed_scores(80) / 3
+    shares = probability_best({"dpo": [scores, scores - 1], "ipo": [scores], "kto": [scores - 0.5]})
+    assert shares == pytest.approx({"dpo": 0.5, "ipo": 0.5, "kto": 0})
+
+
+def test_probability_best_refuses_other_questions() -> None:
+    with pytest.raises(ValueError, match=r"the same questions, got \[2, 3\]"):
+        probability_best({"dpo": [[1, 2]], "ipo": [[1, 2, 3]]})
+    with pytest.raises(ValueError, match="the same questions"):
+        probability_best({})
+
+
+def test_minimum_detectable_difference_matches_published_sample_size() -> None:
+    """G*Power's table for the paired t test: 34 pairs find half a standard deviation with a power of 0.8078."""
+    assert minimum_detectable_difference(2, 34, power=0.8077775) == pytest.approx(1, abs=1e-6)
+    assert minimum_detectable_difference(2, 33) > 1 > minimum_detectable_difference(2, 34)
+
+
+@pytest.mark.parametrize("questions", [2, 8, 80])
+@pytest.mark.parametrize(("power", "alpha"), [(0.8, 0.05), (0.95, 0.01), (0.1, 0.05)])
+def test_minimum_detectable_difference_is_found_with_the_power(questions: int, power: float, alpha: float) -> None:
+    """The power by integrating the normal over the chi distribution of the standard deviation."""
+    noncentrality = minimum_detectable_difference(1.3, questions, power, alpha) / 1.3 * questions**0.5
+    freedom = questions - 1
+    critical = stats.t.ppf(1 - alpha / 2, freedom)
+
+    def found(sd: float) -> float:
+        tails = stats.norm.sf(critical * sd - noncentrality) + stats.norm.cdf(-critical * sd - noncentrality)
+        return float(tails * stats.chi.pdf(sd * freedom**0.5, freedom) * freedom**0.5)
+
+    total = sum(integrate.quad(found, low, low + 0.25, epsabs=1e-12)[0] for low in np.arange(0, 8, 0.25))
+    assert total == pytest.approx(power, abs=1e-8)
+
+
+def test_minimum_detectable_difference_refuses() -> None:
+    assert minimum_detectable_difference(0, 80) == 0
+    for arguments in [(-1, 80), (math.nan, 80), (1, 1), (1, 80, 0.04), (1, 80, 1)]:
+        with pytest.raises(ValueError, match=r"not negative|at least 2|alpha < power"):
+            minimum_detectable_difference(*arguments)
+
+
+def mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float, float, float]:
+    """The textbook's mean squares of questions, seeds, their interaction, answers and judgements, by loops."""
+    questions, seeds, answers, judgements = scores.shape
+    grand = scores.mean()
+    sums = dict.fromkeys(["q", "s", "qs", "a", "j"], 0.0)
+    for q, s, a, j in np.ndindex(*scores.shape):
+        mean_q, mean_s, mean_qs = scores[q].mean(), scores[:, s].mean(), scores[q, s].mean()
+        sums["q"] += (mean_q - grand) ** 2
+        sums["s"] += (mean_s - grand) ** 2
+        sums["qs"] += (mean_qs - mean_q - mean_s + grand) ** 2
+        sums["a"] += (scores[q, s, a].mean() - mean_qs) ** 2
+        sums["j"] += (scores[q, s, a, j] - scores[q, s, a].mean()) ** 2
+    return (
+        sums["q"] / (questions - 1),
+        sums["s"] / (seeds - 1),
+        sums["qs"] / ((questions - 1) * (seeds - 1)),
+        sums["a"] / (questions * seeds * (answers - 1)),
+        sums["j"] / (questions * seeds * answers * (judgements - 1)),
+    )
+
+
+def synthetic(*shape: int) -> NDArray[np.float64]:
+    """Scores with the variances 4 of questions, 1 of seeds, 0.64 of their interaction, 2.25 answers and 0.36 judge."""
+    questions, seeds, answers, _ = shape
+    rng = np.random.default_rng(1)
+    return (
+        6
+        + rng.normal(0, 2, (questions, 1, 1, 1))
+        + rng.normal(0, 1, (1, seeds, 1, 1))
+        + rng.normal(0, 0.8, (questions, seeds, 1, 1))
+        + rng.normal(0, 1.5, (questions, seeds, answers, 1))
+        + rng.normal(0, 0.6, shape)
+    )
+
+
+def test_variance_components_are_the_textbooks() -> None:
+    scores = synthetic(9, 4, 3, 2)
+    q, s, qs, a, j = mean_squares(scores)
+    expected = ((q - qs) / 24, (s - qs) / 54, (qs - a) / 6, (a - j) / 2, j)
+    assert variance_components(scores) == pytest.approx(expected, rel=1e-9)
+    assert min(expected) > 0
+
+
+def test_variance_components_find_the_truth() -> None:
+    assert variance_components(synthetic(300, 200, 2, 2)) == pytest.approx((4, 1, 0.64, 2.25, 0.36), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1500, 1, 1, 1), (4 + 0.64 + 2.25 + 0.36, None, None, None, None)),
+        ((1500, 1, 1, 2), (4 + 0.64 + 2.25, None, None, None, 0.36)),
+        ((1500, 1, 3, 1), (4 + 0.64, None, None, 2.25 + 0.36, None)),
+        ((1500, 30, 1, 2), (4, 1, 0.64 + 2.25, None, 0.36)),
+        ((1500, 30, 1, 1), (4, 1, 0.64 + 2.25 + 0.36, None, None)),
+    ],
+)
+def test_a_part_without_repeats_is_in_the_next_one_outwards(
+    shape: tuple[int, ...], expected: tuple[float | None, ...]
+) -> None:
+    """One seed's own effect is a constant of all scores, and in no part."""
+    found = variance_components(synthetic(*shape))
+    assert [part is None for part in found] == [part is None for part in expected]
+    for part, truth in zip(found, expected, strict=True):
+        if part is not None:
+            # The standard error of a variance of 30 seeds is a quarter of it; the others have 1,500 values.
+            assert part == pytest.approx(truth, rel=0.5 if truth == 1 else 0.12)
+
+
+def test_negative_variance_components_are_zero() -> None:
+    """Both questions have mean 5, yet the judge varies: question would be estimated as 0 − 8/2."""
+    found = variance_components(np.array([[3.0, 7], [7, 3]])[:, None, None, :])
+    assert found == (0, None, None, None, 8)
+    with pytest.raises(ValueError, match="at least 2 questions"):
+        variance_components(np.ones((1, 2, 2, 2)))
+    with pytest.raises(ValueError, match=r"an array \[questions, seeds, answer_samples, judge_samples\]"):
+        variance_components(np.ones((2, 2)))
+
+
+def test_repeats_divide_what_they_average() -> None:
+    parts = VarianceComponents(question=1, seed=9, question_seed=2, answer=3, judge=4)
+    assert sd_with_repeats(parts) == pytest.approx(10**0.5)
+    assert sd_with_repeats(parts, judge_samples=4) == pytest.approx((1 + 2 + 3 + 1) ** 0.5)
+    assert sd_with_repeats(parts, 2, 3, 2) == pytest.approx((1 + 2 / 2 + 3 / 6 + 4 / 12) ** 0.5)
+
+
+def test_repeats_predict_the_spread_between_questions() -> None:
+    """The components of many repeats foretell the spread of means over them: an identity of the balanced analysis."""
+    scores = synthetic(40, 5, 3, 2)
+    spread = scores.mean(axis=(1, 2, 3)).std(ddof=1)
+    assert sd_with_repeats(variance_components(scores), 5, 3, 2) == pytest.approx(spread, rel=1e-9)
+
+
+def test_repeats_of_an_unknown_part_are_refused() -> None:
+    one_each = VarianceComponents(question=2.25, seed=None, question_seed=None, answer=None, judge=None)
+    assert sd_with_repeats(one_each) == 1.5
+    with pytest.raises(ValueError, match="what 3 judge_samples gain is unknown"):
+        sd_with_repeats(one_each, judge_samples=3)
+    with pytest.raises(ValueError, match="seeds is at least 1, got 0"):
+        sd_with_repeats(one_each, seeds=0)
+
+
+def test_length_controlled_difference_is_the_normal_equations() -> None:
+    rng = np.random.default_rng(4)
+    lengths = rng.normal(60, 40, size=80)
+    scores = 0.3 + 0.01 * lengths + rng.normal(0, 1, size=80)
+    design = np.column_stack([np.ones(80), lengths])
+    coefficients = np.linalg.inv(design.T @ design) @ design.T @ scores
+    residuals = scores - design @ coefficients
+    error = (np.linalg.inv(design.T @ design)[0, 0] * (residuals @ residuals) / 78) ** 0.5
+    low, high = stats.t.interval(0.95, 78, loc=coefficients[0], scale=error)
+    p_value = 2 * stats.t.sf(abs(coefficients[0]) / error, 78)
+    found = length_controlled_difference(scores, lengths)
+    assert found == pytest.approx((coefficients[0], error, low, high, p_value, coefficients[1]), rel=1e-9)
+    assert found.mean < scores.mean() - 0.3  # the longer answers' part is gone
+
+
+def test_length_controlled_difference_by_hand() -> None:
+    """A line through all points has no error: 2 points at equal length, half a point for ten tokens."""
+    found = length_controlled_difference([2.5, 3, 4], [10, 20, 40])
+    assert found == pytest.approx((2, 0, 2, 2, 0, 0.05), abs=1e-6)
+
+
+def test_lengths_that_do_not_vary() -> None:
+    scores = [1.0, -0.5, 0.75, 0.25]
+    plain = paired_difference(scores, [0, 0, 0, 0])
+    assert length_controlled_difference(scores, [0, 0, 0, 0]) == (*plain[:5], None)
+    with pytest.raises(ValueError, match=r"every length difference is 12\.0"):
+        length_controlled_difference(scores, [12, 12, 12, 12])
+    with pytest.raises(ValueError, match="at least 3 questions"):
+        length_controlled_difference([1, 2], [3, 4])
+    with pytest.raises(ValueError, match="same questions on both sides, got 4 and 3"):
+        length_controlled_difference(scores, [1, 2, 3])

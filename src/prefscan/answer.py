@@ -27,11 +27,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import BAD_JSON, read_jsonl, write_json, write_jsonl
+from prefscan.intervals import mean_interval
 from prefscan.keys import result_key
 from prefscan.models import load_cell, load_model, load_tokenizer
 from prefscan.params import Answer, load
 from prefscan.paths import ADAPTERS, ANSWER_METRICS, ANSWERS, BASE, MERGED, QUESTIONS, UNFINISHED_ANSWERS
-from prefscan.stats import mean_interval
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
 TEMPERATURES = {
@@ -49,7 +49,15 @@ REPEATED = 4  # tokens of the n-grams whose repetition is counted
 
 # What the stage imports, as dvc.yaml lists it.
 CODE = (
-    *("__init__.py", "answer.py", "errors.py", "files.py", "keys.py", "models.py", "params.py", "paths.py", "stats.py"),
+    "__init__.py",
+    "answer.py",
+    "errors.py",
+    "files.py",
+    "intervals.py",
+    "keys.py",
+    "models.py",
+    "params.py",
+    "paths.py",
 )
 
 

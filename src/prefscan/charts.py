@@ -66,11 +66,9 @@ def _against_beta(
     )
 
 
-def score_against_beta(cells: pd.DataFrame, base_score: float) -> alt.FacetChart:
+def score_against_beta(cells: pd.DataFrame, base_score: float, title: str) -> alt.FacetChart:
     """The study's first figure: MT-Bench score against β, with 95 % intervals over questions."""
-    return _against_beta(
-        cells, "score", "score_low", "score_high", "MT-Bench score (1 to 10)", base_score, "base model"
-    )
+    return _against_beta(cells, "score", "score_low", "score_high", title, base_score, "base model")
 
 
 def accuracy_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
@@ -85,13 +83,13 @@ def margin_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
     return _against_beta(cells, "margin", "margin_low", "margin_high", "held-out margin (nats)", 0.0, "base model (0)")
 
 
-def scores_by_category(scores: pd.DataFrame) -> alt.LayerChart:
+def scores_by_category(scores: pd.DataFrame, title: str) -> alt.LayerChart:
     """The study's second figure: the base and the highest-scoring cell of each loss, by category.
 
     `scores` has a row a model and category: `model`, `category`, `score`.
     """
     y = alt.Y("category:N", title=None)
-    x = alt.X("score:Q", title="MT-Bench score (1 to 10)", scale=alt.Scale(zero=False))
+    x = alt.X("score:Q", title=title, scale=alt.Scale(zero=False))
     model = _colour_and_shape(_in_order(scores["model"]), "model:N", None, ["#666666", *COLOURS])
     line = alt.Chart(scores).mark_rule(opacity=0.25).encode(y=y, x=alt.X("min(score):Q"), x2="max(score):Q")
     points = (

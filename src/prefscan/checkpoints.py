@@ -28,8 +28,20 @@ WAIT = 100  # times the last save's duration until the next: saving takes at mos
 
 # What the train stage imports, as dvc.yaml lists it.
 CODE = (
-    *("__init__.py", "checkpoints.py", "engines", "errors.py", "files.py", "keys.py", "losses.py", "memory.py"),
-    *("models.py", "params.py", "paths.py", "reference.py", "stats.py", "train.py"),
+    "__init__.py",
+    "checkpoints.py",
+    "engines",
+    "errors.py",
+    "files.py",
+    "intervals.py",
+    "keys.py",
+    "losses.py",
+    "memory.py",
+    "models.py",
+    "params.py",
+    "paths.py",
+    "reference.py",
+    "train.py",
 )
 
 

@@ -22,17 +22,29 @@ from scipy import stats
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, write_json
+from prefscan.intervals import mean_interval, share_interval
 from prefscan.judges import Prompt
-from prefscan.mtbench import NEED_REFERENCE, Turn, build_turns, judge_turns, load_questions, load_references
+from prefscan.mtbench import (
+    NEED_REFERENCE,
+    Turn,
+    build_turns,
+    judge_turns,
+    load_questions,
+    load_references,
+    outcome,
+)
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
-from prefscan.paths import JUDGE_METRICS, JUDGE_STORE, QUESTIONS
-from prefscan.stats import auc, cluster_bootstrap, mean_interval, pairwise_agreement
+from prefscan.paths import JUDGE_METRICS, QUESTIONS
+from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
 REPEATS = 6  # prompts judged a second time
 SAME = 1e-4  # a local judge's score moves less than this with the prompts beside it
 # FastChat's prompts for a first turn: of the categories without and with a reference shown to the judge.
-TEMPLATES = {"without_reference": "single-v1", "with_reference": "single-math-v1"}
+TEMPLATES = {
+    "single": {"without_reference": "single-v1", "with_reference": "single-math-v1"},
+    "pair": {"without_reference": "pair-v2", "with_reference": "pair-math-v1"},
+}
 VERSIONS = ("good", "swapped", "truncated")
 
 
@@ -77,19 +89,28 @@ def check_turns(
     answers: dict[int, dict[str, str]],
     templates: dict[str, Any],
     shown: dict[int, Any],
+    mode: str,
 ) -> list[Turn]:
-    """Every version of every answer in both prompts, by prompt, question and version; `shown` maps to references."""
+    """What is judged in both prompts, by prompt and question; `shown` maps to references.
+
+    With `single` every version of the answer. With `pair` the good one beside each bad one, as assistant A and then B.
+    """
     turns = []
-    for name in TEMPLATES.values():
+    for name in TEMPLATES[mode].values():
         for number, texts in answers.items():
             question = questions[number]
             fields = {"question": question["turns"][0]}
-            if name == TEMPLATES["with_reference"]:
+            if name == TEMPLATES[mode]["with_reference"]:
                 if number not in shown:
                     raise UserError(f"question {number} needs a reference answer and judge.references has none")
                 fields["ref_answer_1"] = shown[number]["choices"][0]["turns"][0]
-            for version in VERSIONS:
-                text = templates[name]["prompt_template"].format(answer=texts[version], **fields)
+            if mode == "single":
+                layouts = [{"answer": texts[version]} for version in VERSIONS]
+            else:
+                pairs = [(texts["good"], texts[bad]) for bad in VERSIONS[1:]]
+                layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
+            for layout in layouts:
+                text = templates[name]["prompt_template"].format(**layout, **fields)
                 prompt = Prompt(templates[name]["system_prompt"], text)
                 turns.append(Turn(number, question["category"], 1, name, prompt))
     return turns
@@ -113,8 +134,22 @@ def discrimination(scores: Sequence[float]) -> dict[str, Any]:
     return means | {bad: compare(of["good"], of[bad]) for bad in VERSIONS[1:]}
 
 
+def pair_discrimination(scores: Sequence[float]) -> dict[str, Any]:
+    """The same of verdicts on pairs, ordered by question, bad version and order.
+
+    AUC is the probability that the good answer wins, ties half: the mean outcome over questions, with its interval.
+    """
+    outcomes = [outcome(first, second) for first, second in zip(scores[::2], scores[1::2], strict=True)]
+    found = {}
+    for i, bad in enumerate(VERSIONS[1:]):
+        of = outcomes[i :: len(VERSIONS) - 1]
+        share, low, high = share_interval(sum(of), len(of))
+        found[bad] = {"auc": share, "auc_low": low, "auc_high": high}
+    return found
+
+
 def judged_scores(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> list[float]:
-    return [verdict.score for verdict in judge_turns(turns, settings, JUDGE_STORE) if verdict.score is not None]
+    return [verdict.score for verdict in judge_turns(turns, settings) if verdict.score is not None]
 
 
 def repeat(turns: Sequence[Turn], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
@@ -216,7 +251,7 @@ def main() -> None:
     questions, templates = load_questions()
     shown = load_references(settings.references)
     answers = versions(questions, load_references("corrected"))
-    turns = check_turns(questions, answers, templates, shown)
+    turns = check_turns(questions, answers, templates, shown, settings.mode)
     checked = len(turns)
     theirs, compared = {}, []
     if agreement:
@@ -233,16 +268,23 @@ def main() -> None:
             )
     turns += [turn for turn, _ in compared]
     scores = judged_scores(turns, settings)
-    half = checked // len(TEMPLATES)
-    metrics: dict[str, Any] = {"judge": settings.name, "references": settings.references, "questions": len(answers)}
-    for i, name in enumerate(TEMPLATES):
-        metrics[name] = discrimination(scores[i * half : (i + 1) * half])
+    prompts = TEMPLATES[settings.mode]
+    half = checked // len(prompts)
+    metrics: dict[str, Any] = {
+        "judge": settings.name,
+        "mode": settings.mode,
+        "references": settings.references,
+        "questions": len(answers),
+    }
+    figures = discrimination if settings.mode == "single" else pair_discrimination
+    for i, name in enumerate(prompts):
+        metrics[name] = figures(scores[i * half : (i + 1) * half])
     again = min(REPEATS, half)
     metrics["repeat"] = repeat(turns[:again], scores[:again], settings)
     ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
     metrics["agreement"] = agree(ours, theirs) if agreement else None
     write_json(JUDGE_METRICS, metrics)
-    for name in TEMPLATES:
+    for name in prompts:
         for bad in VERSIONS[1:]:
             found = metrics[name][bad]
             print(f"{name}, {bad}: AUC {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]")

@@ -3,32 +3,32 @@
     python -m prefscan.mtbench base
     python -m prefscan.mtbench ipo-0.5-24
 
-A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. What a
-paid judge has replied is kept in .prefscan/judgements, by a hash of judge and prompt, and is not asked for again.
+A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. With
+`judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for a win, ½
+for a tie and 0 for a loss.
 """
 
-import hashlib
-import json
-import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean, variance
 from typing import Any
 
 from rich.progress import Progress
 
 from prefscan.errors import UserError, run_stage
-from prefscan.files import read_json, read_jsonl, write_json, write_jsonl
+from prefscan.files import read_jsonl, write_json, write_jsonl
+from prefscan.intervals import mean_interval
 from prefscan.judges import Prompt, Verdict, load_judge
 from prefscan.params import LocalJudge, OpenAIJudge, load
-from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, JUDGE_STORE, MTBENCH_METRICS, QUESTIONS
-from prefscan.stats import mean_interval
+from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, MTBENCH_METRICS, QUESTIONS
 
 # FastChat's NEED_REF_CATS as far as MT-Bench has them, which a test compares; importing it costs seconds.
 NEED_REFERENCE = {"math", "reasoning", "coding"}
+SINGLE = ("single-v1", "single-v1-multi-turn")
+PAIR = ("pair-v2", "pair-v2-multi-turn")
 
 
 @dataclass(frozen=True)
@@ -58,84 +58,73 @@ def load_references(author: str) -> dict[int, Any]:
 
 
 def build_turns(
-    questions: dict[int, Any], answers: Sequence[Any], templates: dict[str, Any], references: dict[int, Any]
+    questions: dict[int, Any],
+    answers: Sequence[Any],
+    templates: dict[str, Any],
+    references: dict[int, Any],
+    against: dict[int, Any] | None = None,
 ) -> list[Turn]:
-    """Two turns an answer, with FastChat's prompt for each: first turn alone, second turn in its conversation.
+    """FastChat's prompts for both turns of every answer: first turn alone, second turn in its conversation.
 
-    Raises UserError for an answer to an unknown question, and for a category that needs a reference which is missing.
+    With the answers `against` by question id, a turn gives two prompts in a row: the answer as assistant A, then as B.
+    Raises UserError for an answer to an unknown question or without one to compare with, and for a category that needs
+    a reference which is missing.
     """
     turns = []
     for answer in answers:
-        question = questions.get(answer["question_id"])
+        number = answer["question_id"]
+        question = questions.get(number)
         if question is None:
-            raise UserError(f"question {answer['question_id']} was answered but is not in question.jsonl; answer again")
-        replies = answer["choices"][0]["turns"]
-        fields = {"question": question["turns"][0], "answer": replies[0]}
-        for i in range(2):
-            fields |= {f"question_{i + 1}": question["turns"][i], f"answer_{i + 1}": replies[i]}
-        kind = "single"
-        if question["category"] in NEED_REFERENCE:
-            kind = "single-math"
-            reference = references.get(question["question_id"])
+            raise UserError(f"question {number} was answered but is not in question.jsonl; answer again")
+        needs_reference = question["category"] in NEED_REFERENCE
+        shared = {"question": question["turns"][0]}
+        for i, text in enumerate(question["turns"], start=1):
+            shared[f"question_{i}"] = text
+        if needs_reference:
+            reference = references.get(number)
             if reference is None:
                 raise UserError(
-                    f"question {question['question_id']} ({question['category']}) needs a reference answer and "
+                    f"question {number} ({question['category']}) needs a reference answer and "
                     "judge.references has none; choose the other of stock and corrected"
                 )
-            for i, text in enumerate(reference["choices"][0]["turns"]):
-                fields[f"ref_answer_{i + 1}"] = text
-        for turn, name in ((1, f"{kind}-v1"), (2, f"{kind}-v1-multi-turn")):
-            template = templates[name]
-            prompt = Prompt(template["system_prompt"], template["prompt_template"].format(**fields))
-            turns.append(Turn(question["question_id"], question["category"], turn, name, prompt))
+            for i, text in enumerate(reference["choices"][0]["turns"], start=1):
+                shared[f"ref_answer_{i}"] = text
+        if against is None:
+            names = ("single-math-v1", "single-math-v1-multi-turn") if needs_reference else SINGLE
+            layouts = [_answer_fields("answer", answer)]
+        else:
+            if number not in against:
+                raise UserError(f"question {number} was not answered by judge.against; answer again")
+            names = ("pair-math-v1", "pair-math-v1-multi-turn") if needs_reference else PAIR
+            layouts = [
+                _answer_fields("answer_a", a) | _answer_fields("answer_b", b)
+                for a, b in ((answer, against[number]), (against[number], answer))
+            ]
+        for (i, name), layout in product(enumerate(names, start=1), layouts):
+            text = templates[name]["prompt_template"].format(**shared, **layout)
+            prompt = Prompt(templates[name]["system_prompt"], text)
+            turns.append(Turn(number, question["category"], i, name, prompt))
     return turns
 
 
-class PaidVerdicts:
-    """Replies of a judge that costs money, scored or not, one file each, named by a hash of judge and prompt."""
-
-    def __init__(self, folder: Path, judge: OpenAIJudge) -> None:
-        self.folder = folder
-        self.identity = {
-            "model": judge.name,
-            "base_url": judge.base_url or os.environ.get("OPENAI_BASE_URL"),  # as the client does
-            "max_tokens": judge.max_tokens,
-            "seed": judge.seed,
-        }
-
-    def path(self, prompt: Prompt) -> Path:
-        content = json.dumps([self.identity, prompt.system, prompt.user, prompt.sample], ensure_ascii=False)
-        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
-
-    def get(self, prompt: Prompt) -> Verdict | None:
-        path = self.path(prompt)
-        return Verdict(**read_json(path)) if path.exists() else None
-
-    def put(self, prompt: Prompt, verdict: Verdict) -> None:
-        write_json(self.path(prompt), asdict(verdict))
+def _answer_fields(name: str, answer: Any) -> dict[str, str]:
+    """FastChat's names of an answer's turns: the first alone, and both in a conversation."""
+    first, second = answer["choices"][0]["turns"]
+    return {name: first, f"{name}_1": first, f"{name}_2": second}
 
 
-def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store: Path) -> list[Verdict]:
-    """A scored verdict a turn; raises UserError with the list of turns that have no score, after keeping all replies.
+def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> list[Verdict]:
+    """A scored verdict a turn; raises UserError with the list of turns that have no score, after judging all.
 
-    A reply without a rating was paid for as well, and asking the same again would most likely buy the same.
+    A paid judge's reply without a rating is kept as any other: asking the same again would most likely buy the same.
     """
-    paid = PaidVerdicts(store, settings) if isinstance(settings, OpenAIJudge) else None
-    verdicts = {i: known for i, turn in enumerate(turns) if paid and (known := paid.get(turn.prompt))}
-    waiting = [i for i in range(len(turns)) if i not in verdicts]
+    verdicts: dict[int, Verdict] = {}
     with Progress() as progress:
-        task = progress.add_task("judging", total=len(turns), completed=len(verdicts))
-        judge = load_judge(settings) if waiting else None
-        for place, verdict in judge.verdicts([turns[i].prompt for i in waiting]) if judge else ():
-            verdicts[waiting[place]] = verdict
-            if paid and verdict.text:
-                paid.put(turns[waiting[place]].prompt, verdict)
+        task = progress.add_task("judging", total=len(turns))
+        for place, verdict in load_judge(settings).verdicts([turn.prompt for turn in turns]):
+            verdicts[place] = verdict
             progress.advance(task)
-    failed = [
-        f"{turn}: {verdicts[i].reason}" + (f", kept in {paid.path(turn.prompt)}" if paid and verdicts[i].text else "")
-        for i, turn in enumerate(turns)
-        if verdicts[i].score is None
-    ]
+    failed = [f"{turn}: {verdicts[i].reason}" for i, turn in enumerate(turns) if verdicts[i].score is None]
     if failed:
         raise UserError(
             f"{len(failed)} of {len(turns)} turns have no score ({'; '.join(failed[:5])}{'; …' * (len(failed) > 5)}); "
@@ -143,6 +132,14 @@ def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge, store
             "without a rating first to pay for another"
         )
     return [verdicts[i] for i in range(len(turns))]
+
+
+def outcome(first: float, second: float) -> float:
+    """1 for a win, 0 for a loss, ½ for a tie, as FastChat: whoever wins does so in both orders.
+
+    `first` is the score of assistant A where A is the answer, `second` where A is what it is compared with.
+    """
+    return {(1.0, 0.0): 1.0, (0.0, 1.0): 0.0}.get((first, second), 0.5)
 
 
 def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
@@ -173,48 +170,116 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> 
     }
 
 
+def judgement_row(key: str, judge: str, turn: Turn, verdict: Verdict) -> dict[str, Any]:
+    """A record of FastChat's *_single.jsonl."""
+    return {
+        "question_id": turn.question_id,
+        "model": key,
+        "judge": [judge, turn.template],
+        "user_prompt": turn.prompt.user,
+        "judgment": verdict.text,
+        "score": verdict.score,
+        "turn": turn.turn,
+        "sample": turn.prompt.sample,
+        "served_by": verdict.served_by,
+        "tstamp": 0.0,  # a time would make equal judgements hash differently
+    }
+
+
+def pair_row(key: str, against: str, judge: str, turns: Sequence[Turn], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """A record of FastChat's *_pair.jsonl from the two orders of a turn, with its outcome as `score`."""
+    winners = {1.0: ("model_1", "model_2"), 0.0: ("model_2", "model_1"), 0.5: ("tie", "tie")}
+    first, second = (verdict.score for verdict in verdicts)
+    assert first is not None  # judge_turns returns scored verdicts only
+    assert second is not None
+    return {
+        "question_id": turns[0].question_id,
+        "model_1": key,
+        "model_2": against,
+        "g1_winner": winners[first][0],
+        "g2_winner": winners[second][1],
+        "judge": [judge, turns[0].template],
+        "g1_user_prompt": turns[0].prompt.user,
+        "g1_judgment": verdicts[0].text,
+        "g2_user_prompt": turns[1].prompt.user,
+        "g2_judgment": verdicts[1].text,
+        "score": outcome(first, second),
+        "turn": turns[0].turn,
+        "sample": turns[0].prompt.sample,
+        "served_by": " ".join(sorted({verdict.served_by for verdict in verdicts} - {""})),
+        "tstamp": 0.0,
+    }
+
+
 def judge_answers(
-    key: str, answers: Sequence[Any], settings: LocalJudge | OpenAIJudge
-) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """FastChat's judgement records of both turns of every answer, one a sample, and the category of each question."""
+    key: str, answers: Sequence[Any], settings: LocalJudge | OpenAIJudge, against: Sequence[Any] | None = None
+) -> tuple[list[dict[str, Any]], dict[int, str], float]:
+    """FastChat's judgement records of both turns of every answer, one a sample, each question's category, and USD.
+
+    With the answers `against`, records of pairs.
+    """
     questions, templates = load_questions()
     references = load_references(settings.references)
+    others = None if against is None else {answer["question_id"]: answer for answer in against}
     samples = settings.samples if isinstance(settings, OpenAIJudge) else 1  # a local judge repeats itself
+    built = build_turns(questions, answers, templates, references, others)
+    orders = 1 if against is None else 2
     turns = [
         replace(turn, prompt=replace(turn.prompt, sample=sample))
-        for turn in build_turns(questions, answers, templates, references)
+        for start in range(0, len(built), orders)
         for sample in range(samples)
+        for turn in built[start : start + orders]
     ]
-    judgements = [
-        {
-            "question_id": turn.question_id,
-            "model": key,
-            "judge": [settings.name, turn.template],
-            "user_prompt": turn.prompt.user,
-            "judgment": verdict.text,
-            "score": verdict.score,
-            "turn": turn.turn,
-            "sample": turn.prompt.sample,
-            "served_by": verdict.served_by,
-            "tstamp": 0.0,  # a time would make equal judgements hash differently
-        }
-        for turn, verdict in zip(turns, judge_turns(turns, settings, JUDGE_STORE), strict=True)
-    ]
-    return judgements, {turn.question_id: turn.category for turn in turns}
+    verdicts = judge_turns(turns, settings)
+    if against is None:
+        rows = [judgement_row(key, settings.name, turn, verdict) for turn, verdict in zip(turns, verdicts, strict=True)]
+    else:
+        rows = [
+            pair_row(key, settings.against, settings.name, turns[i : i + 2], verdicts[i : i + 2])
+            for i in range(0, len(turns), 2)
+        ]
+    categories = {turn.question_id: turn.category for turn in turns}
+    return rows, categories, sum(verdict.usd for verdict in verdicts)
+
+
+def pair_figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of wins, losses and ties, and the share of turns on which both orders agree."""
+    counts = Counter(row["score"] for row in rows)
+    return {
+        "wins": counts[1.0],
+        "losses": counts[0.0],
+        "ties": counts[0.5],
+        "orders_agree": fmean(row["g1_winner"] == row["g2_winner"] for row in rows),
+    }
+
+
+def self_comparison(answers: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """A tie on every turn: what a model scores against its own answers, for which no judge is asked."""
+    questions, _ = load_questions()
+    numbers = [answer["question_id"] for answer in answers]
+    rows = [{"question_id": number, "turn": turn, "score": 0.5} for number in numbers for turn in (1, 2)]
+    return rows, {number: questions[number]["category"] for number in numbers}
 
 
 def main() -> None:
     params = load()
     (key,) = sys.argv[1:]
     settings = params.judge
-    judgements, categories = judge_answers(key, read_jsonl(ANSWERS / f"{key}.jsonl"), settings)
-    metrics = scores(judgements, categories)
+    answers = read_jsonl(ANSWERS / f"{key}.jsonl")
+    judgements: list[dict[str, Any]] = []
+    provenance: dict[str, Any] = {"judge": settings.name, "mode": settings.mode, "references": settings.references}
+    if settings.mode == "single":
+        judgements, categories, usd = judge_answers(key, answers, settings)
+        metrics = scores(judgements, categories)
+    elif key == settings.against:
+        metrics, usd = scores(*self_comparison(answers)), 0.0
+    else:
+        against = read_jsonl(ANSWERS / f"{settings.against}.jsonl")
+        judgements, categories, usd = judge_answers(key, answers, settings, against)
+        metrics = scores(judgements, categories) | pair_figures(judgements) | {"against": settings.against}
     write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)
-    provenance = {
-        "judge": settings.name,
-        "references": settings.references,
-        "served_by": sorted({row["served_by"] for row in judgements} - {""}),
-    }
+    provenance["served_by"] = sorted({row["served_by"] for row in judgements} - {""})
+    provenance["usd"] = round(usd, 6)
     write_json(MTBENCH_METRICS / f"{key}.json", metrics | provenance)
     print(f"{key}: {metrics['average']:.3f} [{metrics['average_low']:.3f}, {metrics['average_high']:.3f}]")
 

@@ -197,19 +197,31 @@ class Answer(Section):
     dtype: DType
 
 
-class LocalJudge(Section):
-    kind: Literal["local"]
+class Judge(Section):
+    """What every kind of judge has; `name` goes into FastChat's judgement file and its name."""
+
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     folder: str
-    dtype: DType
-    batch_size: Positive
+    mode: Literal["single", "pair"]
+    against: str
     references: Literal["stock", "corrected"]
 
 
-class OpenAIJudge(Section):
+class LocalJudge(Judge):
+    kind: Literal["local"]
+    dtype: DType
+    batch_size: Positive
+
+
+class Prices(Section):
+    """USD for a million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class OpenAIJudge(Judge):
     kind: Literal["openai"]
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    folder: str
     base_url: str | None
     key_variable: str
     max_tokens: Positive
@@ -218,7 +230,14 @@ class OpenAIJudge(Section):
     concurrency: Positive
     timeout: Annotated[float, Field(gt=0)]
     attempts: Positive
-    references: Literal["stock", "corrected"]
+    prices: Prices | None
+    budget: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def budget_has_prices(self) -> "OpenAIJudge":
+        if self.budget is not None and self.prices is None:
+            raise ValueError("budget cannot be kept without prices; set prices, in USD for a million tokens")
+        return self
 
 
 class Questions(Section):
@@ -258,6 +277,14 @@ class Params(Section):
                 f"the recipe {self.recipe.key} (loss, beta, steps) is not in the grid; params.yaml is composed, so set "
                 "it with `dvc exp run -S`, not by hand"
             )
+        return self
+
+    @model_validator(mode="after")
+    def opponent_exists(self) -> "Params":
+        if self.judge.against != "base" and self.judge.against not in {cell.key for cell in self.grid.cells}:
+            raise ValueError(f"judge.against: {self.judge.against!r} is neither base nor a cell of the grid")
+        if self.agreement and self.judge.mode == "pair":
+            raise ValueError("agreement compares scores of single answers; set judge.mode: single or agreement: null")
         return self
 
     @property

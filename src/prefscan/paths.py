@@ -29,8 +29,14 @@ JUDGE_METRICS = Path("metrics/judge.json")
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")
 
-# Not stage outputs: live logs, checkpoints of cells in training, and judgements that were paid for.
+# Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages.
 RUNS = Path("runs")
 CHECKPOINTS = Path(".prefscan/checkpoints")
 UNFINISHED_ANSWERS = Path(".prefscan/answers")
-JUDGE_STORE = Path(".prefscan/judgements")
+
+
+def judge_store() -> Path:
+    """Where a paid judge's replies are kept: of the repository, also where DVC runs a queued experiment in a copy."""
+    here = Path.cwd()
+    root = next((folder.parent for folder in here.parents if folder.name == ".dvc"), Path())
+    return root / ".prefscan/judgements"

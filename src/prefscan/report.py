@@ -17,7 +17,7 @@ import pandas as pd
 from prefscan import charts
 from prefscan.errors import run_stage
 from prefscan.files import new_folder, read_json, read_text, write_json, write_text
-from prefscan.params import Cell, Params, load
+from prefscan.params import Cell, LocalJudge, OpenAIJudge, Params, load
 from prefscan.paths import (
     ANSWER_METRICS,
     CELL_JUDGEMENTS,
@@ -31,6 +31,7 @@ from prefscan.paths import (
     SUMMARY,
     TRAIN_METRICS,
 )
+from prefscan.stats import holm, minimum_detectable_difference, paired_difference, selected_best
 
 FOLDERS = (TRAIN_METRICS, CURVES, MERGE_METRICS, ANSWER_METRICS, MTBENCH_METRICS, CELL_JUDGEMENTS)
 
@@ -78,6 +79,31 @@ def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def question_scores(key: str) -> list[float]:
+    """The mean score of each question, in the questions' order."""
+    scores: dict[str, float] = read_json(MTBENCH_METRICS / f"{key}.json")["questions"]
+    return [scores[number] for number in sorted(scores, key=int)]
+
+
+def differences_to_base(keys: list[str]) -> pd.DataFrame:
+    """Each cell minus the base, paired by question, with Holm's correction over the cells; a row a cell, in order."""
+    base = question_scores("base")
+    found = [paired_difference(question_scores(key), base) for key in keys]
+    table = pd.DataFrame(
+        {
+            "difference": difference.mean,
+            "difference_low": difference.low,
+            "difference_high": difference.high,
+            "standard_error": difference.standard_error,
+            "wins": difference.wins,
+            "ties": difference.ties,
+            "losses": difference.losses,
+        }
+        for difference in found
+    )
+    return table.assign(p_holm=holm([difference.p_value for difference in found]))
+
+
 SUMMARY_COLUMNS = (
     "score",
     "score_low",
@@ -112,6 +138,39 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
         | {"accuracy": 0.5, "margin": 0.0},
         "highest": {loss: entry(key) for loss, key in highest_scoring(cells).items()},
     }
+
+
+def score_name(judge: LocalJudge | OpenAIJudge) -> str:
+    if judge.mode == "single":
+        return "MT-Bench score (1 to 10)"
+    return f"win rate against {judge.against}, ties half (0 to 1)"
+
+
+def difference_sentences(cells: pd.DataFrame, questions: int) -> list[str]:
+    """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
+    significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
+    verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
+    detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
+    lines = [
+        f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
+        f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
+        f"{cells['p_holm'].min():.2f}). This many questions and this spread detect a difference of {detectable:.2f} or "
+        "more with 80 % power, before the correction."
+    ]
+    picks = []
+    for loss, group in cells.groupby("loss", sort=False):
+        if len(group) > 1:
+            best = selected_best([question_scores(key) for key in group["cell"]])
+            picks.append(
+                f"{loss} {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for {best.apparent:.2f} "
+                f"({group['cell'].iloc[best.cell]})"
+            )
+    if picks:
+        lines.append(
+            "The highest cell of a loss is a pick that favours chance; corrected for the picking by bootstrap: "
+            f"{'; '.join(picks)}."
+        )
+    return lines
 
 
 def judge_sentence(judge: dict[str, Any]) -> str:
@@ -153,13 +212,12 @@ def sentences(
         f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
         f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
     )
-    overlap = ((cells["score_low"] <= base["average_high"]) & (cells["score_high"] >= base["average_low"])).sum()
     lines.append(
         f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
-        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}; the 95 % intervals of {overlap} of {len(cells)} "
-        f"cells overlap the base's. With {questions} questions and one seed, the order of the cells is not "
-        "established, and the highest of several cells is a pick that favours chance."
+        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
+        f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
     )
+    lines += difference_sentences(cells, questions)
     moved = (cells["margin_low"] > 0).sum()
     lines.append(
         f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
@@ -238,6 +296,13 @@ COLUMNS = {
     "score": ("score", "{:.2f}"),
     "score_low": ("95 % low", "{:.2f}"),
     "score_high": ("95 % high", "{:.2f}"),
+    "difference": ("minus base", "{:+.2f}"),
+    "difference_low": ("95 % low", "{:+.2f}"),
+    "difference_high": ("95 % high", "{:+.2f}"),
+    "p_holm": ("p, Holm", "{:.2f}"),
+    "wins": ("won", "{:.0f}"),
+    "ties": ("tied", "{:.0f}"),
+    "losses": ("lost", "{:.0f}"),
     "first_turn": ("first turn", "{:.2f}"),
     "second_turn": ("second turn", "{:.2f}"),
     "accuracy": ("held-out accuracy", "{:.2f}"),
@@ -264,6 +329,8 @@ def main() -> None:
     base = read_json(MTBENCH_METRICS / "base.json")
     prepared = read_json(PREPARE_METRICS)
     table = pd.DataFrame([cell_row(cell) for cell in cells])
+    table = table.join(differences_to_base([cell.key for cell in cells]))
+    score_title = score_name(params.judge)
     base_row = {
         "cell": "base",
         **score_columns(base),
@@ -276,12 +343,12 @@ def main() -> None:
     base_row |= {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
     figures: dict[str, tuple[str, alt.TopLevelMixin]] = {
         "score": (
-            "MT-Bench score against β; bars are 95 % intervals over questions",
-            charts.score_against_beta(table, base["average"]),
+            f"{score_title[0].upper()}{score_title[1:]} against β; bars are 95 % intervals over questions",
+            charts.score_against_beta(table, base["average"], score_title),
         ),
         "categories": (
             "The base and the highest-scoring cell of each loss, by category",
-            charts.scores_by_category(category_scores(table, base)),
+            charts.scores_by_category(category_scores(table, base), score_title),
         ),
         "accuracy": (
             "Held-out reward accuracy against β, with 95 % Wilson intervals",
@@ -301,7 +368,7 @@ def main() -> None:
             pd.concat([pd.DataFrame([base_row]), table]),
         )
     # One file for all models, where FastChat's show_result looks for it.
-    write_text(JUDGEMENTS / f"{params.judge.name}_single.jsonl", judgements)
+    write_text(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", judgements)
     write_json(SUMMARY, summarise(table, params.recipe, base))
 
 

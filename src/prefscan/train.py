@@ -26,6 +26,7 @@ from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
 from prefscan.engines import Engine, load_engine
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
+from prefscan.intervals import mean_interval, share_interval
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
 from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
@@ -42,7 +43,6 @@ from prefscan.paths import (
     TRAIN_PAIRS,
 )
 from prefscan.reference import load_base, micro_batches
-from prefscan.stats import mean_interval, share_interval
 
 CURVE_COLUMNS = {
     "step": "step",

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from mtbench_data import local_judge
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, load_judge
-from prefscan.judges.local import ExpectedScore
+from prefscan.judges.local import ExpectedScore, LikeliestWinner
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import LocalJudge
 
@@ -141,7 +141,7 @@ def test_too_little_probability_of_any_score_is_no_score(judge: ExpectedScore, o
     rig(judge, {"[": other})
     ((_, verdict),) = judge.verdicts([PROMPT])
     assert verdict.score is None
-    assert "the judge gives any score with probability" in verdict.reason
+    assert "the judge gives any verdict with probability" in verdict.reason
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -150,7 +150,7 @@ def test_a_model_that_overflows_gives_no_score(judge: ExpectedScore, value: floa
         judge.model.get_output_embeddings().weight.fill_(value)
     ((_, verdict),) = judge.verdicts([PROMPT])
     assert verdict.score is None
-    assert "the judge gives any score with probability nan" in verdict.reason
+    assert "the judge gives any verdict with probability nan" in verdict.reason
 
 
 def test_a_prompt_longer_than_the_context_is_refused(judge: ExpectedScore) -> None:
@@ -173,3 +173,36 @@ def test_a_tokenizer_that_merges_digits_is_refused(tiny_model: Path) -> None:
 def test_a_folder_without_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no safetensors file; run `dvc repro`"):
         load_judge(LocalJudge.model_validate(local_judge(tmp_path)))
+
+
+@pytest.fixture
+def chooser(tiny_model: Path) -> LikeliestWinner:
+    return LikeliestWinner(load_model(tiny_model, "fp32"), load_tokenizer(tiny_model))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_likeliest_letter_wins(chooser: LikeliestWinner, batch_size: int) -> None:
+    """Against full forward passes, on prompts of different lengths."""
+    chooser.batch_size = batch_size
+    prompts = [Prompt("Judge.", "Which? " + "so it is β " * n) for n in range(5)]
+    letters = [chooser.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
+    for place, verdict in chooser.verdicts(prompts):
+        ids = torch.tensor([chooser.tokens(prompts[place])])
+        with torch.no_grad():
+            expected = chooser.model(input_ids=ids, use_cache=False).logits[0, -1].double().softmax(-1)[letters]
+        letter = "ABC"[int(expected.argmax())]
+        assert verdict.score == {"A": 1, "B": 0, "C": 0.5}[letter]
+        shares = ", ".join(f"P({name}) = {p:.3f}" for name, p in zip("ABC", expected.tolist(), strict=True))
+        assert verdict.text == f"My final verdict is: [[{letter}]] ({shares})"
+
+
+@pytest.mark.parametrize(("letter", "score"), [("A", 1), ("B", 0), ("C", 0.5)])
+def test_each_letter_has_its_score(chooser: LikeliestWinner, letter: str, score: float) -> None:
+    probabilities = torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64)
+    probabilities["ABC".index(letter)] = 0.2
+    assert chooser.verdict(probabilities).score == score
+
+
+def test_the_mode_chooses_the_local_judge(tiny_model: Path) -> None:
+    made = load_judge(LocalJudge.model_validate(local_judge(tiny_model) | {"mode": "pair"}))
+    assert isinstance(made, LikeliestWinner)

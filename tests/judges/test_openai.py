@@ -2,20 +2,23 @@
 
 import itertools
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-import prefscan.judges.openai
+import prefscan.chat
 from chat_server import Reply, chat_server, completion, error
 from mtbench_data import openai_judge
+from prefscan.chat import retry_after
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, load_judge
-from prefscan.judges.openai import REMINDER, parse_rating, retry_after
+from prefscan.judges.openai import REMINDERS, Replies, parse_rating, parse_winner
 from prefscan.params import OpenAIJudge
 
 KEY = "sk-test"
@@ -73,10 +76,10 @@ def test_a_doubtful_rating_is_refused(text: str, reason: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, and no waiting between attempts."""
+def at_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, a workspace without kept replies, and no waiting between attempts."""
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
-    monkeypatch.setattr(prefscan.judges.openai, "wait_random_exponential", lambda **_: lambda _: 0)
+    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0)
 
 
 def ask(replies: list[Reply], **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
@@ -105,8 +108,15 @@ def test_the_request() -> None:
 
 @pytest.mark.parametrize(
     "passing",
-    [error(429), error(500), error(503), Reply(fault="closes"), Reply(fault="hangs")],
-    ids=["rate limit", "server error", "overloaded", "closed connection", "time-out"],
+    [
+        error(429),
+        error(500),
+        error(503),
+        Reply(fault="closes"),
+        Reply(body=b"{" * 99, fault="cuts"),
+        Reply(fault="hangs"),
+    ],
+    ids=["rate limit", "server error", "overloaded", "closed connection", "closed in mid-reply", "time-out"],
 )
 def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
     verdict, requests = ask([passing, GOOD], timeout=2.0)
@@ -155,9 +165,9 @@ def test_a_reply_without_one_rating_is_answered_once_with_a_reminder(bad: str) -
     assert second["messages"] == [
         *first["messages"],
         {"role": "assistant", "content": bad},
-        {"role": "user", "content": REMINDER},
+        {"role": "user", "content": REMINDERS["single"]},
     ]
-    assert verdict.text == f"{bad}\n\n[{REMINDER}]\n\nRating: [[6]]"
+    assert verdict.text == f"{bad}\n\n[{REMINDERS['single']}]\n\nRating: [[6]]"
     assert {key: first[key] for key in first if key != "messages"} == {
         key: second[key] for key in second if key != "messages"
     }
@@ -170,10 +180,16 @@ def test_a_failed_turn_shows_both_replies() -> None:
     assert verdict.text.endswith("Again, well.")
 
 
-def test_a_reminder_that_is_not_answered_leaves_nothing_to_keep() -> None:
-    """An empty text is what the store goes by: the turn is asked again in the next run."""
-    verdict, _ = ask([completion("Well."), error(400)])
-    assert verdict.text == ""
+def test_a_reminder_that_is_not_answered_keeps_the_first_reply() -> None:
+    """The next run asks for the reminder's answer alone."""
+    replies = [completion("Well."), error(400), completion("[[4]]")]
+    with chat_server(lambda _, number: replies[number]) as server:
+        settings = OpenAIJudge.model_validate(openai_judge(server.url))
+        for score in (None, 4):
+            ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+            assert verdict.score == score
+        assert len(server.requests) == 3
+        assert server.requests[2] == server.requests[1]
 
 
 @pytest.mark.parametrize(("seed", "sample", "sent"), [(None, 0, None), (None, 2, None), (7, 0, 7), (7, 2, 9)])
@@ -226,7 +242,7 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch, key: str | None
     if key is not None:
         monkeypatch.setenv("PREFSCAN_TEST_KEY", key)
     with pytest.raises(UserError, match=r"^judge\.key_variable: .* no PREFSCAN_TEST_KEY; export it, or .*judge=local"):
-        load_judge(OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1")))
+        list(load_judge(OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))).verdicts([Prompt("s", "u")]))
 
 
 @pytest.mark.parametrize("key", ["“sk-quoted”", "sk-line\r", "sk line\n"])
@@ -235,7 +251,7 @@ def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch: pytest.M
     with pytest.raises(
         UserError, match=r"^judge\.key_variable: PREFSCAN_TEST_KEY holds .*; export it again"
     ) as failure:
-        load_judge(OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1")))
+        list(load_judge(OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))).verdicts([Prompt("s", "u")]))
     assert "sk" not in str(failure.value)
 
 
@@ -287,7 +303,7 @@ def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
-    monkeypatch.setattr(prefscan.judges.openai, "wait_random_exponential", lambda **_: lambda _: 0.25)
+    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0.25)
     limited = Reply(429, error(429).body, headers={"Retry-After": asked})
     verdict, requests = ask([limited, GOOD])
     assert (verdict.score, len(requests), waits) == (6, 2, [waited])
@@ -298,3 +314,158 @@ def test_the_server_may_send_more_than_openai_does() -> None:
     body = json.loads(completion("[[2]]").body) | {"prompt_logprobs": None, "extra": {"a": [1]}}
     verdict, _ = ask([Reply(body=json.dumps(body).encode())])
     assert verdict.score == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("My verdict: [[A]]", 1), ("[[B]]", 0), ("[[C]]", 0.5), ("[[A]], yes, [[A]]", 1), ("[[x]] [[A]]", 1)],
+)
+def test_a_verdict_on_a_pair_is_read(text: str, score: float) -> None:
+    verdict = parse_winner(text)
+    assert (verdict.score, verdict.text, verdict.reason) == (score, text, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("A", "no verdict"), ("[A]", "no verdict"), ("[[D]]", "no verdict"), ("[[A]] [[B]]", "2 different")],
+)
+def test_a_doubtful_verdict_on_a_pair_is_refused(text: str, count: str) -> None:
+    """FastChat takes the first of A, B and C that stands anywhere in the reply."""
+    verdict = parse_winner(text)
+    assert verdict.score is None
+    assert count in verdict.reason
+
+
+def test_a_judge_of_pairs_is_reminded_of_its_own_format() -> None:
+    verdict, (_, second) = ask([completion("[[7]]"), completion("[[C]]")], mode="pair")
+    assert verdict.score == 0.5
+    assert second["messages"][-1]["content"] == REMINDERS["pair"]
+
+
+PRICES = {"input": 10.0, "output": 100.0}
+
+
+def priced(content: str, input_tokens: int, output_tokens: int) -> Reply:
+    usage = {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": 0}
+    return Reply(body=json.dumps(json.loads(completion(content).body) | {"usage": usage}).encode())
+
+
+def ledger() -> list[float]:
+    path = Path(".prefscan/judgements/spending.jsonl")
+    return [json.loads(line)["usd"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_reply_costs_what_its_tokens_cost() -> None:
+    verdict, _ = ask([priced("hm", 1000, 20), priced("[[3]]", 2000, 10)], prices=PRICES)
+    assert ledger() == pytest.approx([0.012, 0.021])
+    assert verdict.usd == pytest.approx(0.033)
+
+
+def test_a_lost_reply_counts_with_its_most_and_a_refused_request_with_nothing() -> None:
+    """The bytes of both messages, 16 tokens around each, and 64 new tokens; the last reply comes without usage."""
+    most = (len("You judge.") + len("Judge this.") + 32) * 10e-6 + 64 * 100e-6
+    replies = [error(429), error(500), Reply(fault="hangs"), Reply(body=GOOD.body, fault="cuts"), GOOD]
+    ask(replies, prices=PRICES, attempts=5, timeout=1.0)
+    assert ledger() == pytest.approx([most] * 3)
+
+
+def test_a_server_that_is_not_there_costs_nothing() -> None:
+    settings = OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1", prices=PRICES))
+    ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+    assert "failed 3 times" in verdict.reason
+    assert ledger() == []
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_budget_is_never_exceeded_and_what_was_bought_stays(concurrency: int) -> None:
+    """A request may cost 6,750 millionths of a USD and costs 2,000: 30,000 buy twelve for certain."""
+    with chat_server(lambda *_: priced("[[5]]", 100, 10)) as server:
+
+        def run(budget: float | None) -> int:
+            changes = {"prices": PRICES, "budget": budget, "concurrency": concurrency}
+            settings = OpenAIJudge.model_validate(openai_judge(server.url, **changes))
+            found = dict(load_judge(settings).verdicts([Prompt("s", str(n)) for n in range(10, 40)]))
+            refused = [verdict.reason for verdict in found.values() if verdict.score is None]
+            reason = "judge.budget is 0.03 USD, 0.02 are spent and the request may cost 0.01"
+            assert set(refused) <= {reason}
+            return len(found) - len(refused)
+
+        assert run(0.03) == len(server.requests) == len(ledger()) == 12
+        assert run(0.03) == 12  # all kept ones, and none more
+        assert len(server.requests) == 12
+        assert run(None) == len(server.requests) == 30
+
+
+def test_two_processes_do_not_pay_for_one_prompt_twice() -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def rate(*_: Any) -> Reply:
+        started.set()
+        release.wait(30)
+        return GOOD
+
+    with chat_server(rate) as server:
+        settings = OpenAIJudge.model_validate(openai_judge(server.url))
+        first = threading.Thread(target=lambda: list(load_judge(settings).verdicts([Prompt("s", "u")])))
+        first.start()
+        assert started.wait(30)
+        threading.Timer(0.5, release.set).start()
+        ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+        first.join()
+        assert (verdict.score, len(server.requests)) == (6, 1)
+
+
+def test_a_queued_experiment_shares_the_replies(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC runs it in a copy of the repository, under .dvc/tmp/exps, which it deletes."""
+    copy = in_tmp / ".dvc/tmp/exps/tmp1"
+    copy.mkdir(parents=True)
+    with chat_server(lambda *_: GOOD) as server:
+        settings = OpenAIJudge.model_validate(openai_judge(server.url))
+        for folder in (in_tmp, copy):
+            monkeypatch.chdir(folder)
+            ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+            assert verdict.score == 6
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "gpt-5"},
+        {"host": "localhost"},
+        {"max_tokens": 65},
+        {"seed": 1},
+        {"sample": 1},
+        {"system": "Rate it!"},
+        {"user": "Other"},
+    ],
+)
+def test_a_kept_reply_belongs_to_its_judge_and_prompt(change: dict[str, Any]) -> None:
+    with chat_server(lambda *_: GOOD) as server:
+        for changes in ({}, {}, change):
+            prompt = {"system": "Rate it.", "user": "Hello", "sample": 0}
+            judge = openai_judge(server.url)
+            for name, value in changes.items():
+                if name == "host":
+                    judge["base_url"] = server.url.replace("127.0.0.1", value)
+                else:
+                    (prompt if name in prompt else judge)[name] = value
+            list(load_judge(OpenAIJudge.model_validate(judge)).verdicts([Prompt(**prompt)]))
+        assert len(server.requests) == 2
+
+
+def test_a_kept_reply_belongs_to_the_server_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = set()
+    for port in (1, 2):
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+        paths.add(Replies(Path(), None).path({"model": "gpt-4"}, 0))
+    assert len(paths) == 2
+
+
+@pytest.mark.parametrize("change", [{"timeout": 1.0}, {"attempts": 9}, {"concurrency": 1}, {"prices": PRICES}])
+def test_how_a_judge_is_reached_does_not_cost_its_replies(change: dict[str, Any]) -> None:
+    with chat_server(lambda *_: GOOD) as server:
+        for changes in ({}, change):
+            settings = OpenAIJudge.model_validate(openai_judge(server.url, **changes))
+            list(load_judge(settings).verdicts([Prompt("s", "u")]))
+        assert len(server.requests) == 1

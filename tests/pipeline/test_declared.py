@@ -15,6 +15,7 @@ from prefscan import params as params_module
 from prefscan.params import Losses, Params, Section
 
 CELL = "kto_pair-0.1-3"
+PAIRS = {"judge.against"}  # read with `judge.mode: pair` alone
 # Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
 STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "fetch@model": ("fetch", ["model"], {"model.name"}),  # read in error messages only
@@ -26,10 +27,10 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "merge": ("merge", [CELL], set()),
     "answer-base": ("answer", ["base"], set()),
     "answer": ("answer", [CELL], set()),
-    "judge-check": ("judge_check", [], set()),
-    "mtbench-base": ("mtbench", ["base"], set()),
-    "mtbench": ("mtbench", [CELL], set()),
-    "report": ("report", [], set()),
+    "judge-check": ("judge_check", [], PAIRS),
+    "mtbench-base": ("mtbench", ["base"], PAIRS),
+    "mtbench": ("mtbench", [CELL], PAIRS),
+    "report": ("report", [], PAIRS),
 }
 # Read only to find a cell among the stages themselves: were it declared, a new β would make every cell stale.
 MEMBERSHIP = {"grid.loss", "grid.beta", "grid.steps"}

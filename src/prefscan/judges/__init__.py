@@ -1,9 +1,11 @@
-"""Judges that score one turn of one answer: one module a kind behind the small protocol `Judge`."""
+"""Judges of the turns of answers: one module a kind behind the small protocol `Judge`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
+
+WINNERS = {"A": 1.0, "B": 0.0, "C": 0.5}  # the verdicts that FastChat's prompts on a pair ask for, and their scores
 
 
 @dataclass(frozen=True)
@@ -17,15 +19,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score from 1 to 10, or the reason why there is none; `text` is the judge's reply as it came.
+    """The judge's word on one prompt, or the reason why there is none; `text` is its reply as it came.
 
-    `served_by` is the model that a provider says it used, and its fingerprint; empty for a judge on this machine.
+    With `judge.mode: single`, `score` is from 1 to 10. With `pair` it is 1 where assistant A is better, 0 where B is,
+    and ½ for a tie. `served_by` is the model that a provider says it used, and its fingerprint; empty for a judge on
+    this machine, which costs no USD either.
     """
 
     score: float | None
     text: str
     reason: str = ""
     served_by: str = ""
+    usd: float = 0.0
 
 
 class Judge(Protocol):

@@ -7,9 +7,12 @@ its own and the first token of "10", so a second pass, of one token, splits its 
 With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
 what it shares with the one before it: all prompts of a template open with the same instructions, and the two turns of a
 question share more. Larger batches hold prompts of similar length, padded on the left, and share nothing.
+
+On a pair the reply is prefilled up to the verdict, and the most probable of A, B and C is taken.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -18,29 +21,41 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefscan.errors import UserError
-from prefscan.judges import Prompt, Verdict
+from prefscan.judges import WINNERS, Prompt, Verdict
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import LocalJudge
 
-PREFILL = "Rating: [["
-LEAST_MASS = 1e-3  # under this probability of any score, an expectation over scores means nothing
+LEAST_MASS = 1e-3  # under this probability of any verdict, an expectation or a choice means nothing
 
 
-class ExpectedScore:
-    """Scores by expectation under a causal language model with a chat template."""
+class TokenJudge(ABC):
+    """Judges by the probabilities of the token after `prefill`, under a causal language model with a chat template."""
+
+    prefill: str
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.digits = [self._single_token(str(digit)) for digit in range(10)]
 
-    def _single_token(self, digit: str) -> int:
-        prefix = self._encode(PREFILL)
-        tokens = self._encode(PREFILL + digit)
+    @abstractmethod
+    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Probabilities of the verdicts, shape `[rows, verdicts]`.
+
+        `step` gives those of the next token, shape `[rows, vocabulary]`: of the prompts with None, else after one more
+        token, shape `[rows, 1]`.
+        """
+
+    @abstractmethod
+    def verdict(self, probabilities: Tensor) -> Verdict:
+        """The verdict from probabilities of shape `[verdicts]`."""
+
+    def _single_token(self, text: str) -> int:
+        prefix = self._encode(self.prefill)
+        tokens = self._encode(self.prefill + text)
         if tokens[:-1] != prefix:
             raise UserError(
-                f"judge.folder: the tokenizer merges {digit!r} into {PREFILL!r}; choose another local judge"
+                f"judge.folder: the tokenizer merges {text!r} into {self.prefill!r}; choose another local judge"
             )
         return tokens[-1]
 
@@ -52,7 +67,7 @@ class ExpectedScore:
         """The chat with the prefilled reply; raises UserError where it does not fit the judge's context."""
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        ids = self._encode(text + PREFILL)
+        ids = self._encode(text + self.prefill)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) >= limit:
             raise UserError(f"judge.folder: a prompt of {len(ids)} tokens exceeds the judge's context of {limit}")
@@ -60,39 +75,36 @@ class ExpectedScore:
 
     @torch.no_grad()
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
-        """Probability of each score 1 … 10, shape `[10]`; they sum to the judge's probability of giving a score.
+        """Probability of each verdict, shape `[verdicts]`; they sum to the judge's probability of giving one.
 
-        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids` and of a "1".
+        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids`, and of what was asked
+        for after them.
         """
-        start = self._next_tokens(cache, torch.tensor([ids[cache.get_seq_length() :]]))
-        return self._scores(start, self._next_tokens(cache, torch.tensor([[self.digits[1]]])))[0]
+        rest = torch.tensor([ids[cache.get_seq_length() :]])
+        return self._scan(lambda more: self._next_tokens(cache, rest if more is None else more))[0]
 
     @torch.no_grad()
     def batch_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The same of several prompts in two forward passes, shape `[len(rows), 10]`."""
+        """The same of several prompts at once, shape `[len(rows), verdicts]`."""
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache()
-        start = self._next_tokens(cache, ids, attention_mask=mask, position_ids=positions)
-        more = torch.ones(len(rows), 1, dtype=torch.long)
-        mask, positions = torch.cat([mask, more], 1), positions[:, -1:] + 1
-        after_one = self._next_tokens(cache, more * self.digits[1], attention_mask=mask, position_ids=positions)
-        return self._scores(start, after_one)
+
+        def step(more: Tensor | None) -> Tensor:
+            if more is None:
+                return self._next_tokens(cache, ids, attention_mask=mask, position_ids=positions)
+            longer = torch.cat([mask, torch.ones_like(more)], 1)
+            return self._next_tokens(cache, more, attention_mask=longer, position_ids=positions[:, -1:] + 1)
+
+        return self._scan(step)
 
     def _next_tokens(self, cache: DynamicCache, ids: Tensor, **layout: Tensor) -> Tensor:
         """Probabilities of the token after each row, shape `[rows, vocabulary]`."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in ({"input_ids": ids} | layout).items()}
         logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].double().softmax(-1).cpu()
-
-    def _scores(self, start: Tensor, after_one: Tensor) -> Tensor:
-        """Probabilities of the scores, shape `[rows, 10]`, from those of the first token and of the one after a "1"."""
-        ten = start[:, self.digits[1]] * after_one[:, self.digits[0]]
-        scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
-        scores[:, 0] -= ten
-        return scores
 
     def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
@@ -115,15 +127,56 @@ class ExpectedScore:
 
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
         encoded = [self.tokens(prompt) for prompt in prompts]
-        for place, scores in (self.one_by_one if self.batch_size == 1 else self.in_batches)(encoded):
-            mass = scores.sum().item()
+        for place, probabilities in (self.one_by_one if self.batch_size == 1 else self.in_batches)(encoded):
+            mass = probabilities.sum().item()
             if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
-                yield place, Verdict(None, "", f"the judge gives any score with probability {mass:.1e} only")
+                yield place, Verdict(None, "", f"the judge gives any verdict with probability {mass:.1e} only")
                 continue
-            expected = (scores / mass @ torch.arange(1.0, 11.0, dtype=torch.float64)).item()
-            yield place, Verdict(expected, f"{PREFILL}{expected:.4f}]] (expected score; P(any score) = {mass:.3f})")
+            yield place, self.verdict(probabilities)
 
 
-def make(judge: LocalJudge) -> ExpectedScore:
+class ExpectedScore(TokenJudge):
+    """Σ p(s)·s over the scores s = 1 … 10."""
+
+    prefill = "Rating: [["
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
+        super().__init__(model, tokenizer, batch_size)
+        self.digits = [self._single_token(str(digit)) for digit in range(10)]
+
+    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
+        start = step(None)
+        after_one = step(torch.full((len(start), 1), self.digits[1]))
+        ten = start[:, self.digits[1]] * after_one[:, self.digits[0]]
+        scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
+        scores[:, 0] -= ten
+        return scores
+
+    def verdict(self, probabilities: Tensor) -> Verdict:
+        mass = probabilities.sum().item()
+        expected = (probabilities / mass @ torch.arange(1.0, 11.0, dtype=torch.float64)).item()
+        return Verdict(expected, f"{self.prefill}{expected:.4f}]] (expected score; P(any score) = {mass:.3f})")
+
+
+class LikeliestWinner(TokenJudge):
+    """The most probable of A, B and C, the first of equals."""
+
+    prefill = "My final verdict is: [["
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
+        super().__init__(model, tokenizer, batch_size)
+        self.letters = [self._single_token(letter) for letter in WINNERS]
+
+    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
+        return step(None)[:, self.letters]
+
+    def verdict(self, probabilities: Tensor) -> Verdict:
+        letter = list(WINNERS)[int(probabilities.argmax())]
+        shares = ", ".join(f"P({name}) = {p:.3f}" for name, p in zip(WINNERS, probabilities.tolist(), strict=True))
+        return Verdict(WINNERS[letter], f"{self.prefill}{letter}]] ({shares})")
+
+
+def make(judge: LocalJudge) -> TokenJudge:
     folder = Path(judge.folder)
-    return ExpectedScore(load_model(folder, judge.dtype), load_tokenizer(folder), judge.batch_size)
+    kind = {"single": ExpectedScore, "pair": LikeliestWinner}[judge.mode]
+    return kind(load_model(folder, judge.dtype), load_tokenizer(folder), judge.batch_size)

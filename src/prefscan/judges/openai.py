@@ -1,54 +1,43 @@
 """An OpenAI-compatible server as judge: GPT-4 as in the study, or a server of one's own.
 
-The key comes from an environment variable and goes nowhere else. A request is tried again on rate limits, time-outs,
-broken connections and server errors, with exponential back-off, and not before the server's Retry-After. The reply must
-hold exactly one rating `[[n]]`, a number from 1 to 10; a reply that does not is answered once with a reminder.
+The reply must hold exactly one rating `[[n]]`, a number from 1 to 10, or one verdict `[[A]]`, `[[B]]` or `[[C]]` on a
+pair; a reply that does not is answered once with a reminder. Every reply is kept by a hash of its request, with a score
+or without, and no request whose reply is kept is sent again.
 """
 
+import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import openai
-from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from filelock import FileLock
+from openai.types.chat import ChatCompletion
 
-from prefscan.errors import UserError
-from prefscan.judges import Prompt, Verdict
+from prefscan.chat import NoReply, Reply, complete, make_client, may_be_billed
+from prefscan.files import read_json, write_json
+from prefscan.judges import WINNERS, Prompt, Verdict
+from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.params import OpenAIJudge
+from prefscan.paths import judge_store
 
-RATING = re.compile(r"\[\[([^\[\]]*)\]\]")
-PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
-LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
-REMINDER = (
-    "Your reply has no rating that can be read. Answer again with one rating only, a number from 1 to 10 in exactly "
-    'this format: "[[rating]]", for example: "Rating: [[5]]".'
-)
-
-
-def retry_after(error: BaseException | None) -> float:
-    """The seconds that the server asked to wait, as a number or until a date (RFC 9110, 10.2.3); 0 when it did not."""
-    header = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(header)
-        except ValueError:
-            return 0.0
-        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_WAIT)
+BRACKETED = re.compile(r"\[\[([^\[\]]*)\]\]")
+REMINDERS = {
+    "single": "Your reply has no rating that can be read. Answer again with one rating only, a number from 1 to 10 in "
+    'exactly this format: "[[rating]]", for example: "Rating: [[5]]".',
+    "pair": "Your reply has no verdict that can be read. Answer again with one verdict only, in exactly this format: "
+    '"[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.',
+}
 
 
 def parse_rating(text: str) -> Verdict:
     """The one rating in a reply; no score when there is none, when several differ, or when it is not from 1 to 10."""
-    ratings = set(RATING.findall(text))
+    ratings = set(BRACKETED.findall(text))
     if len(ratings) != 1:
         found = f"{len(ratings)} different ratings" if ratings else "no rating"
         return Verdict(None, text, f"{found} of the form [[n]] in the reply")
@@ -58,85 +47,146 @@ def parse_rating(text: str) -> Verdict:
     return Verdict(float(rating), text)
 
 
-class ChatJudge:
-    """Asks a chat completions end point, several prompts at once."""
+def parse_winner(text: str) -> Verdict:
+    """The one verdict on a pair in a reply; no score when there is none or when several differ."""
+    winners = set(BRACKETED.findall(text)) & set(WINNERS)
+    if len(winners) != 1:
+        found = f"{len(winners)} different verdicts" if winners else "no verdict"
+        return Verdict(None, text, f"{found} of the form [[A]], [[B]] or [[C]] in the reply")
+    return Verdict(WINNERS[winners.pop()], text)
 
-    def __init__(self, client: openai.OpenAI, judge: OpenAIJudge) -> None:
-        self.client = client
+
+PARSERS = {"single": parse_rating, "pair": parse_winner}
+
+
+class Replies:
+    """Replies that were paid for, one file each in `folder`, named by a hash of request and server."""
+
+    def __init__(self, folder: Path, base_url: str | None) -> None:
+        self.folder = folder
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL")  # as the client does
+
+    def path(self, request: dict[str, Any], sample: int) -> Path:
+        content = json.dumps([self.base_url, request, sample], ensure_ascii=False, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+
+    def get(self, request: dict[str, Any], sample: int) -> Reply | None:
+        path = self.path(request, sample)
+        return Reply(**read_json(path)) if path.exists() else None
+
+    def put(self, request: dict[str, Any], sample: int, reply: Reply) -> None:
+        write_json(self.path(request, sample), asdict(reply))
+
+
+class ChatJudge:
+    """Asks a chat completions end point, several prompts at once, for what is not in the store."""
+
+    def __init__(self, judge: OpenAIJudge, store: Path) -> None:
         self.judge = judge
+        self.store = store
+        self.replies = Replies(store, judge.base_url)
+        self.parse = PARSERS[judge.mode]
+        self.client: openai.OpenAI | None = None  # made for the first request: kept replies need no key
+        self.spending: Spending | None = None
+
+    def usd(self, reply: Reply) -> float:
+        return price(self.judge.prices, reply.input_tokens or 0, reply.output_tokens or 0)
+
+    def request(self, prompt: Prompt, *later: dict[str, str]) -> dict[str, Any]:
+        """The body of a request, without key."""
+        seed = {} if self.judge.seed is None else {"seed": self.judge.seed + prompt.sample}
+        first = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+        return {
+            "model": self.judge.name,
+            "messages": [*first, *later],
+            "temperature": 0,
+            "max_tokens": self.judge.max_tokens,
+            **seed,
+        }
+
+    def reminder(self, prompt: Prompt, reply: Reply) -> dict[str, Any]:
+        """The second request, after a reply from which nothing can be read."""
+        reminder = REMINDERS[self.judge.mode]
+        return self.request(prompt, {"role": "assistant", "content": reply.text}, {"role": "user", "content": reminder})
+
+    def reply(self, request: dict[str, Any], sample: int) -> Reply:
+        """The reply to a request, from the store or the server; raises NoReply where there is none to use."""
+        if kept := self.replies.get(request, sample):
+            return kept
+        client, spending = self.client, self.spending
+        assert client is not None  # verdicts made both before it asked
+        assert spending is not None
+        most = price(self.judge.prices, most_tokens(request["messages"]), self.judge.max_tokens)
+
+        def send() -> Any:
+            with spending.purchase(most, self.judge.name) as purchase:
+                try:
+                    found = client.chat.completions.create(**request)
+                except Exception as error:
+                    purchase.usd = most if may_be_billed(error) or isinstance(error, json.JSONDecodeError) else 0.0
+                    raise
+                usage = found.usage if isinstance(found, ChatCompletion) else None
+                purchase.usd = price(self.judge.prices, usage.prompt_tokens, usage.completion_tokens) if usage else most
+                return found
+
+        reply = complete(send, self.judge.attempts)
+        if not reply.text:
+            raise NoReply("the server sent an empty reply")
+        self.replies.put(request, sample, reply)
+        return reply
+
+    def verdict(self, prompt: Prompt, reply: Callable[[dict[str, Any], int], Reply | None]) -> Verdict | None:
+        """The verdict from the replies to one or two requests; None where one of them is None."""
+        request = self.request(prompt)
+        first = reply(request, prompt.sample)
+        if first is None:
+            return None
+        verdict = replace(self.parse(first.text), served_by=first.served_by, usd=self.usd(first))
+        if verdict.score is not None:
+            return verdict
+        request = self.reminder(prompt, first)
+        second = reply(request, prompt.sample)
+        if second is None:
+            return None
+        verdict = self.parse(second.text)
+        return replace(
+            verdict,
+            text=f"{first.text}\n\n[{REMINDERS[self.judge.mode]}]\n\n{second.text}",
+            reason=verdict.reason and f"{verdict.reason}, kept in {self.replies.path(request, prompt.sample)}",
+            served_by=second.served_by,
+            usd=self.usd(first) + self.usd(second),
+        )
 
     def ask(self, prompt: Prompt) -> Verdict:
-        messages: list[ChatCompletionMessageParam] = [
-            {"role": "system", "content": prompt.system},
-            {"role": "user", "content": prompt.user},
-        ]
-        first = self.reply(messages, prompt.sample)
-        if first.score is not None or not first.text:
-            return first
-        messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": REMINDER}]
-        second = self.reply(messages, prompt.sample)
-        if not second.text:
-            return second  # not answered: the next run asks from the start
-        return replace(second, text=f"{first.text}\n\n[{REMINDER}]\n\n{second.text}")
-
-    def reply(self, messages: list[ChatCompletionMessageParam], sample: int) -> Verdict:
-        """The server's reply, with its rating or why there is none; the text is empty where there is no reply."""
-        backoff = wait_random_exponential(multiplier=0.5, max=60)
-
-        def wait(state: RetryCallState) -> float:
-            return max(backoff(state), retry_after(state.outcome.exception() if state.outcome else None))
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(PASSING),
-            stop=stop_after_attempt(self.judge.attempts),
-            wait=wait,
-            reraise=True,
-        )
         try:
-            reply = retrying(
-                self.client.chat.completions.create,
-                model=self.judge.name,
-                messages=messages,
-                temperature=0,
-                max_tokens=self.judge.max_tokens,
-                seed=openai.omit if self.judge.seed is None else self.judge.seed + sample,
-            )
-        except openai.APIStatusError as error:
-            return Verdict(None, "", f"the server answered {error.status_code} ({type(error).__name__})")
-        except openai.OpenAIError as error:
-            return Verdict(None, "", f"the request failed {self.judge.attempts} times ({type(error).__name__})")
-        except json.JSONDecodeError:
-            reply = None
-        if not isinstance(reply, ChatCompletion):  # the client hands on whatever came with status 200
-            return Verdict(None, "", "the server sent no chat completion; check judge.base_url")
-        message = reply.choices[0].message if reply.choices else None
-        text = message.content if message else None
-        if not text:
-            return Verdict(None, "", "the server sent an empty reply")
-        return replace(parse_rating(text), served_by=" ".join(filter(None, [reply.model, reply.system_fingerprint])))
+            verdict = self.verdict(prompt, self.reply)
+        except NoReply as fault:
+            return Verdict(None, "", str(fault))
+        assert verdict is not None  # self.reply never returns None
+        return verdict
 
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
-        pool = ThreadPoolExecutor(self.judge.concurrency)
-        try:
-            futures = {pool.submit(self.ask, prompt): place for place, prompt in enumerate(prompts)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # a caller that stops early pays for no more
+        """Kept replies first. Two processes never pay for one prompt: the second waits until the first has ended."""
+        waiting = []
+        for place, prompt in enumerate(prompts):
+            if verdict := self.verdict(prompt, self.replies.get):
+                yield place, verdict
+            else:
+                waiting.append((place, prompt))
+        if not waiting:
+            return
+        self.client = make_client(self.judge.key_variable, self.judge.base_url, self.judge.timeout, "judge")
+        self.store.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.store / ".lock"):
+            self.spending = Spending(self.store / "spending.jsonl", self.judge.budget)
+            pool = ThreadPoolExecutor(self.judge.concurrency)
+            try:
+                futures = {pool.submit(self.ask, prompt): place for place, prompt in waiting}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # a caller that stops early pays for no more
 
 
 def make(judge: OpenAIJudge) -> ChatJudge:
-    """Raises UserError when the environment variable that should hold the key holds none."""
-    key = os.environ.get(judge.key_variable)
-    if not key:
-        raise UserError(
-            f"judge.key_variable: the environment has no {judge.key_variable}; export it, or take the local judge with "
-            "`dvc exp run -S judge=local`"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(
-            f"judge.key_variable: {judge.key_variable} holds a line end or a typographic sign; export it again"
-        )
-    # Tenacity does the retrying, so that attempts are counted in one place.
-    client = openai.OpenAI(api_key=key, base_url=judge.base_url, timeout=judge.timeout, max_retries=0)
-    return ChatJudge(client, judge)
+    return ChatJudge(judge, judge_store())

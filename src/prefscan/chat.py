@@ -1,0 +1,114 @@
+"""Chat completions of an OpenAI-compatible server: one request, tried again where the fault may pass.
+
+A request is tried again on rate limits, time-outs, broken connections and server errors, with exponential back-off, and
+not before the server's Retry-After. The key comes from an environment variable and goes nowhere else.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+from openai.types.chat import ChatCompletion
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from prefscan.errors import UserError
+
+PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
+LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
+NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server replied: the first choice's text, and the tokens that it counted, None where it did not.
+
+    `served_by` is the model that it says it used, and its fingerprint. `cut`: the limit of tokens ended the reply.
+    """
+
+    text: str
+    served_by: str
+    input_tokens: int | None
+    output_tokens: int | None
+    cut: bool
+
+
+class NoReply(Exception):
+    """A request without a reply to use: the text is the reason, without key or prompt."""
+
+
+def make_client(key_variable: str | None, base_url: str | None, timeout: float, setting: str) -> openai.OpenAI:
+    """A client with the key from the environment, or none; `setting` is the section of params.yaml that errors name.
+
+    Raises UserError when the environment variable holds no key, or one that no request can carry.
+    """
+    key = os.environ.get(key_variable) if key_variable else "none"
+    if not key:
+        without = "judge=local" if setting == "judge" else "answer=laptop"
+        raise UserError(
+            f"{setting}.key_variable: the environment has no {key_variable}; export it, or do without a server with "
+            f"`dvc exp run -S {without}`"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"{setting}.key_variable: {key_variable} holds a line end or a typographic sign; export it again"
+        )
+    # Tenacity does the retrying, so that attempts are counted in one place.
+    return openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
+
+
+def retry_after(error: BaseException | None) -> float:
+    """The seconds that the server asked to wait, as a number or until a date (RFC 9110, 10.2.3); 0 when it did not."""
+    header = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(header)
+        except ValueError:
+            return 0.0
+        seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_WAIT)
+
+
+def may_be_billed(error: BaseException) -> bool:
+    """Whether the server may have computed a reply that never arrived whole: a time-out, a connection that broke."""
+    return isinstance(error, openai.APIConnectionError) and type(error.__cause__).__name__ not in NEVER_SENT
+
+
+def complete(send: Callable[[], Any], attempts: int) -> Reply:
+    """The reply to one request, which `send` makes; raises NoReply with the reason where there is none to use."""
+    backoff = wait_random_exponential(multiplier=0.5, max=60)
+
+    def wait(state: RetryCallState) -> float:
+        return max(backoff(state), retry_after(state.outcome.exception() if state.outcome else None))
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(PASSING), stop=stop_after_attempt(attempts), wait=wait, reraise=True
+    )
+    try:
+        found = retrying(send)
+    except openai.APIStatusError as error:
+        raise NoReply(f"the server answered {error.status_code} ({type(error).__name__})") from None
+    except openai.OpenAIError as error:
+        raise NoReply(f"the request failed {attempts} times ({type(error).__name__})") from None
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, ChatCompletion):  # the client hands on whatever came with status 200
+        raise NoReply("the server sent no chat completion; check base_url")
+    choice = found.choices[0] if found.choices else None
+    text = choice.message.content if choice and choice.message else None
+    if not choice or text is None:
+        raise NoReply("the server sent an empty reply")
+    return Reply(
+        text,
+        " ".join(filter(None, [found.model, found.system_fingerprint])),
+        found.usage.prompt_tokens if found.usage else None,
+        found.usage.completion_tokens if found.usage else None,
+        choice.finish_reason == "length",
+    )

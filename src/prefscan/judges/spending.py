@@ -1,0 +1,76 @@
+"""What a judge's replies cost, and the budget that they stay within.
+
+Before a request is sent, the most that it can cost is held back; when its reply has come, what it did cost takes that
+place. So the sum of what was paid and what is under way never exceeds the budget. A request whose reply got lost on the
+way may have been billed, and counts with its most.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition
+
+from prefscan.chat import NoReply
+from prefscan.files import read_jsonl
+from prefscan.params import Prices
+
+MESSAGE_TOKENS = 16  # for what a chat template puts around a message; OpenAI's is 3 or 4 tokens
+
+
+def most_tokens(messages: Iterable[dict[str, str]]) -> int:
+    """No fewer tokens than the messages have: no tokenizer makes more of a text than its UTF-8 has bytes."""
+    return sum(len(message["content"].encode()) + MESSAGE_TOKENS for message in messages)
+
+
+def price(prices: Prices | None, input_tokens: int, output_tokens: int) -> float:
+    """USD; 0 where the judge has no prices."""
+    return (prices.input * input_tokens + prices.output * output_tokens) / 1e6 if prices else 0.0
+
+
+@dataclass(eq=False)  # two of equal price are two
+class Purchase:
+    """One request under way: the most that it can cost, and what it did cost, nothing where the server refused it."""
+
+    most: float
+    usd: float = 0.0
+
+
+class Spending:
+    """USD spent by the judges of a workspace: the sum over the lines of `ledger`, one a request that cost something."""
+
+    def __init__(self, ledger: Path, budget: float | None) -> None:
+        self.ledger = ledger
+        self.budget = budget
+        self.spent = sum(row["usd"] for row in read_jsonl(ledger)) if ledger.exists() else 0.0
+        self.under_way: list[Purchase] = []
+        self.changed = Condition()
+
+    @contextmanager
+    def purchase(self, most: float, judge: str) -> Iterator[Purchase]:
+        """Hold `most` USD while a request is under way, then record what it cost.
+
+        Waits where requests under way may turn out cheap enough. Raises NoReply where the budget is too small.
+        """
+        purchase = Purchase(most)
+        with self.changed:
+            while self.budget is not None and self.spent + sum(p.most for p in self.under_way) + most > self.budget:
+                if self.spent + most > self.budget:
+                    raise NoReply(
+                        f"judge.budget is {self.budget:.2f} USD, {self.spent:.2f} are spent and the request may cost "
+                        f"{most:.2f}"
+                    )
+                self.changed.wait()
+            self.under_way.append(purchase)
+        try:
+            yield purchase
+        finally:
+            with self.changed:
+                self.under_way.remove(purchase)
+                self.spent += purchase.usd
+                if purchase.usd:
+                    self.ledger.parent.mkdir(parents=True, exist_ok=True)
+                    with self.ledger.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"judge": judge, "usd": purchase.usd}) + "\n")
+                self.changed.notify_all()

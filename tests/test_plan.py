@@ -1,0 +1,133 @@
+"""What is left to judge and what it may cost, against stages that really ran."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from chat_server import chat_server, completion
+from mtbench_data import (
+    ROOT,
+    local_judge,
+    make_answers,
+    make_questions,
+    openai_judge,
+    write_lines,
+    write_params,
+    write_questions,
+)
+from prefscan import mtbench, plan
+from prefscan.errors import UserError
+
+QUESTIONS = make_questions(1)
+CELL = "sigmoid-0.1-24"
+
+
+def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
+    monkeypatch.setenv("COLUMNS", "120")
+    grid = {"loss": ["sigmoid"], "beta": [0.1], "steps": [24]}
+    write_params(root, judge=judge, grid=grid)
+    write_questions(root, QUESTIONS)
+    (root / "conf").symlink_to(ROOT / "conf")
+
+
+def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, list[str]]:
+    """The printed numbers by model."""
+    capsys.readouterr()
+    sys.argv = ["plan", *overrides]
+    plan.main()
+    rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    return {row[0].strip(): [cell.strip().replace(",", "") for cell in row[1:]] for row in rows}
+
+
+@pytest.fixture(autouse=True)
+def same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.parametrize("mode", ["single", "pair"])
+def test_what_is_judged_is_no_longer_planned(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    prices = {"input": 10.0, "output": 100.0}
+    with chat_server(lambda *_: completion("[[5]]" if mode == "single" else "[[C]]")) as server:
+        against = CELL if mode == "pair" else "base"
+        judge = openai_judge(server.url, mode=mode, against=against, samples=2, prices=prices)
+        prepare(in_tmp, judge, monkeypatch)
+        for key in ("base", CELL):
+            write_lines(in_tmp / f"data/mt_bench/model_answer/{key}.jsonl", make_answers(QUESTIONS, key))
+        calls = 16 * 2 * (2 if mode == "pair" else 1)
+        before = planned(capsys)
+        assert before["base"][0] == str(calls)
+        assert before[CELL][0] == str(0 if mode == "pair" else calls)
+        sys.argv = ["mtbench", "base"]
+        mtbench.main()
+        sent = server.requests
+        assert len(sent) == calls
+    most = sum(len(message["content"].encode()) + 16 for request in sent for message in request["messages"])
+    assert before["base"][1:3] == [str(most), str(calls * 64)]
+    assert float(before["base"][3]) == pytest.approx((most * 10 + calls * 64 * 100) / 1e6, abs=0.005)
+    after = planned(capsys)
+    assert after["base"] == ["0", "0", "0", "0.00"]
+    assert after["all"] == after[CELL] == before[CELL]
+
+
+def test_a_plan_before_any_answer_bounds_what_is_then_asked(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With other parameters of the answers, those in the workspace do not count."""
+    prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch)
+    nothing = planned(capsys)
+    assert nothing["all"][0] == "32"
+    assert nothing["all"][3] == "no judge.prices"
+    write_lines(in_tmp / "data/mt_bench/model_answer/base.jsonl", make_answers(QUESTIONS))
+    there = planned(capsys)
+    assert int(there["base"][1]) < int(nothing["base"][1]) == int(there[CELL][1])
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    composed = planned(capsys, "judge=gpt4", f"answer.max_new_tokens={params['answer']['max_new_tokens'] + 1}")
+    assert composed["base"][0] == "16"
+    assert int(composed["base"][1]) > int(there["base"][1])
+
+
+def test_the_study_is_planned_before_its_data_is_there(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    write_questions(in_tmp, make_questions(10))
+    found = planned(capsys, "+experiment=openhermes", "judge.budget=5")
+    assert len(found) == 54 + 2
+    assert found["all"][0] == str(55 * 160)
+
+
+def test_a_local_judge_costs_nothing(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    assert planned(capsys) == {}
+    sys.argv = ["plan"]
+    plan.main()
+    printed = capsys.readouterr().out
+    assert "1 cells and the base, 8 questions: 32 replies to judge" in printed
+    assert "costs nothing" in printed
+
+
+def test_what_was_spent_is_shown(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = {"input": 1.0, "output": 1.0}
+    prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1", prices=prices, budget=2.5), monkeypatch)
+    write_lines(in_tmp / ".prefscan/judgements/spending.jsonl", [{"judge": "a", "usd": 0.75}, {"judge": "b", "usd": 1}])
+    sys.argv = ["plan"]
+    plan.main()
+    assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["judge=gpt5", "judge.nonsense=1", "beta"])
+def test_a_wrong_override_is_a_sentence(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    sys.argv = ["plan", override]
+    with pytest.raises(UserError, match=override.split("=")[0]):
+        plan.main()
