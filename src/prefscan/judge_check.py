@@ -26,6 +26,7 @@ from prefscan.intervals import mean_interval, share_interval
 from prefscan.judges import Prompt
 from prefscan.mtbench import (
     NEED_REFERENCE,
+    TEMPLATES,
     Turn,
     build_turns,
     judge_turns,
@@ -40,11 +41,7 @@ from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
 REPEATS = 6  # prompts judged a second time
 SAME = 1e-4  # a local judge's score moves less than this with the prompts beside it
-# FastChat's prompts for a first turn: of the categories without and with a reference shown to the judge.
-TEMPLATES = {
-    "single": {"without_reference": "single-v1", "with_reference": "single-math-v1"},
-    "pair": {"without_reference": "pair-v2", "with_reference": "pair-math-v1"},
-}
+PROMPTS = ("without_reference", "with_reference")  # as TEMPLATES has them: what the judge is shown beside the answer
 VERSIONS = ("good", "swapped", "truncated")
 
 
@@ -96,11 +93,11 @@ def check_turns(
     With `single` every version of the answer. With `pair` the good one beside each bad one, as assistant A and then B.
     """
     turns = []
-    for name in TEMPLATES[mode].values():
+    for prompt_kind, name in zip(PROMPTS, TEMPLATES[mode], strict=True):
         for number, texts in answers.items():
             question = questions[number]
             fields = {"question": question["turns"][0]}
-            if name == TEMPLATES[mode]["with_reference"]:
+            if prompt_kind == "with_reference":
                 if number not in shown:
                     raise UserError(f"question {number} needs a reference answer and judge.references has none")
                 fields["ref_answer_1"] = shown[number]["choices"][0]["turns"][0]
@@ -268,8 +265,7 @@ def main() -> None:
             )
     turns += [turn for turn, _ in compared]
     scores = judged_scores(turns, settings)
-    prompts = TEMPLATES[settings.mode]
-    half = checked // len(prompts)
+    half = checked // len(PROMPTS)
     metrics: dict[str, Any] = {
         "judge": settings.name,
         "mode": settings.mode,
@@ -277,14 +273,14 @@ def main() -> None:
         "questions": len(answers),
     }
     figures = discrimination if settings.mode == "single" else pair_discrimination
-    for i, name in enumerate(prompts):
+    for i, name in enumerate(PROMPTS):
         metrics[name] = figures(scores[i * half : (i + 1) * half])
     again = min(REPEATS, half)
     metrics["repeat"] = repeat(turns[:again], scores[:again], settings)
     ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
     metrics["agreement"] = agree(ours, theirs) if agreement else None
     write_json(JUDGE_METRICS, metrics)
-    for name in prompts:
+    for name in PROMPTS:
         for bad in VERSIONS[1:]:
             found = metrics[name][bad]
             print(f"{name}, {bad}: AUC {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]")

@@ -27,8 +27,8 @@ from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, MTBENCH_METRICS, QUESTIONS
 
 # FastChat's NEED_REF_CATS as far as MT-Bench has them, which a test compares; importing it costs seconds.
 NEED_REFERENCE = {"math", "reasoning", "coding"}
-SINGLE = ("single-v1", "single-v1-multi-turn")
-PAIR = ("pair-v2", "pair-v2-multi-turn")
+# By judge.mode, FastChat's prompts for a first turn: without and with a reference. "-multi-turn" is the second turn's.
+TEMPLATES = {"single": ("single-v1", "single-math-v1"), "pair": ("pair-v2", "pair-math-v1")}
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,16 @@ def build_turns(
             for i, text in enumerate(reference["choices"][0]["turns"], start=1):
                 shared[f"ref_answer_{i}"] = text
         if against is None:
-            names = ("single-math-v1", "single-math-v1-multi-turn") if needs_reference else SINGLE
             layouts = [_answer_fields("answer", answer)]
         else:
             if number not in against:
                 raise UserError(f"question {number} was not answered by judge.against; answer again")
-            names = ("pair-math-v1", "pair-math-v1-multi-turn") if needs_reference else PAIR
             layouts = [
                 _answer_fields("answer_a", a) | _answer_fields("answer_b", b)
                 for a, b in ((answer, against[number]), (against[number], answer))
             ]
-        for (i, name), layout in product(enumerate(names, start=1), layouts):
+        first = TEMPLATES["single" if against is None else "pair"][needs_reference]
+        for (i, name), layout in product(enumerate((first, f"{first}-multi-turn"), start=1), layouts):
             text = templates[name]["prompt_template"].format(**shared, **layout)
             prompt = Prompt(templates[name]["system_prompt"], text)
             turns.append(Turn(number, question["category"], i, name, prompt))

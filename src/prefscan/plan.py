@@ -5,14 +5,15 @@
 
 Where a model's answers are in the workspace, its prompts are built and looked up among the kept replies; where they are
 not, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to their limit.
-Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The calls of
-the judge check and reminders are not counted.
+Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The judge check's calls and
+reminders are not counted.
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
@@ -33,6 +34,14 @@ BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
 FREE = ("judge", "agreement", "sweep", "grid", "loss", "beta", "steps")  # parameters that change no model's answers
 
 
+class Files(NamedTuple):
+    """What every model's prompts are built of."""
+
+    questions: dict[int, Any]
+    templates: dict[str, Any]
+    references: dict[int, Any]
+
+
 def compose(overrides: list[str]) -> Params:
     """params.yaml as Hydra would compose it; raises UserError for an override that it refuses."""
     with TemporaryDirectory() as folder:
@@ -44,28 +53,34 @@ def compose(overrides: list[str]) -> Params:
         return load(path)
 
 
-def calls_left(key: str, params: Params, judge: OpenAIJudge, answered: bool) -> tuple[int, int]:
-    """Judge calls that a model's stage would still make, and the most input tokens that they have."""
-    if judge.mode == "pair" and key == judge.against:
-        return 0, 0
-    questions, templates = load_questions()
-    references = load_references(judge.references)
-    path, against = ANSWERS / f"{key}.jsonl", ANSWERS / f"{judge.against}.jsonl"
+def read_answers(key: str, folder: Path | None) -> dict[int, Any] | None:
+    """A model's answers by question id; None without a folder to look in, and where it has none."""
+    path = folder and folder / f"{key}.jsonl"
+    return {row["question_id"]: row for row in read_jsonl(path)} if path and path.exists() else None
+
+
+def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder: Path | None) -> tuple[int, int]:
+    """Judge calls that a model's stage would still make, and the most input tokens that they have.
+
+    `folder` holds answers; None where those that are there will be made anew.
+    """
+    judge = asker.judge
     pair = judge.mode == "pair"
-    known = answered and path.exists() and (against.exists() or not pair)
-    if known:
-        answers = read_jsonl(path)
-        others = {a["question_id"]: a for a in read_jsonl(against)} if pair else None
-    else:
+    if pair and key == judge.against:
+        return 0, 0
+    answers = read_answers(key, folder)
+    others = read_answers(judge.against, folder) if pair else None
+    known = answers is not None and (others is not None or not pair)
+    if not known:
         text = " " * (BYTES_A_TOKEN * params.answer.max_new_tokens)
-        answers = [
-            {"question_id": question["question_id"], "choices": [{"turns": [text, text]}]}
-            for question in select_questions(list(questions.values()), params.answer.questions)
-        ]
-        others = {a["question_id"]: a for a in answers} if pair else None
-    asker = ChatJudge(judge, judge_store())
+        chosen = select_questions(list(files.questions.values()), params.answer.questions)
+        answers = {
+            q["question_id"]: {"question_id": q["question_id"], "choices": [{"turns": [text] * 2}]} for q in chosen
+        }
+        others = answers if pair else None
+    assert answers is not None  # read or made up
     calls = tokens = 0
-    for turn in build_turns(questions, answers, templates, references, others):
+    for turn in build_turns(files.questions, [*answers.values()], files.templates, files.references, others):
         for sample in range(judge.samples):
             request = asker.request(replace(turn.prompt, sample=sample))
             if not known or asker.replies.get(request, sample) is None:
@@ -74,24 +89,25 @@ def calls_left(key: str, params: Params, judge: OpenAIJudge, answered: bool) -> 
 
 
 def main() -> None:
-    params = compose(sys.argv[1:]) if sys.argv[1:] else load()
     workspace = load()
+    params = compose(sys.argv[1:]) if sys.argv[1:] else workspace
     judge = params.judge
     keys = ["base", *(cell.key for cell in params.grid.cells)]
     console = Console()
-    turns = 2 * params.answer.questions
+    replies = 2 * params.answer.questions * len(keys)
     console.print(
-        f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {turns * len(keys)} replies to judge"
+        f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
     if not isinstance(judge, OpenAIJudge):
         console.print(f"The judge {judge.name} runs on this machine and costs nothing.")
         return
-    answered = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
+    same = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
+    asker, files = ChatJudge(judge, judge_store()), Files(*load_questions(), load_references(judge.references))
     numbers = (Column(name, justify="right") for name in ("calls left", "tokens in", "tokens out", "USD"))
     table = Table(Column("model", no_wrap=True), *numbers, title="Judging, at most")
     total = [0, 0, 0, 0.0]
     for key in keys:
-        calls, tokens = calls_left(key, params, judge, answered)
+        calls, tokens = calls_left(key, params, asker, files, ANSWERS if same else None)
         row = [calls, tokens, calls * judge.max_tokens, price(judge.prices, tokens, calls * judge.max_tokens)]
         total = [a + b for a, b in zip(total, row, strict=True)]
         table.add_row(key, *_printed(row, judge))

@@ -44,11 +44,11 @@ def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
                 path.unlink()
 
 
-def cell_row(cell: Cell) -> dict[str, Any]:
+def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
     """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
     key = cell.key
     train, merge = read_json(TRAIN_METRICS / f"{key}.json"), read_json(MERGE_METRICS / f"{key}.json")
-    answer, mtbench = read_json(ANSWER_METRICS / f"{key}.json"), read_json(MTBENCH_METRICS / f"{key}.json")
+    answer = read_json(ANSWER_METRICS / f"{key}.json")
     held = train["heldout"]
     return {
         "cell": key,
@@ -79,16 +79,19 @@ def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def question_scores(key: str) -> list[float]:
+def question_scores(mtbench: dict[str, Any]) -> list[float]:
     """The mean score of each question, in the questions' order."""
-    scores: dict[str, float] = read_json(MTBENCH_METRICS / f"{key}.json")["questions"]
+    scores: dict[str, float] = mtbench["questions"]
     return [scores[number] for number in sorted(scores, key=int)]
 
 
-def differences_to_base(keys: list[str]) -> pd.DataFrame:
-    """Each cell minus the base, paired by question, with Holm's correction over the cells; a row a cell, in order."""
-    base = question_scores("base")
-    found = [paired_difference(question_scores(key), base) for key in keys]
+def differences_to_base(judged: dict[str, Any]) -> pd.DataFrame:
+    """Each cell minus the base, paired by question, with Holm's correction over the cells; a row a cell, in order.
+
+    `judged` has the content of metrics/mtbench for each model.
+    """
+    base = question_scores(judged["base"])
+    found = [paired_difference(question_scores(mtbench), base) for key, mtbench in judged.items() if key != "base"]
     table = pd.DataFrame(
         {
             "difference": difference.mean,
@@ -146,10 +149,11 @@ def score_name(judge: LocalJudge | OpenAIJudge) -> str:
     return f"win rate against {judge.against}, ties half (0 to 1)"
 
 
-def difference_sentences(cells: pd.DataFrame, questions: int) -> list[str]:
+def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[str]:
     """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
     significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
     verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
+    questions = len(judged["base"]["questions"])
     detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
     lines = [
         f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
@@ -160,7 +164,7 @@ def difference_sentences(cells: pd.DataFrame, questions: int) -> list[str]:
     picks = []
     for loss, group in cells.groupby("loss", sort=False):
         if len(group) > 1:
-            best = selected_best([question_scores(key) for key in group["cell"]])
+            best = selected_best([question_scores(judged[key]) for key in group["cell"]])
             picks.append(
                 f"{loss} {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for {best.apparent:.2f} "
                 f"({group['cell'].iloc[best.cell]})"
@@ -197,7 +201,7 @@ def judge_sentence(judge: dict[str, Any]) -> str:
 
 
 def sentences(
-    params: Params, cells: pd.DataFrame, base: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
+    params: Params, cells: pd.DataFrame, judged: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
 ) -> list[str]:
     """What was compared and what may be concluded, computed from the data."""
     lines = [judge_sentence(judge)]
@@ -206,6 +210,7 @@ def sentences(
             f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
             "not which method is better."
         )
+    base = judged["base"]
     questions = len(base["questions"])
     lines.append(
         f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
@@ -217,7 +222,7 @@ def sentences(
         f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
         f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
     )
-    lines += difference_sentences(cells, questions)
+    lines += difference_sentences(cells, judged)
     moved = (cells["margin_low"] > 0).sum()
     lines.append(
         f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
@@ -238,11 +243,11 @@ def _listed(values: pd.Series) -> str:
     return ", ".join(str(value) for value in dict.fromkeys(values))
 
 
-def category_scores(cells: pd.DataFrame, base: dict[str, Any]) -> pd.DataFrame:
+def category_scores(cells: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
     """The base's and each loss's highest-scoring cell's score in every category, the losses in the grid's order."""
     highest = highest_scoring(cells)
     keys = [highest[loss] for loss in dict.fromkeys(cells["loss"])]
-    sources = {"base": base} | {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
+    sources = {key: judged[key] for key in ("base", *keys)}
     return pd.DataFrame(
         [
             {"model": name, "category": category, "score": score}
@@ -325,11 +330,12 @@ COLUMNS = {
 def main() -> None:
     params = load()
     cells = params.grid.cells
-    remove_other_cells(FOLDERS, {"base"} | {cell.key for cell in cells})
-    base = read_json(MTBENCH_METRICS / "base.json")
+    keys = ("base", *(cell.key for cell in cells))
+    remove_other_cells(FOLDERS, set(keys))
+    judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
+    base = judged["base"]
     prepared = read_json(PREPARE_METRICS)
-    table = pd.DataFrame([cell_row(cell) for cell in cells])
-    table = table.join(differences_to_base([cell.key for cell in cells]))
+    table = pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells]).join(differences_to_base(judged))
     score_title = score_name(params.judge)
     base_row = {
         "cell": "base",
@@ -348,7 +354,7 @@ def main() -> None:
         ),
         "categories": (
             "The base and the highest-scoring cell of each loss, by category",
-            charts.scores_by_category(category_scores(table, base), score_title),
+            charts.scores_by_category(category_scores(table, judged), score_title),
         ),
         "accuracy": (
             "Held-out reward accuracy against β, with 95 % Wilson intervals",
@@ -357,13 +363,12 @@ def main() -> None:
         "margin": ("Held-out margin against β, with 95 % intervals over pairs", charts.margin_against_beta(table)),
         "curves": ("Training curves", charts.training_curves(curve_table(cells))),
     }
-    keys = ("base", *(cell.key for cell in cells))
     judgements = "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys)
     with new_folder(REPORTS) as folder:
         write_report(
             folder,
             f"{params.model.name}: {len(cells)} cells",
-            sentences(params, table, base, prepared, read_json(JUDGE_METRICS)),
+            sentences(params, table, judged, prepared, read_json(JUDGE_METRICS)),
             figures,
             pd.concat([pd.DataFrame([base_row]), table]),
         )

@@ -3,19 +3,14 @@
 import itertools
 import json
 import threading
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
 import prefscan.chat
 from chat_server import Reply, chat_server, completion, error
 from mtbench_data import openai_judge
-from prefscan.chat import retry_after
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, load_judge
 from prefscan.judges.openai import REMINDERS, Replies, parse_rating, parse_winner
@@ -268,33 +263,6 @@ def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(late > early for early, late in itertools.pairwise(longest))
     assert all(len(set(group)) == 20 for group in by_attempt)
     assert max(waits) <= 60
-
-
-def status_error(header: str | None) -> openai.APIStatusError:
-    headers = {} if header is None else {"Retry-After": header}
-    response = httpx.Response(429, headers=headers, request=httpx.Request("POST", "http://127.0.0.1:9/"))
-    return openai.RateLimitError("slow down", response=response, body=None)
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("3", 3), ("0.5", 0.5), ("0", 0), ("-4", 0), ("100000", 600), ("inf", 600)]
-    + [(header, 0) for header in (None, "", "nan", "soon", "Thu, 01 Jan 1970 00:00:00 GMT")],
-)
-def test_the_wait_that_a_server_asks_for(header: str | None, seconds: float) -> None:
-    assert retry_after(status_error(header)) == seconds
-
-
-def test_the_wait_until_a_date() -> None:
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
-    assert 80 < retry_after(status_error(date)) <= 90
-
-
-@pytest.mark.parametrize(
-    "error", [None, OSError(), openai.APIConnectionError(request=httpx.Request("POST", "http://x"))]
-)
-def test_an_error_without_a_reply_asks_for_no_wait(error: BaseException | None) -> None:
-    assert retry_after(error) == 0
 
 
 @pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("0", 0.25)])

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,6 @@ class ChatJudge:
         self.store = store
         self.replies = Replies(store, judge.base_url)
         self.parse = PARSERS[judge.mode]
-        self.client: openai.OpenAI | None = None  # made for the first request: kept replies need no key
-        self.spending: Spending | None = None
 
     def usd(self, reply: Reply) -> float:
         return price(self.judge.prices, reply.input_tokens or 0, reply.output_tokens or 0)
@@ -104,18 +103,17 @@ class ChatJudge:
             **seed,
         }
 
-    def reminder(self, prompt: Prompt, reply: Reply) -> dict[str, Any]:
-        """The second request, after a reply from which nothing can be read."""
-        reminder = REMINDERS[self.judge.mode]
-        return self.request(prompt, {"role": "assistant", "content": reply.text}, {"role": "user", "content": reminder})
+    def kept(self, request: dict[str, Any], sample: int) -> Reply:
+        """The reply in the store; raises NoReply where it has none."""
+        reply = self.replies.get(request, sample)
+        if reply is None:
+            raise NoReply("not asked yet")
+        return reply
 
-    def reply(self, request: dict[str, Any], sample: int) -> Reply:
-        """The reply to a request, from the store or the server; raises NoReply where there is none to use."""
+    def buy(self, client: openai.OpenAI, spending: Spending, request: dict[str, Any], sample: int) -> Reply:
+        """The reply in the store, else the server's, which is kept; raises NoReply where there is none to use."""
         if kept := self.replies.get(request, sample):
             return kept
-        client, spending = self.client, self.spending
-        assert client is not None  # verdicts made both before it asked
-        assert spending is not None
         most = price(self.judge.prices, most_tokens(request["messages"]), self.judge.max_tokens)
 
         def send() -> Any:
@@ -130,58 +128,54 @@ class ChatJudge:
                 return found
 
         reply = complete(send, self.judge.attempts)
-        if not reply.text:
-            raise NoReply("the server sent an empty reply")
         self.replies.put(request, sample, reply)
         return reply
 
-    def verdict(self, prompt: Prompt, reply: Callable[[dict[str, Any], int], Reply | None]) -> Verdict | None:
-        """The verdict from the replies to one or two requests; None where one of them is None."""
+    def verdict(self, prompt: Prompt, reply: Callable[[dict[str, Any], int], Reply]) -> Verdict:
+        """The verdict from the replies to one or two requests; raises NoReply where `reply` does."""
         request = self.request(prompt)
         first = reply(request, prompt.sample)
-        if first is None:
-            return None
         verdict = replace(self.parse(first.text), served_by=first.served_by, usd=self.usd(first))
         if verdict.score is not None:
             return verdict
-        request = self.reminder(prompt, first)
+        reminder = REMINDERS[self.judge.mode]
+        request = self.request(
+            prompt, {"role": "assistant", "content": first.text}, {"role": "user", "content": reminder}
+        )
         second = reply(request, prompt.sample)
-        if second is None:
-            return None
         verdict = self.parse(second.text)
         return replace(
             verdict,
-            text=f"{first.text}\n\n[{REMINDERS[self.judge.mode]}]\n\n{second.text}",
+            text=f"{first.text}\n\n[{reminder}]\n\n{second.text}",
             reason=verdict.reason and f"{verdict.reason}, kept in {self.replies.path(request, prompt.sample)}",
             served_by=second.served_by,
             usd=self.usd(first) + self.usd(second),
         )
 
-    def ask(self, prompt: Prompt) -> Verdict:
-        try:
-            verdict = self.verdict(prompt, self.reply)
-        except NoReply as fault:
-            return Verdict(None, "", str(fault))
-        assert verdict is not None  # self.reply never returns None
-        return verdict
-
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
         """Kept replies first. Two processes never pay for one prompt: the second waits until the first has ended."""
         waiting = []
         for place, prompt in enumerate(prompts):
-            if verdict := self.verdict(prompt, self.replies.get):
-                yield place, verdict
-            else:
+            try:
+                yield place, self.verdict(prompt, self.kept)
+            except NoReply:
                 waiting.append((place, prompt))
         if not waiting:
             return
-        self.client = make_client(self.judge.key_variable, self.judge.base_url, self.judge.timeout, "judge")
+        client = make_client(self.judge)  # kept replies need no key
         self.store.mkdir(parents=True, exist_ok=True)
         with FileLock(self.store / ".lock"):
-            self.spending = Spending(self.store / "spending.jsonl", self.judge.budget)
+            buy = partial(self.buy, client, Spending(self.store / "spending.jsonl", self.judge.budget))
+
+            def ask(prompt: Prompt) -> Verdict:
+                try:
+                    return self.verdict(prompt, buy)
+                except NoReply as fault:
+                    return Verdict(None, "", str(fault))
+
             pool = ThreadPoolExecutor(self.judge.concurrency)
             try:
-                futures = {pool.submit(self.ask, prompt): place for place, prompt in waiting}
+                futures = {pool.submit(ask, prompt): place for place, prompt in waiting}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
