@@ -36,22 +36,28 @@ LOSSES, BETAS = ("sigmoid", "ipo"), (0.1, 0.5)
 CELLS = [f"{loss}-{beta}-8" for loss in LOSSES for beta in BETAS]
 # Ratings before the question's own: ipo-0.1-8 and sigmoid-0.5-8 are the highest of their losses.
 LEVELS = {"base": 4.0, "sigmoid-0.1-8": 3.0, "sigmoid-0.5-8": 6.5, "ipo-0.1-8": 4.5, "ipo-0.5-8": 2.0}
+CHARTS = (
+    *("score", "differences", "divergence", "categories", "heat", "length"),
+    *("accuracy", "margin", "curves"),
+)
 CATEGORY_OF = {q["question_id"]: q["category"] for q in make_questions(1)}
 
 
 def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
-    return scores(judgements, categories) | {"judge": "tiny", "references": "corrected"}
+    return scores(judgements, categories) | {"judge": "tiny", "references": "corrected", "usd": 0.25}
 
 
 def divergence_of(i: int) -> dict[str, float]:
     return {"per_reply": i / 2, "per_reply_low": i / 2 - 1, "per_reply_high": i / 2 + 1, "per_token": i / 100}
 
 
-def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: Any) -> None:
+def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str = "well", **params: Any) -> None:
     """params.yaml and the metrics of four cells, as the stages before report leave them in a workspace."""
     grid = {"loss": [LOSSES[0], *LOSSES], "beta": [BETAS[0], *BETAS], "steps": [8]}
     recipe = {"loss": "sigmoid", "beta": 0.5, "steps": 8}
     write_params(root, **({"grid": grid, "judge": local_judge("models/base")} | recipe | params))
+    asked = [question | {"category": categories[question["question_id"]]} for question in make_questions(1)]
+    write_lines(root / "data/questions/question.jsonl", asked)
     for i, (key, level) in enumerate(LEVELS.items()):
         judgements = [
             {
@@ -59,18 +65,27 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: 
                 "model": key,
                 "score": level + question % 3 / 2 + turn / 8 + question * i % 5 / 2,
                 "turn": turn,
+                "judgment": f"Of {key}: {words}",
             }
             for question in CATEGORY_OF
             for turn in (1, 2)
         ]
         write_lines(root / f"data/mt_bench/model_judgment/cells/{key}.jsonl", judgements)
+        answers = [
+            {
+                "question_id": question,
+                "choices": [
+                    {"turns": [f"{key} {words}", "again"], "tokens": [9 + question % 4 * i, 9], "cut": [False] * 2}
+                ],
+            }
+            for question in CATEGORY_OF
+        ]
+        write_lines(root / f"data/mt_bench/model_answer/{key}.jsonl", answers)
+        write_json(root / f"metrics/cost/answer/{key}.json", {"seconds": 20.0 + i, "tokens_per_second": 70.0})
         write_json(root / f"metrics/mtbench/{key}.json", mtbench_metrics(judgements, categories))
         write_json(
             root / f"metrics/answer/{key}.json",
-            {
-                **{"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8},
-                "cost": {"seconds": 1.0},
-            }
+            {"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8}
             | ({} if key == "base" else {"divergence": divergence_of(i)}),
         )
         if key == "base":
@@ -81,7 +96,8 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, **params: 
             **{"chosen_shift": -0.25 * i, "rejected_shift": -0.75 * i},
         }
         cost = {"seconds": 10.0 + i, "tokens_per_second": 100.0, "peak_memory_gib": 1.5}
-        write_json(root / f"metrics/train/{key}.json", {"loss": 0.5, "heldout": heldout, "cost": cost})
+        write_json(root / f"metrics/train/{key}.json", {"loss": 0.5, "heldout": heldout})
+        write_json(root / f"metrics/cost/train/{key}.json", cost)
         kept = None if key == "ipo-0.5-8" else 1 - i / 100  # None: the adapter had no margin to keep
         write_json(root / f"metrics/merge/{key}.json", {"margin_kept": kept, "weights_changed": 0.9})
         curve = "".join(f"{step},{0.7 - step / 100},{step / 50},0.5,1.0,0.001\n" for step in range(1, 9))
@@ -137,9 +153,10 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
     command = [sys.executable, "-m", "prefscan.report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
-    charts = ("score", "categories", "accuracy", "margin", "curves")
-    pictures = {f"{chart}.{form}" for chart in charts for form in ("svg", "png")}
-    assert {path.name for path in Path("reports").iterdir()} == pictures | {"report.html", "report.md", "cells.csv"}
+    pictures = {f"{chart}.{form}" for chart in CHARTS for form in ("svg", "png")}
+    pages = {"report.html", "answers.html", "report.md"}
+    assert {path.name for path in Path("reports").iterdir()} == pages | {"cells.csv", "charts"}
+    assert {path.name for path in Path("reports/charts").iterdir()} == pictures
     assert Path("metrics/summary.json").exists()
     assert Path("data/mt_bench/model_judgment/tiny_single.jsonl").exists()
     assert contents(in_tmp) == contents(reported)
@@ -161,12 +178,12 @@ def chunks(png: bytes) -> dict[bytes, bytes]:
 
 @pytest.mark.usefixtures("sweep")
 def test_pictures_are_whole_and_not_blank() -> None:
-    for path in Path("reports").glob("*.png"):
+    for path in Path("reports/charts").glob("*.png"):
         found = chunks(path.read_bytes())
         width, height, depth, colour, *_ = struct.unpack(">IIBBBBB", found[b"IHDR"])
         assert (depth, colour) == (8, 6)  # RGBA, one byte a channel
-        assert width > 600
-        assert height > 400
+        assert width > 500
+        assert height > 300
         pixels, row = zlib.decompress(found[b"IDAT"]), 1 + 4 * width
         assert len(pixels) == height * row
         # A blank picture has two different rows, after the filter that the first byte of a row names.
@@ -191,7 +208,7 @@ def test_the_table_holds_the_metrics() -> None:
             assert row["margin_kept"] == row["beta"] == row["divergence"] == ""
         else:
             trained, merged = metrics("train", key), metrics("merge", key)
-            expected |= trained["heldout"] | {"train_seconds": trained["cost"]["seconds"]}
+            expected |= trained["heldout"] | {"train_seconds": metrics("cost/train", key)["seconds"]}
             expected |= {"beta": float(key.split("-")[1]), "steps": 8, "peak_memory_gib": 1.5}
             ratio = metrics("answer", key)["divergence"]
             expected |= {f"divergence{end}": ratio[f"per_reply{end}"] for end in ("", "_low", "_high")}
@@ -210,7 +227,7 @@ def expected_row(key: str) -> list[str]:
     else:
         held, kept = metrics("train", key)["heldout"], metrics("merge", key)["margin_kept"]
         names = ("accuracy", "margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")
-        seconds = f"{metrics('train', key)['cost']['seconds']:.0f}"
+        seconds = f"{metrics('cost/train', key)['seconds']:.0f}"
         ratio = [f"{answered['divergence'][name]:.2f}" for name in ("per_reply", "per_reply_low", "per_reply_high")]
         merged = "–" if kept is None else f"{kept:.1%}"
         rest = [*(f"{held[name]:.2f}" for name in names), merged, *text, *ratio, seconds]

@@ -1,4 +1,4 @@
-"""Collect the sweep's metrics into charts, tables, reports/report.html, reports/report.md and metrics/summary.json.
+"""Collect the sweep's metrics into reports/ (pages, charts, tables) and metrics/summary.json.
 
     python -m prefscan.report
 
@@ -8,18 +8,20 @@ cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import altair as alt
-import jinja2
 import pandas as pd
 
 from prefscan import charts
 from prefscan.errors import run_stage
-from prefscan.files import new_folder, read_json, read_text, write_json, write_text
-from prefscan.params import Cell, LocalJudge, OpenAIJudge, Params, load
+from prefscan.files import read_json, read_jsonl, read_text, write_json, write_jsonl, write_text
+from prefscan.pages import Figure, Table, write_answers, write_report
+from prefscan.params import Cell, load
 from prefscan.paths import (
+    ANSWER_COST,
     ANSWER_METRICS,
+    ANSWERS,
     CELL_JUDGEMENTS,
     CURVES,
     JUDGE_METRICS,
@@ -27,13 +29,26 @@ from prefscan.paths import (
     MERGE_METRICS,
     MTBENCH_METRICS,
     PREPARE_METRICS,
+    QUESTIONS,
     REPORTS,
     SUMMARY,
+    TRAIN_COST,
     TRAIN_METRICS,
 )
-from prefscan.stats import holm, minimum_detectable_difference, paired_difference, selected_best
+from prefscan.sentences import question_scores, score_name, sentences
+from prefscan.stats import LengthControlledDifference, holm, length_controlled_difference, paired_difference
 
-FOLDERS = (TRAIN_METRICS, CURVES, MERGE_METRICS, ANSWER_METRICS, MTBENCH_METRICS, CELL_JUDGEMENTS)
+FOLDERS = (
+    TRAIN_METRICS,
+    TRAIN_COST,
+    CURVES,
+    MERGE_METRICS,
+    ANSWER_METRICS,
+    ANSWER_COST,
+    ANSWERS,
+    MTBENCH_METRICS,
+    CELL_JUDGEMENTS,
+)
 
 
 def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
@@ -64,8 +79,6 @@ def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
         "mean_tokens": answer["mean_tokens"],
         "repetition": answer["repetition"],
         **{f"divergence{end}": answer["divergence"][f"per_reply{end}"] for end in ("", "_low", "_high")},
-        "train_seconds": train["cost"]["seconds"],
-        "peak_memory_gib": train["cost"]["peak_memory_gib"],
     }
 
 
@@ -79,20 +92,23 @@ def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def question_scores(mtbench: dict[str, Any]) -> list[float]:
-    """The mean score of each question, in the questions' order."""
-    scores: dict[str, float] = mtbench["questions"]
-    return [scores[number] for number in sorted(scores, key=int)]
+DIFFERENCE = [
+    *("difference", "difference_low", "difference_high", "standard_error"),
+    *("wins", "ties", "losses", "p_holm"),
+]
 
 
-def differences_to_base(judged: dict[str, Any]) -> pd.DataFrame:
-    """Each cell minus the base, paired by question, with Holm's correction over the cells; a row a cell, in order.
+def differences(judged: dict[str, Any], keys: list[str], other: str) -> pd.DataFrame:
+    """Each cell minus another model, paired by question, with Holm's correction over the cells; a row a cell, in order.
 
-    `judged` has the content of metrics/mtbench for each model.
+    `judged` has the content of metrics/mtbench for each model. The other model has no difference from itself.
     """
-    base = question_scores(judged["base"])
-    found = [paired_difference(question_scores(mtbench), base) for key, mtbench in judged.items() if key != "base"]
-    table = pd.DataFrame(
+    theirs = question_scores(judged[other])
+    compared = [key for key in keys if key != other]
+    if not compared:
+        return pd.DataFrame(index=keys, columns=DIFFERENCE, dtype=float)
+    found = [paired_difference(question_scores(judged[key]), theirs) for key in compared]
+    rows = [
         {
             "difference": difference.mean,
             "difference_low": difference.low,
@@ -101,10 +117,31 @@ def differences_to_base(judged: dict[str, Any]) -> pd.DataFrame:
             "wins": difference.wins,
             "ties": difference.ties,
             "losses": difference.losses,
+            "p_holm": p_holm,
         }
-        for difference in found
-    )
-    return table.assign(p_holm=holm([difference.p_value for difference in found]))
+        for difference, p_holm in zip(found, holm([difference.p_value for difference in found]), strict=True)
+    ]
+    return pd.DataFrame(rows, pd.Index(compared), DIFFERENCE).reindex(keys)
+
+
+def lengths(answers: list[Any]) -> dict[int, float]:
+    """The mean tokens of both replies, by question."""
+    return {answer["question_id"]: fmean(answer["choices"][0]["tokens"]) for answer in answers}
+
+
+def at_equal_length(
+    judged: dict[str, Any], answers: dict[str, list[Any]], keys: list[str]
+) -> list[LengthControlledDifference | None]:
+    """Each cell minus the base at equal length of the replies; None where every reply differs by the same length."""
+    base = judged["base"]["questions"]
+    found: list[LengthControlledDifference | None] = []
+    for key in keys:
+        theirs, ours = lengths(answers["base"]), lengths(answers[key])
+        scores = [judged[key]["questions"][number] - base[number] for number in base]
+        apart = [ours[int(number)] - theirs[int(number)] for number in base]
+        same = min(apart) == max(apart) != 0
+        found.append(None if same else length_controlled_difference(scores, apart))
+    return found
 
 
 SUMMARY_COLUMNS = (
@@ -143,106 +180,6 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
     }
 
 
-def score_name(judge: LocalJudge | OpenAIJudge) -> str:
-    if judge.mode == "single":
-        return "MT-Bench score (1 to 10)"
-    return f"win rate against {judge.against}, ties half (0 to 1)"
-
-
-def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[str]:
-    """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
-    significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
-    verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
-    questions = len(judged["base"]["questions"])
-    detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
-    lines = [
-        f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
-        f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
-        f"{cells['p_holm'].min():.2f}). This many questions and this spread detect a difference of {detectable:.2f} or "
-        "more with 80 % power, before the correction."
-    ]
-    picks = []
-    for loss, group in cells.groupby("loss", sort=False):
-        if len(group) > 1:
-            best = selected_best([question_scores(judged[key]) for key in group["cell"]])
-            picks.append(
-                f"{loss} {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for {best.apparent:.2f} "
-                f"({group['cell'].iloc[best.cell]})"
-            )
-    if picks:
-        lines.append(
-            "The highest cell of a loss is a pick that favours chance; corrected for the picking by bootstrap: "
-            f"{'; '.join(picks)}."
-        )
-    return lines
-
-
-def judge_sentence(judge: dict[str, Any]) -> str:
-    """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
-    bad = {
-        "the same answer given to another question": judge["without_reference"]["swapped"],
-        "its own first quarter": judge["without_reference"]["truncated"],
-    }
-    ranks = [
-        f"{name} with probability {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]"
-        for name, found in bad.items()
-    ]
-    told = [name for name, found in bad.items() if found["auc_low"] > 0.5]
-    if len(told) == len(bad):
-        verdict = "it can tell them apart"
-    elif told:
-        verdict = f"it can tell it from {told[0]} only, so no score below should be read as quality"
-    else:
-        verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
-    return (
-        f"The judge {judge['judge']} ranks a reference answer above {', and above '.join(ranks)} (95 % intervals over "
-        f"{judge['questions']} questions; 0.5 is chance): {verdict}."
-    )
-
-
-def sentences(
-    params: Params, cells: pd.DataFrame, judged: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
-) -> list[str]:
-    """What was compared and what may be concluded, computed from the data."""
-    lines = [judge_sentence(judge)]
-    if params.judge.kind == "local":
-        lines.append(
-            f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
-            "not which method is better."
-        )
-    base = judged["base"]
-    questions = len(base["questions"])
-    lines.append(
-        f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
-        f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
-        f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
-    )
-    lines.append(
-        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
-        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
-        f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
-    )
-    lines += difference_sentences(cells, judged)
-    moved = (cells["margin_low"] > 0).sum()
-    lines.append(
-        f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
-        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
-        f"interval in {moved} of {len(cells)} cells. "
-        "β means something else in each loss: equal β is not equal strength."
-    )
-    kept = cells["margin_kept"].dropna()
-    share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
-    lines.append(
-        f"The merges, in {params.merge.dtype}, kept {share}; {cells['share_cut'].min():.0%} to "
-        f"{cells['share_cut'].max():.0%} of the answers were cut at {params.answer.max_new_tokens} tokens."
-    )
-    return lines
-
-
-def _listed(values: pd.Series) -> str:
-    return ", ".join(str(value) for value in dict.fromkeys(values))
-
-
 def category_scores(cells: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
     """The base's and each loss's highest-scoring cell's score in every category, the losses in the grid's order."""
     highest = highest_scoring(cells)
@@ -266,35 +203,6 @@ def curve_table(cells: list[Cell]) -> pd.DataFrame:
     )
 
 
-def write_report(
-    folder: Path, title: str, lines: list[str], figures: dict[str, tuple[str, Any]], table: pd.DataFrame
-) -> None:
-    """Charts as SVG and PNG, the page, the Markdown and the table of cells, all into one folder.
-
-    `figures` maps a file name to its caption and chart. The templates escape text from models and data.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefscan"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    svgs = {}
-    for name, (_, chart) in figures.items():
-        chart.save(folder / f"{name}.svg")
-        chart.save(folder / f"{name}.png", scale_factor=2)
-        svgs[name] = read_text(folder / f"{name}.svg")
-    captions = {name: caption for name, (caption, _) in figures.items()}
-    rows = table.to_dict("records")
-    page = environment.get_template("report.html").render(
-        title=title, lines=lines, captions=captions, svgs=svgs, columns=COLUMNS, rows=rows
-    )
-    write_text(folder / "report.html", page)
-    markdown = jinja2.Environment(loader=jinja2.PackageLoader("prefscan"), autoescape=False, trim_blocks=True)
-    text = markdown.get_template("report.md").render(
-        title=title, lines=lines, captions=captions, columns=COLUMNS, rows=rows
-    )
-    write_text(folder / "report.md", text)
-    table.to_csv(folder / "cells.csv", index=False)
-
-
 # Column of the table of cells → heading and how a value is printed.
 COLUMNS = {
     "cell": ("cell", "{}"),
@@ -305,6 +213,13 @@ COLUMNS = {
     "difference_low": ("95 % low", "{:+.2f}"),
     "difference_high": ("95 % high", "{:+.2f}"),
     "p_holm": ("p, Holm", "{:.2f}"),
+    "equal_length": ("at equal length", "{:+.2f}"),
+    "equal_length_low": ("95 % low", "{:+.2f}"),
+    "equal_length_high": ("95 % high", "{:+.2f}"),
+    "recipe_difference": ("minus recipe", "{:+.2f}"),
+    "recipe_difference_low": ("95 % low", "{:+.2f}"),
+    "recipe_difference_high": ("95 % high", "{:+.2f}"),
+    "recipe_p_holm": ("p, Holm", "{:.2f}"),
     "wins": ("won", "{:.0f}"),
     "ties": ("tied", "{:.0f}"),
     "losses": ("lost", "{:.0f}"),
@@ -323,8 +238,165 @@ COLUMNS = {
     "divergence": ("log-ratio to the base, nats a reply", "{:.2f}"),
     "divergence_low": ("95 % low", "{:.2f}"),
     "divergence_high": ("95 % high", "{:.2f}"),
-    "train_seconds": ("training, s", "{:.0f}"),
 }
+COST_COLUMNS = {
+    "cell": ("cell", "{}"),
+    "train_seconds": ("training, s", "{:.0f}"),
+    "train_speed": ("training, tokens/s", "{:.0f}"),
+    "peak_memory_gib": ("training, peak GiB", "{:.2f}"),
+    "answer_seconds": ("answers, s", "{:.0f}"),
+    "answer_speed": ("answers, tokens/s", "{:.0f}"),
+    "usd": ("judging, USD", "{:.2f}"),
+}
+
+
+def costs(keys: tuple[str, ...], judged: dict[str, Any]) -> Table:
+    rows = []
+    for key in keys:
+        answer = read_json(ANSWER_COST / f"{key}.json")
+        train = read_json(TRAIN_COST / f"{key}.json") if key != "base" else {}
+        rows.append(
+            {
+                "cell": key,
+                "train_seconds": train.get("seconds"),
+                "train_speed": train.get("tokens_per_second"),
+                "peak_memory_gib": train.get("peak_memory_gib"),
+                "answer_seconds": answer["seconds"],
+                "answer_speed": answer["tokens_per_second"],
+                "usd": judged[key]["usd"],
+            }
+        )
+    reading = "Of the run that made each file; a cell from DVC's cache has the cost of the machine that computed it."
+    return Table("Cost", reading, pd.DataFrame(rows), COST_COLUMNS)
+
+
+def left_out(prepared: dict[str, Any]) -> Table:
+    rows = [{"reason": reason.replace("_", " "), "pairs": pairs} for reason, pairs in prepared["dropped"].items()]
+    reading = f"Of {prepared['rows']} pairs, {prepared['train']} are trained on and {prepared['heldout']} held out."
+    return Table(
+        "Pairs left out", reading, pd.DataFrame(rows), {"reason": ("reason", "{}"), "pairs": ("pairs", "{:.0f}")}
+    )
+
+
+def judge_check(judge: dict[str, Any]) -> Table:
+    columns = {"prompt": ("prompt", "{}"), "bad": ("bad answer", "{}")}
+    for value, heading in (("auc", "ranked below the good one"), ("margin", "margin, points")):
+        columns |= {value: (heading, "{:.2f}"), f"{value}_low": ("95 % low", "{:.2f}")}
+        columns |= {f"{value}_high": ("95 % high", "{:.2f}")}
+    kinds = {"without_reference": "without reference", "with_reference": "with reference"}
+    rows = [
+        {"prompt": prompt, "bad": bad} | judge[kind][bad]
+        for kind, prompt in kinds.items()
+        if kind in judge
+        for bad in ("swapped", "truncated")
+    ]
+    reading = (
+        "Good answers are the references; the bad ones are another question's reference (swapped) and a reference's "
+        "first quarter (truncated). 0.5 is chance."
+    )
+    return Table("Judge check", reading, pd.DataFrame(rows), columns)
+
+
+def category_differences(table: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
+    """Each cell's score in each category minus the base's; a row a cell and category."""
+    base = judged["base"]["categories"]
+    return pd.DataFrame(
+        {"loss": row["loss"], "beta": row["beta"], "steps": row["steps"], "category": category}
+        | {"difference": score - base[category]}
+        for row in table.to_dict("records")
+        for category, score in judged[row["cell"]]["categories"].items()
+    )
+
+
+def make_figures(
+    table: pd.DataFrame, judged: dict[str, Any], base_tokens: float, curves: pd.DataFrame, score_title: str
+) -> dict[str, Figure]:
+    """Every chart by its file's name, in the report's order."""
+    base_score = judged["base"]["average"]
+    name = f"{score_title[0].upper()}{score_title[1:]}"
+    categories, heat = category_scores(table, judged), category_differences(table, judged)
+    cell = ["cell", "loss", "beta", "steps"]
+
+    def spans(*values: str) -> list[str]:
+        return [f"{value}{end}" for value in values for end in ("", "_low", "_high")]
+
+    return {
+        "score": Figure(
+            f"{name} against β",
+            "Bars are 95 % intervals over questions. β means something else in each loss: compare along a line.",
+            charts.score_against_beta(table, base_score, score_title),
+            table[[*cell, *spans("score")]],
+        ),
+        "differences": Figure(
+            "Each cell minus the base, paired by question",
+            "Bars are 95 % intervals; one that crosses the dashed line is no evidence of a difference.",
+            charts.differences(table, "score minus the base's"),
+            table[[*cell, *spans("difference"), "p_holm", "wins", "ties", "losses"]],
+        ),
+        "divergence": Figure(
+            f"{name} against the distance from the base",
+            "Losses can be compared here: how much score for how much change. Bars are 95 % intervals over questions.",
+            charts.score_against_divergence(table, base_score, score_title),
+            table[[*cell, *spans("score", "divergence")]],
+        ),
+        "categories": Figure(
+            "The base and the highest-scoring cell of each loss, by category",
+            "Few questions a category: read it as a description of this run.",
+            charts.scores_by_category(categories, score_title),
+            categories,
+        ),
+        "heat": Figure(
+            "Each cell's score in each category, minus the base's",
+            "Blue is above the base, orange below; without intervals, so a pattern counts and a tile does not.",
+            charts.category_heat_map(heat, "score minus the base's"),
+            heat,
+        ),
+        "length": Figure(
+            f"{name} against the length of replies",
+            "Judges like length: a score that rises with it may say no more than that.",
+            charts.score_against_length(table, (base_tokens, base_score), score_title),
+            table[[*cell, "mean_tokens", *spans("score")]],
+        ),
+        "accuracy": Figure(
+            "Held-out reward accuracy against β",
+            "The share of held-out pairs whose chosen response gained more; bars are 95 % Wilson intervals.",
+            charts.accuracy_against_beta(table),
+            table[[*cell, *spans("accuracy")]],
+        ),
+        "margin": Figure(
+            "Held-out margin against β, with 95 % intervals over pairs",
+            "How much more log-probability the chosen response gained than the rejected one, against the base.",
+            charts.margin_against_beta(table),
+            table[[*cell, *spans("margin")]],
+        ),
+        "curves": Figure(
+            "Training curves",
+            "Each loss has a scale of its own; the values of different losses cannot be compared.",
+            charts.training_curves(curves),
+            curves[["cell", "step", "loss", "reward_margin"]],
+        ),
+    }
+
+
+def answer_pages(keys: tuple[str, ...], answers: dict[str, list[Any]], judgements: dict[str, list[Any]]) -> Any:
+    """Of each model, by question: both replies, and every judgement's turn, score and words."""
+    models: dict[str, Any] = {}
+    for key in keys:
+        models[key] = {
+            answer["question_id"]: {"turns": answer["choices"][0]["turns"], "judgements": []} for answer in answers[key]
+        }
+        for judgement in judgements[key]:
+            models[key][judgement["question_id"]]["judgements"].append(
+                {"turn": judgement["turn"], "score": judgement.get("score"), "words": words(judgement)}
+            )
+    return models
+
+
+def words(judgement: dict[str, Any]) -> str:
+    """What the judge said: of a pair, in both orders."""
+    if "judgment" in judgement:
+        return str(judgement["judgment"])
+    return f"{judgement['g1_judgment']}\n\n[in the other order]\n\n{judgement['g2_judgment']}"
 
 
 def main() -> None:
@@ -333,47 +405,45 @@ def main() -> None:
     keys = ("base", *(cell.key for cell in cells))
     remove_other_cells(FOLDERS, set(keys))
     judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
-    base = judged["base"]
-    prepared = read_json(PREPARE_METRICS)
-    table = pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells]).join(differences_to_base(judged))
-    score_title = score_name(params.judge)
-    base_row = {
-        "cell": "base",
-        **score_columns(base),
-        "accuracy": 0.5,
-        "margin": 0.0,
-        "chosen_shift": 0.0,
-        "rejected_shift": 0.0,
-    }
+    base, prepared, judge = judged["base"], read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
+    answers = {key: read_jsonl(ANSWERS / f"{key}.jsonl") for key in keys}
+    judgements = {key: read_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys}
+    tuned = [cell.key for cell in cells]
+    to_recipe = differences(judged, tuned, params.recipe.key).drop(columns=["standard_error", "wins", "ties", "losses"])
+    table = (
+        pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells])
+        .join(differences(judged, tuned, "base"), on="cell")
+        .join(to_recipe.add_prefix("recipe_"), on="cell")
+    )
+    at_equal = at_equal_length(judged, answers, tuned)
+    table["equal_length"], table["equal_length_low"], table["equal_length_high"] = (
+        [value and getattr(value, name) for value in at_equal] for name in ("mean", "low", "high")
+    )
     answered = read_json(ANSWER_METRICS / "base.json")
+    base_row = {"cell": "base", **score_columns(base), "accuracy": 0.5}
+    base_row |= dict.fromkeys(("margin", "chosen_shift", "rejected_shift"), 0.0)
     base_row |= {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
-    figures: dict[str, tuple[str, alt.TopLevelMixin]] = {
-        "score": (
-            f"{score_title[0].upper()}{score_title[1:]} against β; bars are 95 % intervals over questions",
-            charts.score_against_beta(table, base["average"], score_title),
-        ),
-        "categories": (
-            "The base and the highest-scoring cell of each loss, by category",
-            charts.scores_by_category(category_scores(table, judged), score_title),
-        ),
-        "accuracy": (
-            "Held-out reward accuracy against β, with 95 % Wilson intervals",
-            charts.accuracy_against_beta(table),
-        ),
-        "margin": ("Held-out margin against β, with 95 % intervals over pairs", charts.margin_against_beta(table)),
-        "curves": ("Training curves", charts.training_curves(curve_table(cells))),
-    }
-    judgements = "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys)
-    with new_folder(REPORTS) as folder:
-        write_report(
-            folder,
-            f"{params.model.name}: {len(cells)} cells",
-            sentences(params, table, judged, prepared, read_json(JUDGE_METRICS)),
-            figures,
-            pd.concat([pd.DataFrame([base_row]), table]),
-        )
+    everything = pd.concat([pd.DataFrame([base_row]), table])
+    figures = make_figures(table, judged, answered["mean_tokens"], curve_table(cells), score_name(params.judge))
+    reading = "The held-out margin and the shifts are in nats against the base; intervals as in the charts."
+    tables = [
+        Table("All cells", reading, everything, COLUMNS),
+        costs(keys, judged),
+        judge_check(judge),
+        left_out(prepared),
+    ]
+    questions = [
+        {"number": question["question_id"], "category": question["category"], "turns": question["turns"]}
+        for question in read_jsonl(QUESTIONS / "question.jsonl")
+        if question["question_id"] in {answer["question_id"] for answer in answers["base"]}
+    ]
+    title = f"{params.model.name}: {len(cells)} cells"
+    write_report(title, sentences(params, table, judged, prepared, judge), figures, tables)
+    write_answers(title, answer_pages(keys, answers, judgements), questions)
+    write_text(REPORTS / "cells.csv", everything.to_csv(index=False))
     # One file for all models, where FastChat's show_result looks for it.
-    write_text(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", judgements)
+    combined = [judgement for key in keys for judgement in judgements[key]]
+    write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
     write_json(SUMMARY, summarise(table, params.recipe, base))
 
 
