@@ -153,7 +153,7 @@ def test_the_forest_plot_shows_every_difference_and_fills_the_significant(grid: 
     drawn = re.findall(r'aria-label="[^"]*" role="\S+" aria-roledescription="point"[^>]*>', svg)
     filled = [re.search(r'fill-opacity="(\d)"', mark)[1] for mark in drawn]  # type: ignore[index]
     assert filled == ["1" if p <= 0.05 else "0" for p in cells["p_holm"]]
-    assert len(marks(svg, "rule mark")) == len(cells)
+    assert len(marks(svg, "rule mark")) == len(cells) + 1
     assert svg.count('stroke-dasharray="5,3"') == 1  # no difference
 
 

@@ -42,6 +42,7 @@ def _faded(field: str, opacity: float, pick: alt.Parameter | None = None) -> alt
 
 
 def _legend() -> alt.Parameter:
+    """To be added to the first layer that has the colour: Vega-Lite makes the legend of that layer the one to click."""
     return alt.selection_point(fields=["loss"], bind="legend", name="pick")
 
 
@@ -73,11 +74,11 @@ def _against_beta(
     pick = _legend()
     span = {"y": alt.Y(f"{low}:Q", title=title), "y2": f"{high}:Q"}
     layers = [
-        chart.mark_rule().encode(x=x, **span, color=loss["color"], opacity=_faded("loss", 0.7, pick)),
+        chart.mark_rule().encode(x=x, **span, color=loss["color"], opacity=_faded("loss", 0.7, pick)).add_params(pick),
         chart.mark_line().encode(x=x, y=y, color=loss["color"], opacity=_faded("loss", 0.6, pick)),
-        chart.mark_point(filled=True, size=60)
-        .encode(x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss)
-        .add_params(pick),
+        chart.mark_point(filled=True, size=60).encode(
+            x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
+        ),
         chart.mark_rule(strokeDash=[5, 3], color="#666666").encode(y="mean(base):Q"),
     ]
     header = alt.Header(labelExpr="datum.value == 'epoch' ? 'one epoch' : datum.value + ' steps'")
@@ -119,7 +120,7 @@ def differences(cells: pd.DataFrame, title: str) -> alt.LayerChart:
     scale = alt.Scale(domain=losses, range=COLOURS[: len(losses)])
     colour = alt.Color("loss:N", scale=scale, title="loss")
     pick = _legend()
-    fill = alt.FillOpacity("verdict:N", scale=alt.Scale(domain=names, range=[0, 1]), title=None)
+    fill = alt.FillOpacity("verdict:O", sort=names, scale=alt.Scale(domain=names, range=[0, 1]), legend=None)
     tooltip = [
         "cell:N",
         *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("difference", "difference_low", "difference_high")),
@@ -128,25 +129,27 @@ def differences(cells: pd.DataFrame, title: str) -> alt.LayerChart:
     chart = alt.Chart(data)
     return (
         alt.layer(
-            chart.mark_rule(strokeDash=[5, 3], color="#666666").encode(x=alt.datum(0)),
-            chart.mark_rule().encode(
+            chart.mark_rule()
+            .encode(
                 y=y,
                 x=alt.X("difference_low:Q", title=title),
                 x2="difference_high:Q",
                 color=colour,
                 opacity=_faded("loss", 0.7, pick),
-            ),
-            chart.mark_point(size=70)
-            .encode(
+            )
+            .add_params(pick),
+            chart.mark_point(size=70, filled=True).encode(
                 y=y,
                 x=alt.X("difference:Q", title=title),
-                stroke=alt.Stroke("loss:N", scale=scale, legend=None),
-                fill=alt.Fill("loss:N", scale=scale, legend=None),
+                color=colour,
+                stroke=alt.Stroke("loss:N", scale=scale, title="loss"),
                 fillOpacity=fill,
                 tooltip=tooltip,
                 opacity=_faded("loss", 1, pick),
-            )
-            .add_params(pick),
+            ),
+            alt.Chart(pd.DataFrame([{"none": 0}]))
+            .mark_rule(strokeDash=[5, 3], color="#666666")
+            .encode(x=alt.X("none:Q", title=title)),
         )
         .properties(width=420, height=alt.Step(22))
         .add_params(SHOWN)
@@ -166,10 +169,12 @@ def _score_beside(
     tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (value, "score"))]
     chart = alt.Chart(cells)
     layers = [
-        chart.mark_rule().encode(x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=loss["color"], opacity=faint),
-        chart.mark_point(filled=True, size=70)
-        .encode(x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss)
+        chart.mark_rule()
+        .encode(x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=loss["color"], opacity=faint)
         .add_params(pick),
+        chart.mark_point(filled=True, size=70).encode(
+            x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
+        ),
         alt.Chart(pd.DataFrame([{value: base[0], "score": base[1], "cell": "base"}]))
         .mark_point(size=90, shape="diamond", color="#666666", strokeWidth=2)
         .encode(x=x, y=y, tooltip=tooltip),

@@ -6,16 +6,14 @@ It reads the cells that the grid names and no others, and removes the metrics of
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
-from io import StringIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
 from prefscan import charts
 from prefscan.errors import run_stage
-from prefscan.files import read_json, read_jsonl, read_text, write_json, write_jsonl, write_text
+from prefscan.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.pages import Figure, Table, write_answers, write_report
 from prefscan.params import Cell, load
 from prefscan.paths import (
@@ -35,8 +33,20 @@ from prefscan.paths import (
     TRAIN_COST,
     TRAIN_METRICS,
 )
-from prefscan.sentences import question_scores, score_name, sentences
-from prefscan.stats import LengthControlledDifference, holm, length_controlled_difference, paired_difference
+from prefscan.sentences import score_name, sentences
+from prefscan.tables import (
+    COLUMNS,
+    base_row,
+    category_differences,
+    category_scores,
+    costs,
+    curve_table,
+    highest_scoring,
+    judge_check,
+    left_out,
+    score_columns,
+    table_of_cells,
+)
 
 FOLDERS = (
     TRAIN_METRICS,
@@ -59,91 +69,6 @@ def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
                 path.unlink()
 
 
-def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
-    key = cell.key
-    train, merge = read_json(TRAIN_METRICS / f"{key}.json"), read_json(MERGE_METRICS / f"{key}.json")
-    answer = read_json(ANSWER_METRICS / f"{key}.json")
-    held = train["heldout"]
-    return {
-        "cell": key,
-        "loss": cell.loss,
-        "beta": cell.beta,
-        "steps": str(cell.steps),
-        **score_columns(mtbench),
-        **{name: held[name] for name in ("accuracy", "accuracy_low", "accuracy_high")},
-        **{name: held[name] for name in ("margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")},
-        "margin_kept": merge["margin_kept"],
-        "weights_changed": merge["weights_changed"],
-        "share_cut": answer["share_cut"],
-        "mean_tokens": answer["mean_tokens"],
-        "repetition": answer["repetition"],
-        **{f"divergence{end}": answer["divergence"][f"per_reply{end}"] for end in ("", "_low", "_high")},
-    }
-
-
-def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
-    return {
-        "score": mtbench["average"],
-        "score_low": mtbench["average_low"],
-        "score_high": mtbench["average_high"],
-        "first_turn": mtbench["first_turn"],
-        "second_turn": mtbench["second_turn"],
-    }
-
-
-DIFFERENCE = [
-    *("difference", "difference_low", "difference_high", "standard_error"),
-    *("wins", "ties", "losses", "p_holm"),
-]
-
-
-def differences(judged: dict[str, Any], keys: list[str], other: str) -> pd.DataFrame:
-    """Each cell minus another model, paired by question, with Holm's correction over the cells; a row a cell, in order.
-
-    `judged` has the content of metrics/mtbench for each model. The other model has no difference from itself.
-    """
-    theirs = question_scores(judged[other])
-    compared = [key for key in keys if key != other]
-    if not compared:
-        return pd.DataFrame(index=keys, columns=DIFFERENCE, dtype=float)
-    found = [paired_difference(question_scores(judged[key]), theirs) for key in compared]
-    rows = [
-        {
-            "difference": difference.mean,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
-            "standard_error": difference.standard_error,
-            "wins": difference.wins,
-            "ties": difference.ties,
-            "losses": difference.losses,
-            "p_holm": p_holm,
-        }
-        for difference, p_holm in zip(found, holm([difference.p_value for difference in found]), strict=True)
-    ]
-    return pd.DataFrame(rows, pd.Index(compared), DIFFERENCE).reindex(keys)
-
-
-def lengths(answers: list[Any]) -> dict[int, float]:
-    """The mean tokens of both replies, by question."""
-    return {answer["question_id"]: fmean(answer["choices"][0]["tokens"]) for answer in answers}
-
-
-def at_equal_length(
-    judged: dict[str, Any], answers: dict[str, list[Any]], keys: list[str]
-) -> list[LengthControlledDifference | None]:
-    """Each cell minus the base at equal length of the replies; None where every reply differs by the same length."""
-    base = judged["base"]["questions"]
-    found: list[LengthControlledDifference | None] = []
-    for key in keys:
-        theirs, ours = lengths(answers["base"]), lengths(answers[key])
-        scores = [judged[key]["questions"][number] - base[number] for number in base]
-        apart = [ours[int(number)] - theirs[int(number)] for number in base]
-        same = min(apart) == max(apart) != 0
-        found.append(None if same else length_controlled_difference(scores, apart))
-    return found
-
-
 SUMMARY_COLUMNS = (
     "score",
     "score_low",
@@ -156,12 +81,6 @@ SUMMARY_COLUMNS = (
     "margin_high",
     "margin_kept",
 )
-
-
-def highest_scoring(cells: pd.DataFrame) -> dict[str, str]:
-    """The key of each loss's cell with the highest score, the first of equals."""
-    ordered = cells.sort_values("score", ascending=False, kind="stable").drop_duplicates("loss")
-    return dict(zip(ordered["loss"], ordered["cell"], strict=True))
 
 
 def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[str, Any]:
@@ -178,134 +97,6 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
         | {"accuracy": 0.5, "margin": 0.0},
         "highest": {loss: entry(key) for loss, key in highest_scoring(cells).items()},
     }
-
-
-def category_scores(cells: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
-    """The base's and each loss's highest-scoring cell's score in every category, the losses in the grid's order."""
-    highest = highest_scoring(cells)
-    keys = [highest[loss] for loss in dict.fromkeys(cells["loss"])]
-    sources = {key: judged[key] for key in ("base", *keys)}
-    return pd.DataFrame(
-        [
-            {"model": name, "category": category, "score": score}
-            for name, metrics in sources.items()
-            for category, score in metrics["categories"].items()
-        ]
-    )
-
-
-def curve_table(cells: list[Cell]) -> pd.DataFrame:
-    return pd.concat(
-        pd.read_csv(StringIO(read_text(CURVES / f"{cell.key}.csv"))).assign(
-            cell=cell.key, loss_name=cell.loss, beta=cell.beta, steps=str(cell.steps)
-        )
-        for cell in cells
-    )
-
-
-# Column of the table of cells → heading and how a value is printed.
-COLUMNS = {
-    "cell": ("cell", "{}"),
-    "score": ("score", "{:.2f}"),
-    "score_low": ("95 % low", "{:.2f}"),
-    "score_high": ("95 % high", "{:.2f}"),
-    "difference": ("minus base", "{:+.2f}"),
-    "difference_low": ("95 % low", "{:+.2f}"),
-    "difference_high": ("95 % high", "{:+.2f}"),
-    "p_holm": ("p, Holm", "{:.2f}"),
-    "equal_length": ("at equal length", "{:+.2f}"),
-    "equal_length_low": ("95 % low", "{:+.2f}"),
-    "equal_length_high": ("95 % high", "{:+.2f}"),
-    "recipe_difference": ("minus recipe", "{:+.2f}"),
-    "recipe_difference_low": ("95 % low", "{:+.2f}"),
-    "recipe_difference_high": ("95 % high", "{:+.2f}"),
-    "recipe_p_holm": ("p, Holm", "{:.2f}"),
-    "wins": ("won", "{:.0f}"),
-    "ties": ("tied", "{:.0f}"),
-    "losses": ("lost", "{:.0f}"),
-    "first_turn": ("first turn", "{:.2f}"),
-    "second_turn": ("second turn", "{:.2f}"),
-    "accuracy": ("held-out accuracy", "{:.2f}"),
-    "margin": ("held-out margin, nats", "{:.2f}"),
-    "margin_low": ("95 % low", "{:.2f}"),
-    "margin_high": ("95 % high", "{:.2f}"),
-    "chosen_shift": ("chosen shift, nats", "{:.2f}"),
-    "rejected_shift": ("rejected shift, nats", "{:.2f}"),
-    "margin_kept": ("margin kept by merge", "{:.1%}"),
-    "share_cut": ("answers cut", "{:.0%}"),
-    "mean_tokens": ("tokens a reply", "{:.0f}"),
-    "repetition": ("repeated 4-grams", "{:.0%}"),
-    "divergence": ("log-ratio to the base, nats a reply", "{:.2f}"),
-    "divergence_low": ("95 % low", "{:.2f}"),
-    "divergence_high": ("95 % high", "{:.2f}"),
-}
-COST_COLUMNS = {
-    "cell": ("cell", "{}"),
-    "train_seconds": ("training, s", "{:.0f}"),
-    "train_speed": ("training, tokens/s", "{:.0f}"),
-    "peak_memory_gib": ("training, peak GiB", "{:.2f}"),
-    "answer_seconds": ("answers, s", "{:.0f}"),
-    "answer_speed": ("answers, tokens/s", "{:.0f}"),
-    "usd": ("judging, USD", "{:.2f}"),
-}
-
-
-def costs(keys: tuple[str, ...], judged: dict[str, Any]) -> Table:
-    rows = []
-    for key in keys:
-        answer = read_json(ANSWER_COST / f"{key}.json")
-        train = read_json(TRAIN_COST / f"{key}.json") if key != "base" else {}
-        rows.append(
-            {
-                "cell": key,
-                "train_seconds": train.get("seconds"),
-                "train_speed": train.get("tokens_per_second"),
-                "peak_memory_gib": train.get("peak_memory_gib"),
-                "answer_seconds": answer["seconds"],
-                "answer_speed": answer["tokens_per_second"],
-                "usd": judged[key]["usd"],
-            }
-        )
-    reading = "Of the run that made each file; a cell from DVC's cache has the cost of the machine that computed it."
-    return Table("Cost", reading, pd.DataFrame(rows), COST_COLUMNS)
-
-
-def left_out(prepared: dict[str, Any]) -> Table:
-    rows = [{"reason": reason.replace("_", " "), "pairs": pairs} for reason, pairs in prepared["dropped"].items()]
-    reading = f"Of {prepared['rows']} pairs, {prepared['train']} are trained on and {prepared['heldout']} held out."
-    return Table(
-        "Pairs left out", reading, pd.DataFrame(rows), {"reason": ("reason", "{}"), "pairs": ("pairs", "{:.0f}")}
-    )
-
-
-def judge_check(judge: dict[str, Any]) -> Table:
-    columns = {"prompt": ("prompt", "{}"), "bad": ("bad answer", "{}")}
-    for value, heading in (("auc", "ranked below the good one"), ("margin", "margin, points")):
-        columns |= {value: (heading, "{:.2f}"), f"{value}_low": ("95 % low", "{:.2f}")}
-        columns |= {f"{value}_high": ("95 % high", "{:.2f}")}
-    kinds = {"without_reference": "without reference", "with_reference": "with reference"}
-    rows = [
-        {"prompt": prompt, "bad": bad} | judge[kind][bad]
-        for kind, prompt in kinds.items()
-        if kind in judge
-        for bad in ("swapped", "truncated")
-    ]
-    reading = (
-        "Good answers are the references; the bad ones are another question's reference (swapped) and a reference's "
-        "first quarter (truncated). 0.5 is chance."
-    )
-    return Table("Judge check", reading, pd.DataFrame(rows), columns)
-
-
-def category_differences(table: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
-    """Each cell's score in each category minus the base's; a row a cell and category."""
-    base = judged["base"]["categories"]
-    return pd.DataFrame(
-        {"loss": row["loss"], "beta": row["beta"], "steps": row["steps"], "category": category}
-        | {"difference": score - base[category]}
-        for row in table.to_dict("records")
-        for category, score in judged[row["cell"]]["categories"].items()
-    )
 
 
 def make_figures(
@@ -329,7 +120,7 @@ def make_figures(
         ),
         "differences": Figure(
             "Each cell minus the base, paired by question",
-            "Bars are 95 % intervals; one that crosses the dashed line is no evidence of a difference.",
+            "Bars are 95 % intervals, before the correction; a filled point is significant with Holm's correction.",
             charts.differences(table, "score minus the base's"),
             table[[*cell, *spans("difference"), "p_holm", "wins", "ties", "losses"]],
         ),
@@ -405,26 +196,13 @@ def main() -> None:
     keys = ("base", *(cell.key for cell in cells))
     remove_other_cells(FOLDERS, set(keys))
     judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
-    base, prepared, judge = judged["base"], read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
+    prepared, judge = read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
     answers = {key: read_jsonl(ANSWERS / f"{key}.jsonl") for key in keys}
     judgements = {key: read_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys}
-    tuned = [cell.key for cell in cells]
-    to_recipe = differences(judged, tuned, params.recipe.key).drop(columns=["standard_error", "wins", "ties", "losses"])
-    table = (
-        pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells])
-        .join(differences(judged, tuned, "base"), on="cell")
-        .join(to_recipe.add_prefix("recipe_"), on="cell")
-    )
-    at_equal = at_equal_length(judged, answers, tuned)
-    table["equal_length"], table["equal_length_low"], table["equal_length_high"] = (
-        [value and getattr(value, name) for value in at_equal] for name in ("mean", "low", "high")
-    )
-    answered = read_json(ANSWER_METRICS / "base.json")
-    base_row = {"cell": "base", **score_columns(base), "accuracy": 0.5}
-    base_row |= dict.fromkeys(("margin", "chosen_shift", "rejected_shift"), 0.0)
-    base_row |= {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
-    everything = pd.concat([pd.DataFrame([base_row]), table])
-    figures = make_figures(table, judged, answered["mean_tokens"], curve_table(cells), score_name(params.judge))
+    table = table_of_cells(cells, params.recipe, judged, answers)
+    everything = pd.concat([pd.DataFrame([base_row(judged)]), table])
+    base_tokens = everything["mean_tokens"].iloc[0]
+    figures = make_figures(table, judged, base_tokens, curve_table(cells), score_name(params.judge))
     reading = "The held-out margin and the shifts are in nats against the base; intervals as in the charts."
     tables = [
         Table("All cells", reading, everything, COLUMNS),
@@ -444,7 +222,7 @@ def main() -> None:
     # One file for all models, where FastChat's show_result looks for it.
     combined = [judgement for key in keys for judgement in judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
-    write_json(SUMMARY, summarise(table, params.recipe, base))
+    write_json(SUMMARY, summarise(table, params.recipe, judged["base"]))
 
 
 if __name__ == "__main__":
