@@ -157,6 +157,22 @@ def test_the_forest_plot_shows_every_difference_and_fills_the_significant(grid: 
     assert svg.count('stroke-dasharray="5,3"') == 1  # no difference
 
 
+def test_revisions_of_a_cell_stand_side_by_side() -> None:
+    cells = table(["sigmoid", "ipo"], [0.1], ["8"])
+    both = pd.concat([cells.assign(revision="main"), (cells.assign(revision="tuned", score=cells["score"] + 0.5))])
+    for svg in (
+        render(charts.scores_by_revision(both, "score")),
+        render(charts.differences(both, "score minus that in main", "revision")),
+    ):
+        drawn = re.findall(
+            r'aria-label="([^"]*)" role="\S+" aria-roledescription="point"[^>]* transform="([^"]*)"', svg
+        )
+        assert len(drawn) == 4
+        assert len({re.findall(r"[\d.]+", place)[1] for _, place in drawn}) == 4  # no two at one height
+        assert {re.search(r"revision: (\w+)", label)[1] for label, _ in drawn} == {"main", "tuned"}  # type: ignore[index]
+        assert [text for text in texts(svg) if text in ("main", "tuned")] == ["main", "tuned"]
+
+
 @pytest.mark.parametrize("value", ["divergence", "mean_tokens"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_scores_beside_another_value_show_every_cell_and_the_base(value: str, grid: tuple[Any, Any, Any]) -> None:

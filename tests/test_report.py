@@ -17,7 +17,7 @@ from mtbench_data import ROOT, shown_by_fastchat
 from prefscan import report
 from prefscan.errors import UserError
 from prefscan.stats import LengthControlledDifference, length_controlled_difference
-from sweep_data import CELLS, Page, expected_differences, leads, metrics, write_sweep
+from sweep_data import CATEGORY_OF, CELLS, Page, expected_differences, leads, metrics, write_sweep
 
 CHARTS = (
     *("score", "differences", "divergence", "categories", "heat", "length"),
@@ -38,7 +38,7 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     pictures = {f"{chart}.{form}" for chart in CHARTS for form in ("svg", "png")}
     pages = {"report.html", "answers.html", "report.md"}
-    assert {path.name for path in Path("reports").iterdir()} == pages | {"cells.csv", "charts"}
+    assert {path.name for path in Path("reports").iterdir()} == pages | {"cells.csv", "charts", "questions.csv"}
     assert {path.name for path in Path("reports/charts").iterdir()} == pictures
     assert Path("metrics/summary.json").exists()
     assert Path("data/mt_bench/model_judgment/tiny_single.jsonl").exists()
@@ -267,6 +267,17 @@ def test_show_result_reads_the_combined_judgements() -> None:
             digits = len(section[key].split(".")[1])
             assert f"{metrics('mtbench', key)[name]:.{digits}f}" == section[key]
     assert [set(section) for section in shown] == [{"base", *CELLS}] * 3
+
+
+@pytest.mark.usefixtures("sweep")
+def test_the_scores_of_each_question_are_kept_for_pairing() -> None:
+    with Path("reports/questions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["question"]) for row in rows] == list(CATEGORY_OF)
+    for row in rows:
+        assert row["category"] == CATEGORY_OF[int(row["question"])]
+        for key in ("base", *CELLS):
+            assert float(row[key]) == pytest.approx(metrics("mtbench", key)["questions"][row["question"]], abs=1e-6)
 
 
 @pytest.mark.usefixtures("quick")

@@ -41,9 +41,9 @@ def _faded(field: str, opacity: float, pick: alt.Parameter | None = None) -> alt
     return alt.OpacityValue(0.06, condition=[{"test": test, "value": opacity}])
 
 
-def _legend() -> alt.Parameter:
+def _legend(field: str = "loss") -> alt.Parameter:
     """To be added to the first layer that has the colour: Vega-Lite makes the legend of that layer the one to click."""
-    return alt.selection_point(fields=["loss"], bind="legend", name="pick")
+    return alt.selection_point(fields=[field], bind="legend", name="pick")
 
 
 def _note(text: str) -> alt.TitleParams:
@@ -108,52 +108,58 @@ def margin_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
     return _against_beta(cells, "margin", "margin_low", "margin_high", "held-out margin (nats)", 0.0, "base model (0)")
 
 
-def differences(cells: pd.DataFrame, title: str) -> alt.LayerChart:
-    """A forest plot: each cell minus the base, paired by question; filled where significant after Holm's correction.
-
-    `cells` has `cell`, `loss`, `difference`, `difference_low`, `difference_high` and `p_holm`.
-    """
-    names = ["not significant", "significant (Holm)"]
-    data = cells.assign(verdict=[names[bool(p <= 0.05)] for p in cells["p_holm"]])
-    y = alt.Y("cell:N", title=None, sort=_in_order(cells["cell"]), axis=alt.Axis(labelLimit=220))
-    losses = _in_order(cells["loss"])
-    scale = alt.Scale(domain=losses, range=COLOURS[: len(losses)])
-    colour = alt.Color("loss:N", scale=scale, title="loss")
-    pick = _legend()
-    fill = alt.FillOpacity("verdict:O", sort=names, scale=alt.Scale(domain=names, range=[0, 1]), legend=None)
-    tooltip = [
-        "cell:N",
-        *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("difference", "difference_low", "difference_high")),
-        alt.Tooltip("p_holm:Q", format=".3f"),
-    ]
+def _intervals(
+    data: pd.DataFrame, value: str, title: str, colour: str, fill: alt.FillOpacity | None = None
+) -> list[alt.Chart]:
+    """Layers of a plot with a line a cell, a value with its interval, coloured by the column `colour`."""
+    names = _in_order(data[colour])
+    colours = alt.Scale(domain=names, range=COLOURS[: len(names)])
+    by = alt.Color(f"{colour}:N", scale=colours, title=colour)
+    pick = _legend(colour)
+    place: dict[str, Any] = {
+        "y": alt.Y("cell:N", title=None, sort=_in_order(data["cell"]), axis=alt.Axis(labelLimit=220))
+    }
+    if data.duplicated("cell").any():
+        place["yOffset"] = alt.YOffset(f"{colour}:N", sort=names)
+    spans = [value, f"{value}_low", f"{value}_high", *(["p_holm"] if "p_holm" in data else [])]
+    tooltip = ["cell:N", f"{colour}:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in spans)]
+    point: dict[str, Any] = {"color": by, "tooltip": tooltip, "opacity": _faded(colour, 1, pick)}
+    if fill is not None:
+        point |= {"fillOpacity": fill, "stroke": alt.Stroke(f"{colour}:N", scale=colours, title=colour)}
+    scale = alt.Scale(zero=False)
     chart = alt.Chart(data)
-    return (
-        alt.layer(
-            chart.mark_rule()
-            .encode(
-                y=y,
-                x=alt.X("difference_low:Q", title=title),
-                x2="difference_high:Q",
-                color=colour,
-                opacity=_faded("loss", 0.7, pick),
-            )
-            .add_params(pick),
-            chart.mark_point(size=70, filled=True).encode(
-                y=y,
-                x=alt.X("difference:Q", title=title),
-                color=colour,
-                stroke=alt.Stroke("loss:N", scale=scale, title="loss"),
-                fillOpacity=fill,
-                tooltip=tooltip,
-                opacity=_faded("loss", 1, pick),
-            ),
-            alt.Chart(pd.DataFrame([{"none": 0}]))
-            .mark_rule(strokeDash=[5, 3], color="#666666")
-            .encode(x=alt.X("none:Q", title=title)),
+    return [
+        chart.mark_rule()
+        .encode(
+            **place,
+            x=alt.X(f"{value}_low:Q", title=title, scale=scale),
+            x2=f"{value}_high:Q",
+            color=by,
+            opacity=_faded(colour, 0.7, pick),
         )
-        .properties(width=420, height=alt.Step(22))
-        .add_params(SHOWN)
-    )
+        .add_params(pick),
+        chart.mark_point(size=70, filled=True).encode(**place, x=alt.X(f"{value}:Q", title=title), **point),
+    ]
+
+
+def differences(cells: pd.DataFrame, title: str, colour: str = "loss") -> alt.LayerChart:
+    """A forest plot of paired differences: filled where significant after Holm's correction.
+
+    `cells` has `cell`, `difference`, `difference_low`, `difference_high`, `p_holm` and the column named by `colour`.
+    """
+    names = ["not significant", "significant"]
+    data = cells.assign(verdict=[names[bool(p <= 0.05)] for p in cells["p_holm"]])
+    fill = alt.FillOpacity("verdict:O", sort=names, scale=alt.Scale(domain=names, range=[0, 1]), legend=None)
+    none = alt.Chart(pd.DataFrame([{"none": 0}])).mark_rule(strokeDash=[5, 3], color="#666666")
+    layers = [*_intervals(data, "difference", title, colour, fill), none.encode(x=alt.X("none:Q", title=title))]
+    return alt.layer(*layers).properties(width=420, height=alt.Step(22)).add_params(SHOWN)
+
+
+def scores_by_revision(scores: pd.DataFrame, title: str) -> alt.LayerChart:
+    """Each cell's score in each revision; `scores` has `cell`, `revision`, `score`, `score_low` and `score_high`."""
+    data = scores[["cell", "revision", "score", "score_low", "score_high"]]
+    layers = _intervals(data, "score", title, "revision")
+    return alt.layer(*layers).properties(width=420, height=alt.Step(22)).add_params(SHOWN)
 
 
 def _score_beside(

@@ -1,4 +1,4 @@
-"""What people read: reports/report.html, reports/answers.html and reports/report.md.
+"""What people read: report.html and report.md of a sweep or a comparison, and answers.html.
 
 The two pages open from disk without a network: libraries, data and styles are within them. All text from models, data
 and judges is text to the browser: the templates escape it, the scripts set it as textContent, and a page's policy lets
@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -84,12 +85,21 @@ def write_answers(title: str, models: dict[str, Any], questions: list[Any]) -> N
     write_text(REPORTS / "answers.html", page)
 
 
-def write_report(title: str, lines: list[str], figures: dict[str, Figure], tables: list[Table]) -> None:
-    """The charts as SVG and PNG into reports/charts, the page and the Markdown beside them.
+def write_report(
+    root: Path,
+    title: str,
+    lines: list[str],
+    figures: dict[str, Figure],
+    tables: list[Table],
+    shown: list[str],
+    answers: bool = False,
+) -> None:
+    """report.html and report.md in the folder `root`, and the charts as SVG and PNG in its folder charts.
 
-    `figures` maps a file name to its figure; `tables` begin with that of the cells.
+    `figures` maps a file name to its figure; `shown` are the names that the page can show alone in all charts; with
+    `answers`, it links to answers.html beside it.
     """
-    with new_folder(REPORTS / "charts") as folder:
+    with new_folder(root / "charts") as folder:
         for name, figure in figures.items():
             figure.chart.save(folder / f"{name}.svg")
             figure.chart.save(folder / f"{name}.png", scale_factor=2)
@@ -99,14 +109,15 @@ def write_report(title: str, lines: list[str], figures: dict[str, Figure], table
         title=title,
         lines=lines,
         figures=figures,
-        svgs={name: read_text(REPORTS / f"charts/{name}.svg") for name in figures},
+        svgs={name: read_text(root / f"charts/{name}.svg") for name in figures},
         specs={name: figure.chart.to_dict() for name, figure in figures.items()},
-        losses=list(dict.fromkeys(tables[0].data["loss"].dropna())),
+        shown=shown,
+        answers=answers,
         tables=tables,
         library=library,
         script=script,
         hashes=f"{policy_hash(library)} {policy_hash(script)}",
     )
-    write_text(REPORTS / "report.html", page)
+    write_text(root / "report.html", page)
     markdown = environment(autoescape=False).get_template("report.md")
-    write_text(REPORTS / "report.md", markdown.render(title=title, lines=lines, figures=figures, tables=tables))
+    write_text(root / "report.md", markdown.render(title=title, lines=lines, figures=figures, tables=tables))

@@ -36,6 +36,7 @@ from prefscan.paths import (
 from prefscan.sentences import score_name, sentences
 from prefscan.tables import (
     COLUMNS,
+    QUESTION_SCORES,
     base_row,
     category_differences,
     category_scores,
@@ -44,6 +45,7 @@ from prefscan.tables import (
     highest_scoring,
     judge_check,
     left_out,
+    question_table,
     score_columns,
     table_of_cells,
 )
@@ -216,9 +218,12 @@ def main() -> None:
         if question["question_id"] in {answer["question_id"] for answer in answers["base"]}
     ]
     title = f"{params.model.name}: {len(cells)} cells"
-    write_report(title, sentences(params, table, judged, prepared, judge), figures, tables)
+    lines = sentences(params, table, judged, prepared, judge)
+    write_report(REPORTS, title, lines, figures, tables, list(dict.fromkeys(table["loss"])), answers=True)
     write_answers(title, answer_pages(keys, answers, judgements), questions)
     write_text(REPORTS / "cells.csv", everything.to_csv(index=False))
+    # In git, unlike metrics/mtbench: reviews and comparisons pair by question without DVC's cache.
+    write_text(QUESTION_SCORES, question_table(questions, judged).to_csv(index=False))
     # One file for all models, where FastChat's show_result looks for it.
     combined = [judgement for key in keys for judgement in judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)

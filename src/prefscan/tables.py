@@ -14,6 +14,7 @@ from prefscan.paths import (
     ANSWER_METRICS,
     CURVES,
     MERGE_METRICS,
+    REPORTS,
     TRAIN_COST,
     TRAIN_METRICS,
 )
@@ -131,6 +132,19 @@ def base_row(judged: dict[str, Any]) -> dict[str, Any]:
         {"cell": "base", **score_columns(judged["base"]), "accuracy": 0.5}
         | dict.fromkeys(("margin", "chosen_shift", "rejected_shift"), 0.0)
         | {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
+    )
+
+
+QUESTION_SCORES = REPORTS / "questions.csv"
+
+
+def question_table(questions: list[Any], judged: dict[str, Any]) -> pd.DataFrame:
+    """Every model's mean score of each question: a row a question, a column a model; all that a paired test needs."""
+    scores = {key: {int(number): score for number, score in judged[key]["questions"].items()} for key in judged}
+    return pd.DataFrame(
+        {"question": question["number"], "category": question["category"]}
+        | {key: round(scores[key][question["number"]], 6) for key in judged}
+        for question in questions
     )
 
 
