@@ -9,8 +9,9 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-# Okabe and Ito's colours, told apart under every common colour blindness; the shape says the same as the colour.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Okabe and Ito's colours, told apart under every common colour blindness; grey for their black, which a dark page
+# would hide. The shape says the same as the colour.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442"]
 # Both repeat when they run out; 7 shapes beside 8 or 9 colours make 56 or 63 different marks.
 SHAPES = ["circle", "square", "cross", "diamond", "triangle-up", "triangle-down", "triangle-right"]
 PANEL = {"width": 300, "height": 240}

@@ -6,7 +6,7 @@ const shown = document.getElementById("shown");
 let views = [];
 
 function colours() {
-  const ink = dark.matches ? "#e6e6e6" : "#222222", line = dark.matches ? "#555555" : "#dddddd";
+  const ink = dark.matches ? "#e6e6e6" : "#222222", line = dark.matches ? "#3a3a3a" : "#dddddd";
   const text = { labelColor: ink, titleColor: ink };
   return {
     background: "transparent",
@@ -14,7 +14,7 @@ function colours() {
     style: { "guide-label": { fill: ink }, "guide-title": { fill: ink } },
     axis: { ...text, gridColor: line, domainColor: line, tickColor: line },
     header: text,
-    legend: text,
+    legend: { ...text, symbolOpacity: 1 },
     view: { stroke: line },
   };
 }
