@@ -7,6 +7,7 @@ Exit status 3 if dvc.lock is stale: its numbers are then not those of its parame
 """
 
 import argparse
+import re
 import subprocess
 import sys
 
@@ -20,18 +21,35 @@ CHARTS = ("score", "differences", "divergence", "margin")
 RECIPE = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
 
 
+def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> UserError:
+    return UserError(f"{' '.join(done.args[2:])}: {' '.join(done.stderr.split()[-60:])}")
+
+
 def dvc(*arguments: str) -> str:
     """Standard output of a DVC command; raises UserError with its last words."""
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+    done = run_dvc(*arguments)
     if done.returncode:
-        raise UserError(f"dvc {' '.join(arguments)}: {' '.join(done.stderr.split()[-60:])}")
+        raise failed(done)
     return done.stdout
 
 
 def stale_stages() -> list[str]:
-    """The stages that `dvc repro` would run, by dvc.lock and the files in the workspace; data may be missing."""
-    lines = dvc("repro", "--dry", "--allow-missing").splitlines()
-    return [line.split("'")[1] for line in lines if line.startswith("Running stage '")]
+    """The stages that `dvc repro` would run, by dvc.lock and the files in the workspace; data may be missing.
+
+    A stale stage whose data are missing fails even in a dry run (DVC 3.67 hashes them for its run-cache), and DVC then
+    names it and the stages after it as not reproduced: they are stale as well.
+    """
+    done = run_dvc("repro", "--dry", "--allow-missing", "--keep-going")
+    marks = ("Running stage ", "WARNING: Stage", "ERROR: failed to reproduce")
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(marks)]
+    stages = {stage for line in lines for stage in re.findall(r"'([^']+)'", line)}
+    if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
+        raise failed(done)
+    return sorted(stages)
 
 
 def lock_section(stale: list[str]) -> str:
@@ -84,13 +102,22 @@ def difference_section(before: Revision, after: Revision) -> str:
     return "\n\n".join(lines)
 
 
+def rows_or(table: str, none: str) -> str:
+    """A Markdown table of DVC's, or `none` where it has headings alone."""
+    return table.strip() if len(table.strip().splitlines()) > 2 else none
+
+
 def review(base: str, charts: str, stale: list[str]) -> str:
-    before, after = read_revision(base), read_revision(None)
+    parameters = dvc("params", "diff", "--md", base)  # the first to say that there is no such base
+    try:
+        recipe = difference_section(read_revision(base), read_revision(None))
+    except UserError as error:
+        recipe = f"No paired difference: {error}."
     sections = {
         "Stages": lock_section(stale),
-        "Parameters": dvc("params", "diff", "--md", base).strip() or "No parameter changed.",
-        "The recipe": difference_section(before, after),
-        "Metrics": dvc("metrics", "diff", "--md", base, "--targets", str(SUMMARY)).strip() or "No metric changed.",
+        "Parameters": rows_or(parameters, "No parameter changed."),
+        "The recipe": recipe,
+        "Metrics": rows_or(dvc("metrics", "diff", "--md", base, "--targets", str(SUMMARY)), "No metric changed."),
         "Charts": "\n\n".join(f"![{name}]({charts}/{name}.png)" for name in CHARTS),
     }
     return f"# This sweep against {base}\n\n" + "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items())

@@ -1,4 +1,4 @@
-"""What git holds of a revision's sweep: parameters, summary, table of cells, every model's score of each question.
+"""What git holds of a revision's sweep: parameters, summary, every model's score of each question.
 
 All of it is small and in git, so that a review or a comparison needs neither DVC's cache nor a remote.
 """
@@ -12,25 +12,24 @@ from typing import Any, NamedTuple
 import dvc.api
 import pandas as pd
 import yaml
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, PathMissingError
 from dvc.scm import SCMError
 
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, read_text
-from prefscan.paths import JUDGE_METRICS, REPORTS, SUMMARY
+from prefscan.paths import JUDGE_METRICS, SUMMARY
 from prefscan.tables import QUESTION_SCORES
 
 PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
 
 
 class Revision(NamedTuple):
-    """`scores` has a row a question (its number the index) and a column a model; `cells` a row a cell and the base."""
+    """`scores` has a row a question, its number the index, and a column a model beside `category`."""
 
     name: str
     params: dict[str, Any]
     summary: dict[str, Any]
     judge: dict[str, Any]
-    cells: pd.DataFrame
     scores: pd.DataFrame
     pins: dict[str, str]
 
@@ -45,10 +44,9 @@ def read_at(path: Path, revision: str | None) -> str:
         return read_text(path)
     try:
         return str(dvc.api.read(str(path), rev=revision, encoding="utf-8"))
-    except FileNotFoundError:
+    except (PathMissingError, FileNotFoundError):
         raise UserError(
-            f"{revision} has no {path}: it was committed before prefscan wrote that file, or without its reports; run "
-            "`dvc repro` there and commit what it says"
+            f"{revision} has no {path} in git; run `dvc repro` there with this version and commit the reports"
         ) from None
     except (DvcException, SCMError) as error:
         raise UserError(f"{revision}: {' '.join(str(error).split())}; name a branch, tag or commit") from None
@@ -56,21 +54,17 @@ def read_at(path: Path, revision: str | None) -> str:
 
 def read_revision(revision: str | None) -> Revision:
     """A revision by what `git rev-parse` or DVC's experiments call it; None is the workspace."""
-
-    def table(path: Path, **options: Any) -> pd.DataFrame:
-        return pd.read_csv(StringIO(read_at(path, revision)), float_precision="round_trip", **options)
-
     try:
+        scores = pd.read_csv(StringIO(read_at(QUESTION_SCORES, revision)), float_precision="round_trip")
         return Revision(
             revision or "workspace",
             yaml.safe_load(read_at(Path("params.yaml"), revision)),
             json.loads(read_at(SUMMARY, revision)),
             json.loads(read_at(JUDGE_METRICS, revision)),
-            table(REPORTS / "cells.csv", dtype={"steps": str}),
-            table(QUESTION_SCORES, index_col="question"),
+            scores.set_index("question"),
             dict(pins(read_at(Path("constraints.txt"), revision))),
         )
-    except (*BAD_JSON, yaml.YAMLError, pd.errors.ParserError) as error:
+    except (*BAD_JSON, yaml.YAMLError, KeyError) as error:
         raise UserError(f"{revision or 'workspace'}: a committed file cannot be read: {error}") from None
 
 
