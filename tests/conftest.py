@@ -1,6 +1,7 @@
 """What tests share as fixtures; tiny.py and sweep_data.py make the things."""
 
 import contextlib
+import io
 import os
 import resource
 import subprocess
@@ -78,7 +79,14 @@ def sweep(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures, for tests that do not look at them."""
-    monkeypatch.setattr(alt.TopLevelMixin, "save", lambda _, path, **__: Path(path).write_text("<svg></svg>"))
+
+    def save(_: alt.TopLevelMixin, file: Path | io.StringIO, **__: object) -> None:
+        if isinstance(file, Path):
+            file.touch()
+        else:
+            file.write("<svg></svg>")
+
+    monkeypatch.setattr(alt.TopLevelMixin, "save", save)
 
 
 @pytest.fixture(params=["full disk", "file size limit"])

@@ -8,7 +8,9 @@ no script run but those whose hashes it names.
 import base64
 import hashlib
 import json
+import re
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +103,10 @@ def write_report(
     """
     with new_folder(root / "charts") as folder:
         for name, figure in figures.items():
-            figure.chart.save(folder / f"{name}.svg")
+            picture = StringIO()
+            figure.chart.save(picture, format="svg")
+            # Vega counts gradients over the life of a process; a file must not depend on what was drawn before.
+            write_text(folder / f"{name}.svg", re.sub(r"gradient_\d+", f"gradient_{name}", picture.getvalue()))
             figure.chart.save(folder / f"{name}.png", scale_factor=2)
     pages = environment(autoescape=True)
     library, script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), own_script("report.js")

@@ -13,7 +13,7 @@ from prefscan.review import STALE
 
 @pytest.fixture(scope="module")
 def author(sweep: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A branch `tuned` off main on which β is 0.7, and the learning rate large enough to change a score; run, committed."""
+    """A branch `tuned` with another β, and a learning rate large enough to change a score; run and committed."""
     work = sweep.copy(tmp_path_factory.mktemp("author") / "work")
     work.git("checkout", "--quiet", "-b", "tuned")
     work.dvc("exp", "run", "-S", "beta=0.7", "-S", "train.learning_rate=0.05")
