@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-all check clean
+.PHONY: help sweep review test test-all check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -12,6 +12,10 @@ help:  ## list the targets
 sweep: $(BIN)/.ready  ## run what is stale of the sweep in params.yaml, and make reports/report.html
 	dvc repro
 	@echo "Report: reports/report.html"
+
+BASE ?= main
+review: $(BIN)/.ready  ## print what a pull request shows its reviewer, against BASE=main
+	@PYTHONPATH=src python -m prefscan.review $(BASE)
 
 test: $(BIN)/.ready  ## run the tests (under 15 minutes on 2 cores)
 	python -m pytest

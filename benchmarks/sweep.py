@@ -83,32 +83,16 @@ def answer_one_at_a_time(model: Any, tokenizer: Any, params: Params, model_id: s
     """Answers in FastChat's format, a question and a turn after the other, and how many tokens were generated."""
     import torch
 
-    from prefscan.answer import GREEDY_BELOW, TEMPERATURES, select_questions
+    from answers import one_at_a_time
+    from prefscan.answer import select_questions
 
     records, generated = [], 0
     torch.manual_seed(params.seed)
     for question in select_questions(read_jsonl(QUESTIONS / "question.jsonl"), params.answer.questions):
-        temperature = TEMPERATURES.get(question["category"], 0.7)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        conversation: list[dict[str, str]] = []
-        for turn in range(2):
-            conversation.append({"role": "user", "content": question["turns"][turn]})
-            inputs = tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            ).to(model.device)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=params.answer.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                **(sampling if temperature >= GREEDY_BELOW else {"do_sample": False}),
-            )
-            tokens = output[0, inputs["input_ids"].shape[1] :]
-            generated += len(tokens)
-            reply = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            conversation.append({"role": "assistant", "content": reply})
-        turns = [message["content"] for message in conversation[1::2]]
+        replies = one_at_a_time(model, tokenizer, question, params.answer.max_new_tokens)
+        generated += sum(len(reply.tokens) for reply in replies)
         record = {"question_id": question["question_id"], "model_id": model_id}
-        records.append(record | {"choices": [{"index": 0, "turns": turns}]})
+        records.append(record | {"choices": [{"index": 0, "turns": [reply.text for reply in replies]}]})
     return records, generated
 
 

@@ -1,5 +1,7 @@
-"""What tests share as fixtures; tiny.py makes the things."""
+"""What tests share as fixtures; tiny.py and sweep_data.py make the things."""
 
+import contextlib
+import io
 import os
 import resource
 import subprocess
@@ -7,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 import torch
 
+from sweep_data import write_sweep
 from tiny import make_tiny_model, sharegpt_rows
 
 # One tiny model a test needs no second thread, and the same thread count everywhere keeps results bit-identical.
@@ -52,6 +56,37 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder as the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small sweep and its report."""
+    from prefscan import report
+
+    root = tmp_path_factory.mktemp("sweep")
+    write_sweep(root)
+    with contextlib.chdir(root):
+        report.main()
+    return root
+
+
+@pytest.fixture
+def sweep(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small sweep and its report as the working directory; do not write to it."""
+    monkeypatch.chdir(reported)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, for tests that do not look at them."""
+
+    def save(_: alt.TopLevelMixin, file: Path | io.StringIO, **__: object) -> None:
+        if isinstance(file, Path):
+            file.touch()
+        else:
+            file.write("<svg></svg>")
+
+    monkeypatch.setattr(alt.TopLevelMixin, "save", save)
 
 
 @pytest.fixture(params=["full disk", "file size limit"])

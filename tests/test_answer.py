@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from scipy.stats import chisquare
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
-from prefscan import answer
-from prefscan.answer import Reply, SeededSampling, answer_questions, divergence, end_tokens, log_ratio, select_questions
+from prefscan import answer, generation
+from prefscan.answer import answer_questions, divergence, log_ratio, select_questions
 from prefscan.errors import UserError
 from prefscan.files import write_json
+from prefscan.generation import SeededSampling, end_tokens
 from prefscan.models import load_cell, load_model, load_tokenizer, manifest
 from prefscan.params import Answer
 
@@ -42,9 +42,11 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-def answers(model: Any, tokenizer: Any, questions: list[Any], seed: int = 0, **changes: Any) -> dict[int, Any]:
+def answers(
+    model: Any, tokenizer: Any, questions: list[Any], seed: int = 0, batch_size: int = 4, max_new_tokens: int = 12
+) -> dict[int, Any]:
     """Of each question: its two replies, and each one's length and whether the limit cut it."""
-    rows = answer_questions(model, tokenizer, questions, "base", settings(**changes), seed)
+    rows = answer_questions(model, tokenizer, questions, "base", batch_size, max_new_tokens, seed)
     return {
         record["question_id"]: ([reply.text for reply in both], [(len(reply.tokens), reply.cut) for reply in both])
         for record, both in rows
@@ -109,15 +111,9 @@ CURT = "{% for m in messages %}<|im_start|>{{ m.role[0] }}: {{ m.content }}<|im_
 @pytest.mark.parametrize("template", [None, CURT])
 def test_prompts_come_from_the_tokenizers_own_template(model: Any, tokenizer: Any, template: str | None) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
-    prompts: list[list[int]] = []
-
-    def record(_: Any, inputs: tuple[torch.Tensor]) -> None:
-        if inputs[0].shape[1] > 1:  # a prompt, not a generated token
-            prompts.append(inputs[0][0].tolist())
-
-    model.get_input_embeddings().register_forward_pre_hook(record)
     (question,) = make_questions(1, ["math"])
-    ((turns, _),) = answers(model, tokenizer, [question]).values()
+    ((_, both),) = answer_questions(model, tokenizer, [question], "base", 4, 12, seed=0)
+    turns, prompts = [reply.text for reply in both], [reply.prompt for reply in both]
     ask, again = question["turns"]
     if template:
         first = f"<|im_start|>u: {ask}<|im_end|><|im_start|>"
@@ -127,49 +123,6 @@ def test_prompts_come_from_the_tokenizers_own_template(model: Any, tokenizer: An
         first = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
         expected = [first, f"{first}{turns[0]}<|im_end|>\n<|im_start|>user\n{again}<|im_end|>\n<|im_start|>assistant\n"]
     assert [tokenizer.decode(ids) for ids in prompts] == expected
-
-
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-
-
-def draw(seeds: list[str], temperature: float) -> torch.Tensor:
-    """A token a seed, at logits whose softmax at this temperature is that of LOGITS."""
-    sampling = SeededSampling(seeds, [temperature] * len(seeds))
-    return sampling(torch.zeros(len(seeds), 1), temperature * LOGITS.repeat(len(seeds), 1)).argmax(-1)
-
-
-@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
-def test_sampling_draws_from_the_softmax(temperature: float) -> None:
-    count = 6000
-    drawn = torch.bincount(draw([f"0/{i}/0" for i in range(count)], temperature), minlength=6).numpy()
-    right, wrong = (count * (LOGITS.double() / t).softmax(-1).numpy() for t in (1.0, 1.1))
-    assert chisquare(drawn, right).pvalue > 1e-3
-    assert chisquare(drawn, wrong).pvalue < 1e-3  # so many draws do tell a temperature that is off by a tenth
-
-
-def test_successive_draws_of_a_row_are_independent() -> None:
-    """The second token's draw, given the first's, is again from the softmax."""
-    sampling = SeededSampling([str(i) for i in range(3000)], [1.0] * 3000)
-    first, second = (sampling(torch.zeros(3000, 1), LOGITS.repeat(3000, 1)).argmax(-1) for _ in range(2))
-    after = torch.bincount(second[first == 0], minlength=6)[:4].double()
-    expected = LOGITS[:4].double().softmax(-1) * after.sum()
-    assert chisquare(after.numpy(), expected.numpy()).pvalue > 1e-3
-
-
-def test_a_draw_depends_on_its_seed_and_on_nothing_beside_it() -> None:
-    seeds = [f"0/{i}/1" for i in range(64)]
-    drawn = draw(seeds, 1.0)
-    assert torch.equal(draw(seeds, 1.0), drawn)
-    assert torch.equal(draw(seeds[::-1], 1.0).flip(0), drawn)
-    assert torch.equal(torch.cat([draw([seed], 1.0) for seed in seeds]), drawn)
-    assert not torch.equal(draw([f"1/{i}/1" for i in range(64)], 1.0), drawn)
-    assert not torch.equal(draw([f"0/{i}/0" for i in range(64)], 1.0), drawn)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 9e-5])
-def test_a_temperature_of_0_leaves_the_logits(temperature: float) -> None:
-    scores = SeededSampling(["0"], [temperature])(torch.zeros(1, 1), LOGITS[None].bfloat16())
-    assert torch.equal(scores, LOGITS[None].bfloat16().float())
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -245,23 +198,11 @@ def test_lengths_and_cuts_of_rows_that_end_at_different_places(model: Any, token
     assert {ended for _, ended in outcomes} == {True, False}
 
 
-def reply_of(tokens: list[int]) -> Reply:
-    return Reply("", [1], tokens, [0.0] * len(tokens), cut=False)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "share"),
-    [([5] * 8, 4 / 5), ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5), ([1, 2, 3, 4, 5], 0), ([5, 5, 5], 0), ([5] * 4, 0)],
-)
-def test_repetition_is_the_share_of_4_grams_seen_before(tokens: list[int], share: float) -> None:
-    assert reply_of(tokens).repetition == pytest.approx(share)
-
-
 def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenizer: Any) -> None:
     """Of sampled and greedy rows, with padding: as a forward pass over prompt and reply gives them."""
     replies = [
         reply
-        for _, both in answer_questions(model, tokenizer, make_questions(1), "base", settings(batch_size=8), seed=0)
+        for _, both in answer_questions(model, tokenizer, make_questions(1), "base", 8, 12, seed=0)
         for reply in both
     ]
     for reply in replies:
@@ -272,7 +213,7 @@ def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenize
 
 
 def test_the_base_has_no_divergence_from_itself_and_another_model_has(model: Any, tokenizer: Any) -> None:
-    answered = [both for _, both in answer_questions(model, tokenizer, make_questions(1), "base", settings(), seed=0)]
+    answered = [both for _, both in answer_questions(model, tokenizer, make_questions(1), "base", 4, 12, seed=0)]
     assert divergence(answered, model) == pytest.approx(
         {"per_reply": 0, "per_reply_low": 0, "per_reply_high": 0, "per_token": 0}, abs=1e-4
     )
@@ -334,7 +275,6 @@ def test_out_of_memory_is_an_error_and_no_answer(
 
 def results() -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads(Path("metrics/answer/base.json").read_text())
-    metrics.pop("cost")  # seconds
     return Path("data/mt_bench/model_answer/base.jsonl").read_bytes(), metrics
 
 
@@ -397,6 +337,37 @@ def test_answers_of_another_result_are_not_used(
     assert not before.exists()
 
 
+def test_a_stage_goes_on_with_the_batches_it_began_with(
+    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where less memory is free than when it was killed: other batches could end in other bits."""
+    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    write_params(in_tmp, answer={"questions": 16, "max_new_tokens": 6, "batch_size": "auto"})
+    monkeypatch.setattr(generation, "MOST_ROWS", 6)
+    answer.main()
+    whole = results()
+    settled, sizes = answer.settled_batch_size, []
+    generate, batches = answer.generate, []
+
+    def stop(*args: Any) -> Any:
+        batches.append(len(args[2]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(answer, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer.main()
+    monkeypatch.setattr(answer, "settled_batch_size", lambda *args: sizes.append(1) or settled(*args))
+    monkeypatch.setattr(generation, "MOST_ROWS", 2)
+    monkeypatch.setattr(answer, "generate", lambda *args: batches.append(len(args[2])) or generate(*args))
+    answer.main()
+    assert batches == [6, 6, 6, 6, 6, 4, 4]
+    assert not sizes
+    assert results() == whole
+    assert json.loads(Path("metrics/cost/answer/base.json").read_text())["batch_size"] == 6
+
+
 def test_the_hashed_code_is_what_the_stage_declares() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for stage in ("answer", "answer-base"):
@@ -447,7 +418,7 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monke
             assert [list(choice) for choice in record["choices"]] == [["index", "turns", "tokens", "cut"]]
             assert len(record["choices"][0]["turns"]) == 2
         fastchat.check_data(questions, written, {}, [key], {"default": fastchat.Judge("gpt-4", {})})
-        rows = list(answer_questions(loaded.eval(), tokenizer, questions, key, settings(max_new_tokens=6), seed=0))
+        rows = list(answer_questions(loaded.eval(), tokenizer, questions, key, 4, 6, seed=0))
         assert list(written[key].values()) == sorted((record for record, _ in rows), key=lambda r: r["question_id"])
         replies = [reply for _, both in rows for reply in both]
         metrics = json.loads(Path(f"metrics/answer/{key}.json").read_text())
@@ -455,6 +426,16 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monke
         assert metrics["mean_tokens"] == sum(len(reply.tokens) for reply in replies) / 16
         assert metrics["share_cut"] == sum(reply.cut for reply in replies) / 16
         assert metrics["repetition"] == pytest.approx(sum(reply.repetition for reply in replies) / 16)
+        cost = json.loads(Path(f"metrics/cost/answer/{key}.json").read_text())
+        assert cost["batch_size"] == 4
+        assert list(cost["replies"]) == [str(q["question_id"]) for q in questions]
+        spent = [seconds for both in cost["replies"].values() for seconds in both]
+        assert len(spent) == 16
+        assert all(seconds > 0 for seconds in spent)
+        assert cost["seconds"] == pytest.approx(sum(spent), abs=0.1)
+        tokens = sum(len(reply.tokens) for reply in replies)
+        # Each reply's time is rounded to a millisecond.
+        assert tokens / cost["tokens_per_second"] == pytest.approx(sum(spent), abs=0.02)
         assert ("divergence" in metrics) == (key == cell)
         if key == cell:
             expected = divergence([both for _, both in rows], models["base"].eval())

@@ -30,6 +30,8 @@ def table(losses: list[str], betas: list[float], steps: list[str]) -> pd.DataFra
         | {"score": 3 + i / 40, "score_low": 2.5 + i / 40, "score_high": 3.75 + i / 40}
         | {"accuracy": 0.3 + i / 200, "accuracy_low": 0.2 + i / 200, "accuracy_high": 0.35 + i / 200}
         | {"margin": i - 4.5, "margin_low": i - 6, "margin_high": i - 2}
+        | {"difference": i / 50 - 1, "difference_low": i / 50 - 2, "difference_high": i / 50, "p_holm": i % 2 / 10}
+        | {"divergence": i / 4, "divergence_low": i / 4 - 1, "divergence_high": i / 4 + 1, "mean_tokens": 40.5 + i}
         for i, (loss, beta, step) in enumerate(cells)
     ]
     return pd.DataFrame(values)
@@ -75,7 +77,7 @@ def test_against_beta_shows_every_cell_with_its_interval(value: str, grid: tuple
     losses, _, steps = grid
     cells = table(*grid)
     svg = render(draw(cells))
-    shown = Counter(re.search(r"cell: (\S+); \w+: (\S+)$", label).groups() for label in marks(svg, "point"))  # type: ignore[union-attr]
+    shown = Counter(re.search(r"cell: (\S+); \w+: (\S+);", label).groups() for label in marks(svg, "point"))  # type: ignore[union-attr]
     wanted = {(row["cell"], f"{row[value]:.3f}".replace("-", "−")) for row in cells.to_dict("records")}
     assert shown == Counter(wanted)
     bars = [re.findall(r": (−?[\d.]+)", label) for label in marks(svg, "rule mark")]
@@ -131,6 +133,78 @@ def test_categories_show_every_model_in_every_category() -> None:
     found = texts(svg)
     assert [text for text in found if text in models] == models
     assert [text for text in found if text in categories] == sorted(categories)
+
+
+def numbers(label: str) -> dict[str, float]:
+    """What a mark's label says, but for words."""
+    pairs = (part.split(": ", 1) for part in label.replace("−", "-").split("; "))
+    return {name: float(value) for name, value in pairs if re.fullmatch(r"[+-]?[\d.]+", value)}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_forest_plot_shows_every_difference_and_fills_the_significant(grid: tuple[Any, Any, Any]) -> None:
+    cells = table(*grid)
+    svg = render(charts.differences(cells, "points above the base"))
+    columns = ["difference", "difference_low", "difference_high", "p_holm"]
+    points = {re.search(r"cell: ([^;]+)", label)[1]: numbers(label) for label in marks(svg, "point")}  # type: ignore[index]
+    assert list(points) == list(cells["cell"])
+    for row in cells.to_dict("records"):
+        assert [points[row["cell"]][name] for name in columns] == pytest.approx([row[n] for n in columns], abs=1e-3)
+    drawn = re.findall(r'aria-label="[^"]*" role="\S+" aria-roledescription="point"[^>]*>', svg)
+    filled = [re.search(r'fill-opacity="(\d)"', mark)[1] for mark in drawn]  # type: ignore[index]
+    assert filled == ["1" if p <= 0.05 else "0" for p in cells["p_holm"]]
+    assert len(marks(svg, "rule mark")) == len(cells) + 1
+    assert svg.count('stroke-dasharray="5,3"') == 1  # no difference
+
+
+def test_revisions_of_a_cell_stand_side_by_side() -> None:
+    cells = table(["sigmoid", "ipo"], [0.1], ["8"])
+    both = pd.concat([cells.assign(revision="main"), (cells.assign(revision="tuned", score=cells["score"] + 0.5))])
+    for svg in (
+        render(charts.scores_by_revision(both, "score")),
+        render(charts.differences(both, "score minus that in main", "revision")),
+    ):
+        drawn = re.findall(
+            r'aria-label="([^"]*)" role="\S+" aria-roledescription="point"[^>]* transform="([^"]*)"', svg
+        )
+        assert len(drawn) == 4
+        assert len({re.findall(r"[\d.]+", place)[1] for _, place in drawn}) == 4  # no two at one height
+        assert {re.search(r"revision: (\w+)", label)[1] for label, _ in drawn} == {"main", "tuned"}  # type: ignore[index]
+        assert [text for text in texts(svg) if text in ("main", "tuned")] == ["main", "tuned"]
+
+
+@pytest.mark.parametrize("value", ["divergence", "mean_tokens"])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_scores_beside_another_value_show_every_cell_and_the_base(value: str, grid: tuple[Any, Any, Any]) -> None:
+    cells = table(*grid)
+    if value == "divergence":
+        svg, base = render(charts.score_against_divergence(cells, 5.125, "score")), 0.0
+    else:
+        svg, base = render(charts.score_against_length(cells, (33.0, 5.125), "score")), 33.0
+    shown = sorted((found[value], found["score"]) for found in map(numbers, marks(svg, "point")))
+    wanted = [(base, 5.125), *cells[[value, "score"]].itertuples(index=False, name=None)]
+    assert shown == [pytest.approx(pair, abs=1e-3) for pair in sorted(wanted)]
+    assert len(marks(svg, "rule mark")) == len(cells) * (2 if value == "divergence" else 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_heat_map_has_a_cell_for_every_category(grid: tuple[Any, Any, Any]) -> None:
+    losses, betas, steps = grid
+    cells = table(*grid)[["loss", "beta", "steps"]].merge(pd.DataFrame({"category": ["math", "stem"]}), how="cross")
+    cells["difference"] = [i / 10 - 1 for i in range(len(cells))]
+    svg = render(charts.category_heat_map(cells, "score minus the base's"))
+    assert sorted(numbers(label)["difference"] for label in marks(svg, "rect mark")) == [
+        pytest.approx(value, abs=0.006) for value in cells["difference"]
+    ]
+    panels = [f"{loss}, {step} steps" if len(steps) > 1 else loss for loss in losses for step in steps]
+    assert [text for text in texts(svg) if text in panels] == panels
+    colours = re.findall(r'aria-roledescription="rect mark"[^>]*fill="([^"]*)"', svg)
+    assert len(set(colours)) > len(betas)
+
+
+def test_a_heat_map_without_differences_is_drawn() -> None:
+    cells = pd.DataFrame([{"loss": "ipo", "beta": 0.1, "steps": "8", "category": "math", "difference": 0.0}])
+    assert len(marks(render(charts.category_heat_map(cells, "score")), "rect mark")) == 1
 
 
 def test_a_category_whose_models_agree_is_drawn() -> None:

@@ -4,34 +4,40 @@
     python -m prefscan.answer ipo-0.5-24
 
 Both turns, the model's own chat template, FastChat's temperature for each category. What is answered is kept in
-.prefscan/answers, and a stage that was killed goes on from there with the same bits. Sampling adds Gumbel noise to the
-logits and takes the largest, which draws from the softmax exactly (Gumbel 1954; Maddison et al., arXiv 1411.0030); each
-question has a generator of its own, so its noise does not depend on which questions run beside it.
+.prefscan/answers, and a stage that was killed goes on from there with the same bits.
 """
 
 import hashlib
 import json
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import BAD_JSON, read_jsonl, write_json, write_jsonl
+from prefscan.generation import Reply, SeededSampling, generate, prompt_ids, settled_batch_size
 from prefscan.intervals import mean_interval
 from prefscan.keys import result_key
 from prefscan.models import load_cell, load_model, load_tokenizer
 from prefscan.params import Answer, load
-from prefscan.paths import ADAPTERS, ANSWER_METRICS, ANSWERS, BASE, MERGED, QUESTIONS, UNFINISHED_ANSWERS
+from prefscan.paths import (
+    ADAPTERS,
+    ANSWER_COST,
+    ANSWER_METRICS,
+    ANSWERS,
+    BASE,
+    MERGED,
+    QUESTIONS,
+    UNFINISHED_ANSWERS,
+)
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
 TEMPERATURES = {
@@ -44,8 +50,6 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
-REPEATED = 4  # tokens of the n-grams whose repetition is counted
 
 # What the stage imports, as dvc.yaml lists it.
 CODE = (
@@ -53,62 +57,14 @@ CODE = (
     "answer.py",
     "errors.py",
     "files.py",
+    "generation.py",
     "intervals.py",
     "keys.py",
+    "memory.py",
     "models.py",
     "params.py",
     "paths.py",
 )
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One turn of one answer; `tokens` has the end token where there is one.
-
-    `logprobs` are the policy's own, of each token, at temperature 1, in nats.
-    """
-
-    text: str
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    cut: bool  # by the limit of new tokens
-
-    @property
-    def repetition(self) -> float:
-        """The share of 4-grams that occurred before in the reply; 0 for fewer than 4 tokens.
-
-        seq-rep-4 of Welleck et al. 2020 (arXiv 1908.04319, section 6.1).
-        """
-        grams = [tuple(self.tokens[i : i + REPEATED]) for i in range(len(self.tokens) - REPEATED + 1)]
-        return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, with one random generator and one temperature a row.
-
-    `logprobs` has for each step the log-probabilities at temperature 1 of the chosen tokens, in nats; shape `[rows]`.
-    """
-
-    def __init__(self, seeds: Sequence[str], temperatures: Sequence[float]) -> None:
-        self.temperatures = temperatures
-        self.logprobs: list[Tensor] = []
-        self.generators = [
-            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-            for seed in seeds
-        ]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        logprobs = scores.log_softmax(-1)
-        for row, (generator, temperature) in enumerate(zip(self.generators, self.temperatures, strict=True)):
-            if temperature >= GREEDY_BELOW:
-                # In float64 on the CPU: the same numbers on every device, and log(−log u) never infinite.
-                uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64).clamp_(min=1e-300)
-                noise = -torch.log(-torch.log(uniform))
-                scores[row] = scores[row] / temperature + noise.to(scores.device, scores.dtype)
-        self.logprobs.append(logprobs.gather(-1, scores.argmax(-1, keepdim=True))[:, 0].cpu())
-        return scores
 
 
 def select_questions(questions: list[Any], count: int) -> list[Any]:
@@ -127,48 +83,11 @@ def select_questions(questions: list[Any], count: int) -> list[Any]:
     return [q for q in questions if id(q) in chosen]
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict[str, str]]],
-    sampling: SeededSampling,
-    max_new_tokens: int,
-) -> list[Reply]:
-    """The reply to each conversation.
-
-    An out-of-memory error is an error and never an answer: it leaves this function as it is.
-    """
-    texts = [str(tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)) for c in conversations]
-    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
-        model.device
-    )
-    output: Any = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([sampling]),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end_tokens(model, tokenizer),
-    )
-    replies = []
-    ends = set(end_tokens(model, tokenizer))
-    width = inputs["input_ids"].shape[1]
-    logprobs = torch.stack(sampling.logprobs, dim=1)
-    for row, prompt in enumerate(inputs["input_ids"].tolist()):
-        tokens = output[row, width:].tolist()
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        padding = width - int(inputs["attention_mask"][row].sum())
-        replies.append(Reply(text, prompt[padding:], tokens, logprobs[row, : len(tokens)].tolist(), cut=end is None))
-    return replies
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a turn: the model's own and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+def longest_conversation(tokenizer: PreTrainedTokenizerBase, question: Any, max_new_tokens: int) -> int:
+    """The most tokens that both turns of a question can come to."""
+    first, second = ({"role": "user", "content": text} for text in question["turns"])
+    asked = prompt_ids(tokenizer, [first, {"role": "assistant", "content": ""}, second])
+    return len(asked) + 2 * max_new_tokens
 
 
 def answer_questions(
@@ -176,30 +95,34 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Any],
     model_id: str,
-    answer: Answer,
+    batch_size: int,
+    max_new_tokens: int,
     seed: int,
     finished: Container[int] = (),
 ) -> Iterator[tuple[dict[str, Any], list[Reply]]]:
     """One FastChat answer record a question, with the replies of both turns; in order of the first prompt's length.
 
-    Questions of like length share a batch, so that few positions are padding. A batch whose questions are all
-    `finished` is left out; any other is answered whole, since what stands beside a question may change its last bits.
+    Questions of like length share a batch, so that few positions are padding, and the second turn computes what the
+    first has not. A batch whose questions are all `finished` is left out; any other is answered whole, since what
+    stands beside a question may change its last bits.
     `answer_id` is a hash of the answer and `tstamp` is 0: a random id or a time would make equal answers hash
     differently.
     """
     by_length = sorted(questions, key=lambda q: len(tokenizer(q["turns"][0])["input_ids"]))
-    for start in range(0, len(questions), answer.batch_size):
-        batch = by_length[start : start + answer.batch_size]
+    for start in range(0, len(questions), batch_size):
+        batch = by_length[start : start + batch_size]
         if all(question["question_id"] in finished for question in batch):
             continue
         temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in batch]
         conversations: list[list[dict[str, str]]] = [[] for _ in batch]
         turns: list[list[Reply]] = [[] for _ in batch]
+        context = None
         for turn in range(2):
             for conversation, question in zip(conversations, batch, strict=True):
                 conversation.append({"role": "user", "content": question["turns"][turn]})
             sampling = SeededSampling([f"{seed}/{q['question_id']}/{turn}" for q in batch], temperatures)
-            replies = generate(model, tokenizer, conversations, sampling, answer.max_new_tokens)
+            prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+            replies, context = generate(model, tokenizer, prompts, sampling, max_new_tokens, context)
             for i, reply in enumerate(replies):
                 conversations[i].append({"role": "assistant", "content": reply.text})
                 turns[i].append(reply)
@@ -285,15 +208,22 @@ def main() -> None:
     questions = select_questions(read_jsonl(QUESTIONS / "question.jsonl"), params.answer.questions)
     unfinished = answers_file(key, params.answer, params.seed)
     rows = read_finished(unfinished)
-    begun = time.perf_counter()
+    tokenizer = load_tokenizer(BASE)
+    batch_size = (
+        next(iter(rows.values()))["batch_size"]
+        if rows
+        else settled_batch_size(
+            params.answer,
+            model,
+            max(longest_conversation(tokenizer, q, params.answer.max_new_tokens) for q in questions),
+        )
+    )
     with Progress() as progress, unfinished.open("a", encoding="utf-8") as file:
         task = progress.add_task(f"answers of {key}", total=len(questions), completed=len(rows))
         for record, both in answer_questions(
-            model.eval(), load_tokenizer(BASE), questions, key, params.answer, params.seed, rows
+            model.eval(), tokenizer, questions, key, batch_size, params.answer.max_new_tokens, params.seed, rows
         ):
-            now = time.perf_counter()
-            row = {"record": record, "replies": [asdict(reply) for reply in both], "seconds": now - begun}
-            begun = now
+            row = {"record": record, "replies": [asdict(reply) for reply in both], "batch_size": batch_size}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             rows[record["question_id"]] = row
@@ -301,20 +231,30 @@ def main() -> None:
     in_order = [rows[question["question_id"]] for question in questions]
     answers = [[Reply(**reply) for reply in row["replies"]] for row in in_order]
     replies = [reply for both in answers for reply in both]
-    seconds = sum(row["seconds"] for row in in_order)
+    seconds = sum(reply.seconds for reply in replies)
     tokens = sum(len(reply.tokens) for reply in replies)
-    metrics = {
+    metrics: dict[str, Any] = {
         "questions": len(questions),
         "mean_tokens": tokens / len(replies),
         "share_cut": fmean(reply.cut for reply in replies),
         "repetition": fmean(reply.repetition for reply in replies),
-        "cost": {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)},
+    }
+    # Apart from what is the same in every run: later stages and a reviewer's diff see a change only where one is.
+    cost = {
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "batch_size": batch_size,
+        "replies": {
+            row["record"]["question_id"]: [round(reply.seconds, 3) for reply in both]
+            for row, both in zip(in_order, answers, strict=True)
+        },
     }
     if key != "base":
         del model  # before the base is loaded: one model in memory at a time
         metrics["divergence"] = divergence(answers, load_model(BASE, params.answer.dtype).eval())
     write_jsonl(ANSWERS / f"{key}.jsonl", [row["record"] for row in in_order])
     write_json(ANSWER_METRICS / f"{key}.json", metrics)
+    write_json(ANSWER_COST / f"{key}.json", cost)
     unfinished.unlink()
 
 

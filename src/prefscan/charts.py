@@ -1,12 +1,17 @@
-"""The report's charts, as Altair objects over the table of cells."""
+"""The report's charts, as Altair objects over the table of cells.
+
+Where a chart has a colour a loss, a click in its legend fades the other losses, and so does the parameter `shown`,
+which the page sets for all charts at once.
+"""
 
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-# Okabe and Ito's colours, told apart under every common colour blindness; the shape says the same as the colour.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+# Okabe and Ito's colours, told apart under every common colour blindness; grey for their black, which a dark page
+# would hide. The shape says the same as the colour.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442"]
 # Both repeat when they run out; 7 shapes beside 8 or 9 colours make 56 or 63 different marks.
 SHAPES = ["circle", "square", "cross", "diamond", "triangle-up", "triangle-down", "triangle-right"]
 PANEL = {"width": 300, "height": 240}
@@ -24,6 +29,22 @@ def _colour_and_shape(names: list[str], field: str, title: str | None, colours: 
         "color": alt.Color(field, scale=alt.Scale(domain=names, range=colours[: len(names)]), title=title),
         "shape": alt.Shape(field, scale=alt.Scale(domain=names, range=SHAPES[: len(names)]), title=title),
     }
+
+
+# The page's own choice of a loss, beside each chart's legend.
+SHOWN = alt.param(name="shown", value="all")
+
+
+def _faded(field: str, opacity: float, pick: alt.Parameter | None = None) -> alt.OpacityValue:
+    """Full opacity for rows that the page shows and that the legend to click on, where there is one, has picked."""
+    shown = f"shown == 'all' || datum.{field} == shown"
+    test: Any = {"and": [{"param": pick.name}, shown]} if pick else shown
+    return alt.OpacityValue(0.06, condition=[{"test": test, "value": opacity}])
+
+
+def _legend(field: str = "loss") -> alt.Parameter:
+    """To be added to the first layer that has the colour: Vega-Lite makes the legend of that layer the one to click."""
+    return alt.selection_point(fields=[field], bind="legend", name="pick")
 
 
 def _note(text: str) -> alt.TitleParams:
@@ -49,12 +70,16 @@ def _against_beta(
     )
     y = alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False, padding=8))
     loss = _colour_and_shape(losses, "loss:N", "loss")
-    tooltip = ["cell:N", alt.Tooltip(f"{value}:Q", format=".3f")]
+    tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (value, low, high))]
     chart = alt.Chart()
+    pick = _legend()
+    span = {"y": alt.Y(f"{low}:Q", title=title), "y2": f"{high}:Q"}
     layers = [
-        chart.mark_rule(opacity=0.7).encode(x=x, y=alt.Y(f"{low}:Q", title=title), y2=f"{high}:Q", color=loss["color"]),
-        chart.mark_line(opacity=0.6).encode(x=x, y=y, color=loss["color"]),
-        chart.mark_point(filled=True, size=60).encode(x=x, y=y, tooltip=tooltip, **loss),
+        chart.mark_rule().encode(x=x, **span, color=loss["color"], opacity=_faded("loss", 0.7, pick)).add_params(pick),
+        chart.mark_line().encode(x=x, y=y, color=loss["color"], opacity=_faded("loss", 0.6, pick)),
+        chart.mark_point(filled=True, size=60).encode(
+            x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
+        ),
         chart.mark_rule(strokeDash=[5, 3], color="#666666").encode(y="mean(base):Q"),
     ]
     header = alt.Header(labelExpr="datum.value == 'epoch' ? 'one epoch' : datum.value + ' steps'")
@@ -63,6 +88,7 @@ def _against_beta(
         .properties(**PANEL)
         .facet(column=alt.Column("steps:N", title=None, sort=_in_order(cells["steps"]), header=header))
         .properties(title=_note(f"dashed: {rule_name}"))
+        .add_params(SHOWN)
     )
 
 
@@ -81,6 +107,132 @@ def accuracy_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
 def margin_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
     """Held-out margin, log-probability gained by chosen over rejected against the base, with 95 % t intervals."""
     return _against_beta(cells, "margin", "margin_low", "margin_high", "held-out margin (nats)", 0.0, "base model (0)")
+
+
+def _intervals(
+    data: pd.DataFrame, value: str, title: str, colour: str, fill: alt.FillOpacity | None = None
+) -> list[alt.Chart]:
+    """Layers of a plot with a line a cell, a value with its interval, coloured by the column `colour`."""
+    names = _in_order(data[colour])
+    colours = alt.Scale(domain=names, range=COLOURS[: len(names)])
+    by = alt.Color(f"{colour}:N", scale=colours, title=colour)
+    pick = _legend(colour)
+    place: dict[str, Any] = {
+        "y": alt.Y("cell:N", title=None, sort=_in_order(data["cell"]), axis=alt.Axis(labelLimit=220))
+    }
+    if data.duplicated("cell").any():
+        place["yOffset"] = alt.YOffset(f"{colour}:N", sort=names)
+    spans = [value, f"{value}_low", f"{value}_high", *(["p_holm"] if "p_holm" in data else [])]
+    tooltip = ["cell:N", f"{colour}:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in spans)]
+    point: dict[str, Any] = {"color": by, "tooltip": tooltip, "opacity": _faded(colour, 1, pick)}
+    if fill is not None:
+        point |= {"fillOpacity": fill, "stroke": alt.Stroke(f"{colour}:N", scale=colours, title=colour)}
+    scale = alt.Scale(zero=False)
+    chart = alt.Chart(data)
+    return [
+        chart.mark_rule()
+        .encode(
+            **place,
+            x=alt.X(f"{value}_low:Q", title=title, scale=scale),
+            x2=f"{value}_high:Q",
+            color=by,
+            opacity=_faded(colour, 0.7, pick),
+        )
+        .add_params(pick),
+        chart.mark_point(size=70, filled=True).encode(**place, x=alt.X(f"{value}:Q", title=title), **point),
+    ]
+
+
+def differences(cells: pd.DataFrame, title: str, colour: str = "loss") -> alt.LayerChart:
+    """A forest plot of paired differences: filled where significant after Holm's correction.
+
+    `cells` has `cell`, `difference`, `difference_low`, `difference_high`, `p_holm` and the column named by `colour`.
+    """
+    names = ["not significant", "significant"]
+    data = cells.assign(verdict=[names[bool(p <= 0.05)] for p in cells["p_holm"]])
+    fill = alt.FillOpacity("verdict:O", sort=names, scale=alt.Scale(domain=names, range=[0, 1]), legend=None)
+    none = alt.Chart(pd.DataFrame([{"none": 0}])).mark_rule(strokeDash=[5, 3], color="#666666")
+    layers = [*_intervals(data, "difference", title, colour, fill), none.encode(x=alt.X("none:Q", title=title))]
+    return alt.layer(*layers).properties(width=420, height=alt.Step(22)).add_params(SHOWN)
+
+
+def scores_by_revision(scores: pd.DataFrame, title: str) -> alt.LayerChart:
+    """Each cell's score in each revision; `scores` has `cell`, `revision`, `score`, `score_low` and `score_high`."""
+    data = scores[["cell", "revision", "score", "score_low", "score_high"]]
+    layers = _intervals(data, "score", title, "revision")
+    return alt.layer(*layers).properties(width=420, height=alt.Step(22)).add_params(SHOWN)
+
+
+def _score_beside(
+    cells: pd.DataFrame, value: str, title: str, score_title: str, base: tuple[float, float], spans: bool
+) -> alt.LayerChart:
+    """The score of each cell against another of its values, beside the base's `(value, score)`."""
+    losses = _in_order(cells["loss"])
+    loss = _colour_and_shape(losses, "loss:N", "loss")
+    pick = _legend()
+    x = alt.X(f"{value}:Q", title=title, scale=alt.Scale(zero=False, padding=8))
+    y = alt.Y("score:Q", title=score_title, scale=alt.Scale(zero=False, padding=8))
+    faint = _faded("loss", 0.35, pick)
+    tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (value, "score"))]
+    chart = alt.Chart(cells)
+    layers = [
+        chart.mark_rule()
+        .encode(x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=loss["color"], opacity=faint)
+        .add_params(pick),
+        chart.mark_point(filled=True, size=70).encode(
+            x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
+        ),
+        alt.Chart(pd.DataFrame([{value: base[0], "score": base[1], "cell": "base"}]))
+        .mark_point(size=90, shape="diamond", color="#666666", strokeWidth=2)
+        .encode(x=x, y=y, tooltip=tooltip),
+    ]
+    if spans:
+        low = alt.X(f"{value}_low:Q", title=title)
+        layers.append(chart.mark_rule().encode(x=low, x2=f"{value}_high:Q", y=y, color=loss["color"], opacity=faint))
+    return (
+        alt.layer(*layers).properties(width=420, height=300, title=_note("open diamond: base model")).add_params(SHOWN)
+    )
+
+
+def score_against_divergence(cells: pd.DataFrame, base_score: float, title: str) -> alt.LayerChart:
+    """The score against how far a cell moved from the base, the comparison that β cannot give across losses."""
+    return _score_beside(
+        cells, "divergence", "log-ratio to the base over its own replies (nats a reply)", title, (0.0, base_score), True
+    )
+
+
+def score_against_length(cells: pd.DataFrame, base: tuple[float, float], title: str) -> alt.LayerChart:
+    """The score against the mean tokens of a reply, since judges like length; `base` is its `(tokens, score)`."""
+    return _score_beside(cells, "mean_tokens", "mean tokens a reply", title, base, False)
+
+
+def category_heat_map(scores: pd.DataFrame, title: str) -> alt.FacetChart:
+    """Each cell's score in each category minus the base's; a panel a loss and step count.
+
+    `scores` has `loss`, `beta`, `steps`, `category` and `difference`.
+    """
+    largest = max(scores["difference"].abs().max(), 1e-9)
+    colour = alt.Color(
+        "difference:Q",
+        title=title,
+        # Diverging, told apart under every common colour blindness, and the middle is the base.
+        scale=alt.Scale(scheme="blueorange", domain=[-largest, largest], reverse=True),
+        legend=alt.Legend(orient="bottom", gradientLength=260, titleLimit=400),
+    )
+    steps = _in_order(scores["steps"])
+    data = scores.assign(panel=scores["loss"] + ((", " + scores["steps"] + " steps") if len(steps) > 1 else ""))
+    return (
+        alt.Chart(data)
+        .mark_rect()
+        .encode(
+            x=alt.X("beta:O", title="β"),
+            y=alt.Y("category:N", title=None),
+            color=colour,
+            tooltip=["panel:N", "beta:O", "category:N", alt.Tooltip("difference:Q", format="+.2f")],
+        )
+        .properties(width=alt.Step(30), height=alt.Step(22))
+        .facet(facet=alt.Facet("panel:N", title=None, sort=_in_order(data["panel"])), columns=4)
+    )
 
 
 def scores_by_category(scores: pd.DataFrame, title: str) -> alt.LayerChart:
@@ -126,10 +278,15 @@ def training_curves(curves: pd.DataFrame) -> alt.FacetChart:
         detail="cell:N",
         tooltip=["cell:N", "step:Q", "value:Q"],
     )
+    opacity = _faded("loss_name", 1)
     dash = alt.StrokeDash("steps:N", title="steps", sort=steps, legend=alt.Legend() if len(steps) > 1 else None)
     note = "a point is one update" if span == 1 else f"a point is the mean of {span} updates"
     return (
-        alt.layer(base.mark_line().encode(strokeDash=dash), base.mark_point(filled=True, size=18, opacity=1), data=long)
+        alt.layer(
+            base.mark_line().encode(strokeDash=dash, opacity=opacity),
+            base.mark_point(filled=True, size=18).encode(opacity=opacity),
+            data=long,
+        )
         .properties(width=220, height=150)
         .facet(
             column=alt.Column("loss_name:N", title=None, sort=_in_order(curves["loss_name"])),
@@ -137,4 +294,5 @@ def training_curves(curves: pd.DataFrame) -> alt.FacetChart:
         )
         .resolve_scale(y="independent")
         .properties(title=_note(note))
+        .add_params(SHOWN)
     )

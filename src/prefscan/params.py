@@ -193,7 +193,7 @@ class Merge(Section):
 class Answer(Section):
     questions: Positive
     max_new_tokens: Positive
-    batch_size: Positive
+    batch_size: Positive | Literal["auto"]
     dtype: DType
 
 

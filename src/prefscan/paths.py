@@ -16,11 +16,13 @@ REFERENCE = Path("data/reference.jsonl")
 ADAPTERS = Path("models/adapters")
 CURVES = Path("metrics/curves")
 TRAIN_METRICS = Path("metrics/train")
+TRAIN_COST = Path("metrics/cost/train")
 MERGED = Path("models/merged")
 MERGE_METRICS = Path("metrics/merge")
 # As FastChat lays them out: data/mt_bench/model_answer, data/mt_bench/model_judgment.
 ANSWERS = Path("data/mt_bench/model_answer")
 ANSWER_METRICS = Path("metrics/answer")
+ANSWER_COST = Path("metrics/cost/answer")
 JUDGEMENTS = Path("data/mt_bench/model_judgment")
 CELL_JUDGEMENTS = JUDGEMENTS / "cells"
 MTBENCH_METRICS = Path("metrics/mtbench")

@@ -1,4 +1,4 @@
-"""Collect the sweep's metrics into charts, tables, reports/report.html, reports/report.md and metrics/summary.json.
+"""Collect the sweep's metrics into reports/ (pages, charts, tables) and metrics/summary.json.
 
     python -m prefscan.report
 
@@ -6,20 +6,20 @@ It reads the cells that the grid names and no others, and removes the metrics of
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import altair as alt
-import jinja2
 import pandas as pd
 
 from prefscan import charts
 from prefscan.errors import run_stage
-from prefscan.files import new_folder, read_json, read_text, write_json, write_text
-from prefscan.params import Cell, LocalJudge, OpenAIJudge, Params, load
+from prefscan.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from prefscan.pages import Figure, Table, write_answers, write_report
+from prefscan.params import Cell, load
 from prefscan.paths import (
+    ANSWER_COST,
     ANSWER_METRICS,
+    ANSWERS,
     CELL_JUDGEMENTS,
     CURVES,
     JUDGE_METRICS,
@@ -27,13 +27,40 @@ from prefscan.paths import (
     MERGE_METRICS,
     MTBENCH_METRICS,
     PREPARE_METRICS,
+    QUESTIONS,
     REPORTS,
     SUMMARY,
+    TRAIN_COST,
     TRAIN_METRICS,
 )
-from prefscan.stats import holm, minimum_detectable_difference, paired_difference, selected_best
+from prefscan.sentences import score_name, sentences
+from prefscan.tables import (
+    COLUMNS,
+    QUESTION_SCORES,
+    base_row,
+    category_differences,
+    category_scores,
+    costs,
+    curve_table,
+    highest_scoring,
+    judge_check,
+    left_out,
+    question_table,
+    score_columns,
+    table_of_cells,
+)
 
-FOLDERS = (TRAIN_METRICS, CURVES, MERGE_METRICS, ANSWER_METRICS, MTBENCH_METRICS, CELL_JUDGEMENTS)
+FOLDERS = (
+    TRAIN_METRICS,
+    TRAIN_COST,
+    CURVES,
+    MERGE_METRICS,
+    ANSWER_METRICS,
+    ANSWER_COST,
+    ANSWERS,
+    MTBENCH_METRICS,
+    CELL_JUDGEMENTS,
+)
 
 
 def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
@@ -42,69 +69,6 @@ def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
         for path in folder.iterdir() if folder.exists() else ():
             if path.stem not in keys:
                 path.unlink()
-
-
-def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
-    key = cell.key
-    train, merge = read_json(TRAIN_METRICS / f"{key}.json"), read_json(MERGE_METRICS / f"{key}.json")
-    answer = read_json(ANSWER_METRICS / f"{key}.json")
-    held = train["heldout"]
-    return {
-        "cell": key,
-        "loss": cell.loss,
-        "beta": cell.beta,
-        "steps": str(cell.steps),
-        **score_columns(mtbench),
-        **{name: held[name] for name in ("accuracy", "accuracy_low", "accuracy_high")},
-        **{name: held[name] for name in ("margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")},
-        "margin_kept": merge["margin_kept"],
-        "weights_changed": merge["weights_changed"],
-        "share_cut": answer["share_cut"],
-        "mean_tokens": answer["mean_tokens"],
-        "repetition": answer["repetition"],
-        **{f"divergence{end}": answer["divergence"][f"per_reply{end}"] for end in ("", "_low", "_high")},
-        "train_seconds": train["cost"]["seconds"],
-        "peak_memory_gib": train["cost"]["peak_memory_gib"],
-    }
-
-
-def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
-    return {
-        "score": mtbench["average"],
-        "score_low": mtbench["average_low"],
-        "score_high": mtbench["average_high"],
-        "first_turn": mtbench["first_turn"],
-        "second_turn": mtbench["second_turn"],
-    }
-
-
-def question_scores(mtbench: dict[str, Any]) -> list[float]:
-    """The mean score of each question, in the questions' order."""
-    scores: dict[str, float] = mtbench["questions"]
-    return [scores[number] for number in sorted(scores, key=int)]
-
-
-def differences_to_base(judged: dict[str, Any]) -> pd.DataFrame:
-    """Each cell minus the base, paired by question, with Holm's correction over the cells; a row a cell, in order.
-
-    `judged` has the content of metrics/mtbench for each model.
-    """
-    base = question_scores(judged["base"])
-    found = [paired_difference(question_scores(mtbench), base) for key, mtbench in judged.items() if key != "base"]
-    table = pd.DataFrame(
-        {
-            "difference": difference.mean,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
-            "standard_error": difference.standard_error,
-            "wins": difference.wins,
-            "ties": difference.ties,
-            "losses": difference.losses,
-        }
-        for difference in found
-    )
-    return table.assign(p_holm=holm([difference.p_value for difference in found]))
 
 
 SUMMARY_COLUMNS = (
@@ -119,12 +83,6 @@ SUMMARY_COLUMNS = (
     "margin_high",
     "margin_kept",
 )
-
-
-def highest_scoring(cells: pd.DataFrame) -> dict[str, str]:
-    """The key of each loss's cell with the highest score, the first of equals."""
-    ordered = cells.sort_values("score", ascending=False, kind="stable").drop_duplicates("loss")
-    return dict(zip(ordered["loss"], ordered["cell"], strict=True))
 
 
 def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[str, Any]:
@@ -143,188 +101,95 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
     }
 
 
-def score_name(judge: LocalJudge | OpenAIJudge) -> str:
-    if judge.mode == "single":
-        return "MT-Bench score (1 to 10)"
-    return f"win rate against {judge.against}, ties half (0 to 1)"
+def make_figures(
+    table: pd.DataFrame, judged: dict[str, Any], base_tokens: float, curves: pd.DataFrame, score_title: str
+) -> dict[str, Figure]:
+    """Every chart by its file's name, in the report's order."""
+    base_score = judged["base"]["average"]
+    name = f"{score_title[0].upper()}{score_title[1:]}"
+    categories, heat = category_scores(table, judged), category_differences(table, judged)
+    cell = ["cell", "loss", "beta", "steps"]
 
+    def spans(*values: str) -> list[str]:
+        return [f"{value}{end}" for value in values for end in ("", "_low", "_high")]
 
-def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[str]:
-    """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
-    significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
-    verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
-    questions = len(judged["base"]["questions"])
-    detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
-    lines = [
-        f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
-        f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
-        f"{cells['p_holm'].min():.2f}). This many questions and this spread detect a difference of {detectable:.2f} or "
-        "more with 80 % power, before the correction."
-    ]
-    picks = []
-    for loss, group in cells.groupby("loss", sort=False):
-        if len(group) > 1:
-            best = selected_best([question_scores(judged[key]) for key in group["cell"]])
-            picks.append(
-                f"{loss} {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for {best.apparent:.2f} "
-                f"({group['cell'].iloc[best.cell]})"
-            )
-    if picks:
-        lines.append(
-            "The highest cell of a loss is a pick that favours chance; corrected for the picking by bootstrap: "
-            f"{'; '.join(picks)}."
-        )
-    return lines
-
-
-def judge_sentence(judge: dict[str, Any]) -> str:
-    """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
-    bad = {
-        "the same answer given to another question": judge["without_reference"]["swapped"],
-        "its own first quarter": judge["without_reference"]["truncated"],
+    return {
+        "score": Figure(
+            f"{name} against β",
+            "Bars are 95 % intervals over questions. β means something else in each loss: compare along a line.",
+            charts.score_against_beta(table, base_score, score_title),
+            table[[*cell, *spans("score")]],
+        ),
+        "differences": Figure(
+            "Each cell minus the base, paired by question",
+            "Bars are 95 % intervals, before the correction; a filled point is significant with Holm's correction.",
+            charts.differences(table, "score minus the base's"),
+            table[[*cell, *spans("difference"), "p_holm", "wins", "ties", "losses"]],
+        ),
+        "divergence": Figure(
+            f"{name} against the distance from the base",
+            "Losses can be compared here: how much score for how much change. Bars are 95 % intervals over questions.",
+            charts.score_against_divergence(table, base_score, score_title),
+            table[[*cell, *spans("score", "divergence")]],
+        ),
+        "categories": Figure(
+            "The base and the highest-scoring cell of each loss, by category",
+            "Few questions a category: read it as a description of this run.",
+            charts.scores_by_category(categories, score_title),
+            categories,
+        ),
+        "heat": Figure(
+            "Each cell's score in each category, minus the base's",
+            "Blue is above the base, orange below; without intervals, so a pattern counts and a tile does not.",
+            charts.category_heat_map(heat, "score minus the base's"),
+            heat,
+        ),
+        "length": Figure(
+            f"{name} against the length of replies",
+            "Judges like length: a score that rises with it may say no more than that.",
+            charts.score_against_length(table, (base_tokens, base_score), score_title),
+            table[[*cell, "mean_tokens", *spans("score")]],
+        ),
+        "accuracy": Figure(
+            "Held-out reward accuracy against β",
+            "The share of held-out pairs whose chosen response gained more; bars are 95 % Wilson intervals.",
+            charts.accuracy_against_beta(table),
+            table[[*cell, *spans("accuracy")]],
+        ),
+        "margin": Figure(
+            "Held-out margin against β, with 95 % intervals over pairs",
+            "How much more log-probability the chosen response gained than the rejected one, against the base.",
+            charts.margin_against_beta(table),
+            table[[*cell, *spans("margin")]],
+        ),
+        "curves": Figure(
+            "Training curves",
+            "Each loss has a scale of its own; the values of different losses cannot be compared.",
+            charts.training_curves(curves),
+            curves[["cell", "step", "loss", "reward_margin"]],
+        ),
     }
-    ranks = [
-        f"{name} with probability {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]"
-        for name, found in bad.items()
-    ]
-    told = [name for name, found in bad.items() if found["auc_low"] > 0.5]
-    if len(told) == len(bad):
-        verdict = "it can tell them apart"
-    elif told:
-        verdict = f"it can tell it from {told[0]} only, so no score below should be read as quality"
-    else:
-        verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
-    return (
-        f"The judge {judge['judge']} ranks a reference answer above {', and above '.join(ranks)} (95 % intervals over "
-        f"{judge['questions']} questions; 0.5 is chance): {verdict}."
-    )
 
 
-def sentences(
-    params: Params, cells: pd.DataFrame, judged: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
-) -> list[str]:
-    """What was compared and what may be concluded, computed from the data."""
-    lines = [judge_sentence(judge)]
-    if params.judge.kind == "local":
-        lines.append(
-            f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
-            "not which method is better."
-        )
-    base = judged["base"]
-    questions = len(base["questions"])
-    lines.append(
-        f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
-        f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
-        f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
-    )
-    lines.append(
-        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
-        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
-        f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
-    )
-    lines += difference_sentences(cells, judged)
-    moved = (cells["margin_low"] > 0).sum()
-    lines.append(
-        f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
-        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
-        f"interval in {moved} of {len(cells)} cells. "
-        "β means something else in each loss: equal β is not equal strength."
-    )
-    kept = cells["margin_kept"].dropna()
-    share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
-    lines.append(
-        f"The merges, in {params.merge.dtype}, kept {share}; {cells['share_cut'].min():.0%} to "
-        f"{cells['share_cut'].max():.0%} of the answers were cut at {params.answer.max_new_tokens} tokens."
-    )
-    return lines
+def answer_pages(keys: tuple[str, ...], answers: dict[str, list[Any]], judgements: dict[str, list[Any]]) -> Any:
+    """Of each model, by question: both replies, and every judgement's turn, score and words."""
+    models: dict[str, Any] = {}
+    for key in keys:
+        models[key] = {
+            answer["question_id"]: {"turns": answer["choices"][0]["turns"], "judgements": []} for answer in answers[key]
+        }
+        for judgement in judgements[key]:
+            models[key][judgement["question_id"]]["judgements"].append(
+                {"turn": judgement["turn"], "score": judgement.get("score"), "words": words(judgement)}
+            )
+    return models
 
 
-def _listed(values: pd.Series) -> str:
-    return ", ".join(str(value) for value in dict.fromkeys(values))
-
-
-def category_scores(cells: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:
-    """The base's and each loss's highest-scoring cell's score in every category, the losses in the grid's order."""
-    highest = highest_scoring(cells)
-    keys = [highest[loss] for loss in dict.fromkeys(cells["loss"])]
-    sources = {key: judged[key] for key in ("base", *keys)}
-    return pd.DataFrame(
-        [
-            {"model": name, "category": category, "score": score}
-            for name, metrics in sources.items()
-            for category, score in metrics["categories"].items()
-        ]
-    )
-
-
-def curve_table(cells: list[Cell]) -> pd.DataFrame:
-    return pd.concat(
-        pd.read_csv(StringIO(read_text(CURVES / f"{cell.key}.csv"))).assign(
-            cell=cell.key, loss_name=cell.loss, beta=cell.beta, steps=str(cell.steps)
-        )
-        for cell in cells
-    )
-
-
-def write_report(
-    folder: Path, title: str, lines: list[str], figures: dict[str, tuple[str, Any]], table: pd.DataFrame
-) -> None:
-    """Charts as SVG and PNG, the page, the Markdown and the table of cells, all into one folder.
-
-    `figures` maps a file name to its caption and chart. The templates escape text from models and data.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefscan"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    svgs = {}
-    for name, (_, chart) in figures.items():
-        chart.save(folder / f"{name}.svg")
-        chart.save(folder / f"{name}.png", scale_factor=2)
-        svgs[name] = read_text(folder / f"{name}.svg")
-    captions = {name: caption for name, (caption, _) in figures.items()}
-    rows = table.to_dict("records")
-    page = environment.get_template("report.html").render(
-        title=title, lines=lines, captions=captions, svgs=svgs, columns=COLUMNS, rows=rows
-    )
-    write_text(folder / "report.html", page)
-    markdown = jinja2.Environment(loader=jinja2.PackageLoader("prefscan"), autoescape=False, trim_blocks=True)
-    text = markdown.get_template("report.md").render(
-        title=title, lines=lines, captions=captions, columns=COLUMNS, rows=rows
-    )
-    write_text(folder / "report.md", text)
-    table.to_csv(folder / "cells.csv", index=False)
-
-
-# Column of the table of cells → heading and how a value is printed.
-COLUMNS = {
-    "cell": ("cell", "{}"),
-    "score": ("score", "{:.2f}"),
-    "score_low": ("95 % low", "{:.2f}"),
-    "score_high": ("95 % high", "{:.2f}"),
-    "difference": ("minus base", "{:+.2f}"),
-    "difference_low": ("95 % low", "{:+.2f}"),
-    "difference_high": ("95 % high", "{:+.2f}"),
-    "p_holm": ("p, Holm", "{:.2f}"),
-    "wins": ("won", "{:.0f}"),
-    "ties": ("tied", "{:.0f}"),
-    "losses": ("lost", "{:.0f}"),
-    "first_turn": ("first turn", "{:.2f}"),
-    "second_turn": ("second turn", "{:.2f}"),
-    "accuracy": ("held-out accuracy", "{:.2f}"),
-    "margin": ("held-out margin, nats", "{:.2f}"),
-    "margin_low": ("95 % low", "{:.2f}"),
-    "margin_high": ("95 % high", "{:.2f}"),
-    "chosen_shift": ("chosen shift, nats", "{:.2f}"),
-    "rejected_shift": ("rejected shift, nats", "{:.2f}"),
-    "margin_kept": ("margin kept by merge", "{:.1%}"),
-    "share_cut": ("answers cut", "{:.0%}"),
-    "mean_tokens": ("tokens a reply", "{:.0f}"),
-    "repetition": ("repeated 4-grams", "{:.0%}"),
-    "divergence": ("log-ratio to the base, nats a reply", "{:.2f}"),
-    "divergence_low": ("95 % low", "{:.2f}"),
-    "divergence_high": ("95 % high", "{:.2f}"),
-    "train_seconds": ("training, s", "{:.0f}"),
-}
+def words(judgement: dict[str, Any]) -> str:
+    """What the judge said: of a pair, in both orders."""
+    if "judgment" in judgement:
+        return str(judgement["judgment"])
+    return f"{judgement['g1_judgment']}\n\n[in the other order]\n\n{judgement['g2_judgment']}"
 
 
 def main() -> None:
@@ -333,48 +198,36 @@ def main() -> None:
     keys = ("base", *(cell.key for cell in cells))
     remove_other_cells(FOLDERS, set(keys))
     judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
-    base = judged["base"]
-    prepared = read_json(PREPARE_METRICS)
-    table = pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells]).join(differences_to_base(judged))
-    score_title = score_name(params.judge)
-    base_row = {
-        "cell": "base",
-        **score_columns(base),
-        "accuracy": 0.5,
-        "margin": 0.0,
-        "chosen_shift": 0.0,
-        "rejected_shift": 0.0,
-    }
-    answered = read_json(ANSWER_METRICS / "base.json")
-    base_row |= {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
-    figures: dict[str, tuple[str, alt.TopLevelMixin]] = {
-        "score": (
-            f"{score_title[0].upper()}{score_title[1:]} against β; bars are 95 % intervals over questions",
-            charts.score_against_beta(table, base["average"], score_title),
-        ),
-        "categories": (
-            "The base and the highest-scoring cell of each loss, by category",
-            charts.scores_by_category(category_scores(table, judged), score_title),
-        ),
-        "accuracy": (
-            "Held-out reward accuracy against β, with 95 % Wilson intervals",
-            charts.accuracy_against_beta(table),
-        ),
-        "margin": ("Held-out margin against β, with 95 % intervals over pairs", charts.margin_against_beta(table)),
-        "curves": ("Training curves", charts.training_curves(curve_table(cells))),
-    }
-    judgements = "".join(read_text(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys)
-    with new_folder(REPORTS) as folder:
-        write_report(
-            folder,
-            f"{params.model.name}: {len(cells)} cells",
-            sentences(params, table, judged, prepared, read_json(JUDGE_METRICS)),
-            figures,
-            pd.concat([pd.DataFrame([base_row]), table]),
-        )
+    prepared, judge = read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
+    answers = {key: read_jsonl(ANSWERS / f"{key}.jsonl") for key in keys}
+    judgements = {key: read_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys}
+    table = table_of_cells(cells, params.recipe, judged, answers)
+    everything = pd.concat([pd.DataFrame([base_row(judged)]), table])
+    base_tokens = everything["mean_tokens"].iloc[0]
+    figures = make_figures(table, judged, base_tokens, curve_table(cells), score_name(params.judge))
+    reading = "The held-out margin and the shifts are in nats against the base; intervals as in the charts."
+    tables = [
+        Table("All cells", reading, everything, COLUMNS),
+        costs(keys, judged),
+        judge_check(judge),
+        left_out(prepared),
+    ]
+    questions = [
+        {"number": question["question_id"], "category": question["category"], "turns": question["turns"]}
+        for question in read_jsonl(QUESTIONS / "question.jsonl")
+        if question["question_id"] in {answer["question_id"] for answer in answers["base"]}
+    ]
+    title = f"{params.model.name}: {len(cells)} cells"
+    lines = sentences(params, table, judged, prepared, judge)
+    write_report(REPORTS, title, lines, figures, tables, list(dict.fromkeys(table["loss"])), answers=True)
+    write_answers(title, answer_pages(keys, answers, judgements), questions)
+    write_text(REPORTS / "cells.csv", everything.to_csv(index=False))
+    # In git, unlike metrics/mtbench: reviews and comparisons pair by question without DVC's cache.
+    write_text(QUESTION_SCORES, question_table(questions, judged).to_csv(index=False))
     # One file for all models, where FastChat's show_result looks for it.
-    write_text(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", judgements)
-    write_json(SUMMARY, summarise(table, params.recipe, base))
+    combined = [judgement for key in keys for judgement in judgements[key]]
+    write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
+    write_json(SUMMARY, summarise(table, params.recipe, judged["base"]))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from prefscan.paths import (
     HELDOUT_PAIRS,
     REFERENCE,
     RUNS,
+    TRAIN_COST,
     TRAIN_METRICS,
     TRAIN_PAIRS,
 )
@@ -276,11 +277,12 @@ def train_cell(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Path,
-) -> tuple[PairTrainer, dict[str, Any]]:
+) -> tuple[PairTrainer, dict[str, Any], dict[str, float]]:
     """Train one cell, from its last checkpoint if there is one.
 
-    Returns the trainer and the contents of metrics/train/CELL.json. Its `cost.seconds` include those that went into the
-    checkpoint; the work that a kill lost is not in them, and the memory is this process's.
+    Returns the trainer and the contents of metrics/train/CELL.json and metrics/cost/train/CELL.json. The cost's seconds
+    include those that went into the checkpoint; the work that a kill lost is not in them, and the memory is this
+    process's.
     """
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
     if LOSSES[cell.loss].mismatched:
@@ -314,14 +316,14 @@ def train_cell(
         "last_loss": losses[-1],
         "updates": updates,
         "heldout": trainer.held_out(heldout, train.batch_size),
-        "cost": {
-            "seconds": round(seconds, 1),
-            # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
-            "tokens_per_second": round(tokens * updates * train.batch_size * train.accumulation / seconds, 1),
-            "peak_memory_gib": round(peak_memory_gib(), 2),
-        },
     }
-    return trainer, metrics
+    cost = {
+        "seconds": round(seconds, 1),
+        # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
+        "tokens_per_second": round(tokens * updates * train.batch_size * train.accumulation / seconds, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+    }
+    return trainer, metrics, cost
 
 
 def main() -> None:
@@ -330,7 +332,7 @@ def main() -> None:
     cell = params.cell(key)
     print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
     reference = {row["id"]: row for row in read_jsonl(REFERENCE)}
-    trainer, metrics = train_cell(
+    trainer, metrics, cost = train_cell(
         cell,
         params.train,
         params.seed,
@@ -346,11 +348,12 @@ def main() -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
     write_json(TRAIN_METRICS / f"{key}.json", metrics)
+    write_json(TRAIN_COST / f"{key}.json", cost)
     shutil.rmtree(CHECKPOINTS / key)
     held = metrics["heldout"]
     print(
         f"{key}: held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats "
-        f"[{held['margin_low']:.2f}, {held['margin_high']:.2f}], {metrics['cost']['seconds']:.0f} s"
+        f"[{held['margin_low']:.2f}, {held['margin_high']:.2f}], {cost['seconds']:.0f} s"
     )
 
 

@@ -14,7 +14,17 @@ from tiny import sharegpt_rows
 
 ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-COPIED = ["conf", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "hydra_plugins", "src"]
+COPIED = [
+    "conf",
+    "constraints.txt",
+    "dvc.yaml",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    ".gitignore",
+    "hydra_plugins",
+    "src",
+]
 
 
 class Workspace:

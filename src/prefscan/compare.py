@@ -1,0 +1,231 @@
+"""Compare sweeps that git holds, in one report: python -m prefscan.compare zephyr openhermes
+
+Each argument is a branch, tag, commit or DVC experiment. The base and the cells that all of them have are paired
+question by question with their like in the first. Revisions that differ in `seed` alone are one sweep trained anew,
+and what the seed does is set apart from what the questions do. It writes comparison/ (report.html, report.md, charts),
+which git ignores, and prints the sentences.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prefscan import charts
+from prefscan.errors import UserError, run_stage
+from prefscan.intervals import mean_interval
+from prefscan.pages import Figure, Table, write_report
+from prefscan.revisions import Revision, changed, leaves, read_revision
+from prefscan.stats import clustered_mean, holm, paired_difference, variance_components
+
+COMPARISON = Path("comparison")
+CELLS = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
+
+
+def shared_models(revisions: list[Revision]) -> list[str]:
+    """The base and the cells that every revision has, in the order of the first."""
+    models = [model for model in revisions[0].scores.columns if model != "category"]
+    return [model for model in models if all(model in revision.scores.columns for revision in revisions)]
+
+
+def shared_questions(revisions: list[Revision]) -> pd.Index:
+    """The numbers of the questions that every revision asked; raises UserError for fewer than two."""
+    shared = revisions[0].scores.index
+    for revision in revisions[1:]:
+        shared = shared.intersection(revision.scores.index)
+    if len(shared) < 2:
+        names = ", ".join(revision.name for revision in revisions)
+        raise UserError(f"{names}: they share {len(shared)} questions, and a paired difference needs two")
+    return shared
+
+
+def what_differs(revisions: list[Revision]) -> pd.DataFrame:
+    """A row a parameter or pinned version that is not the same in all, a column a revision."""
+    values = [dict(leaves(revision.params)) | revision.pins for revision in revisions]
+    names = dict.fromkeys(name for known in values for name in known if name.split(".")[0] not in CELLS)
+    rows = [
+        {"parameter": name} | {r.name: str(known.get(name, "–")) for r, known in zip(revisions, values, strict=True)}
+        for name in names
+        if len({str(known.get(name)) for known in values}) > 1
+    ]
+    return pd.DataFrame(rows, columns=["parameter", *(revision.name for revision in revisions)])
+
+
+def scores_of(revisions: list[Revision], models: list[str], questions: pd.Index) -> pd.DataFrame:
+    """A row a model and revision: its score, its lead on its own base, and its difference from the first revision's.
+
+    All over the shared questions, with 95 % intervals; Holm's correction is over all differences from the first.
+    """
+    rows = []
+    for revision in revisions:
+        base = revision.scores.loc[questions, "base"]
+        for model in models:
+            scores = revision.scores.loc[questions, model]
+            mean = clustered_mean(scores, questions)
+            row: dict[str, Any] = {"cell": model, "revision": revision.name}
+            row |= {"score": mean.mean, "score_low": mean.low, "score_high": mean.high}
+            if model != "base":
+                lead = paired_difference(scores, base)
+                row |= {"lead": lead.mean, "lead_low": lead.low, "lead_high": lead.high}
+            if revision is not revisions[0]:
+                apart = paired_difference(scores, revisions[0].scores.loc[questions, model])
+                row |= {"difference": apart.mean, "difference_low": apart.low, "difference_high": apart.high}
+                row |= {"p": apart.p_value, "wins": apart.wins, "ties": apart.ties, "losses": apart.losses}
+            rows.append(row)
+    table = pd.DataFrame(rows).sort_values("cell", key=lambda cells: cells.map(models.index), kind="stable")
+    tested = table["p"].notna()
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"])
+    return table.drop(columns="p")
+
+
+def sets_of_seeds(revisions: list[Revision]) -> list[list[Revision]]:
+    """The revisions that differ in `seed` alone, two or more together, each seed once."""
+    found: list[list[Revision]] = []
+    for revision in revisions:
+        for known in found:
+            apart = {n for n in changed(known[0].params, revision.params) if n.split(".")[0] not in CELLS}
+            if apart <= {"seed"} and known[0].pins == revision.pins:
+                if all(revision.params["seed"] != other.params["seed"] for other in known):
+                    known.append(revision)
+                break
+        else:
+            found.append([revision])
+    return [known for known in found if len(known) > 1]
+
+
+def spread_of_seeds(known: list[Revision], models: list[str], questions: pd.Index) -> pd.DataFrame:
+    """A row a cell: its lead on the base as mean over seeds with a 95 % t interval over them, and the parts of spread.
+
+    `seed_sd` is the spread of the true lead between trainings, `question_sd` between questions, both in points.
+    """
+    rows = []
+    for model in (model for model in models if model != "base"):
+        leads = np.stack([(r.scores.loc[questions, model] - r.scores.loc[questions, "base"]).to_numpy() for r in known])
+        mean, low, high = mean_interval(leads.mean(axis=1).tolist())
+        parts = variance_components(leads.T[:, :, None, None])
+        assert parts.seed is not None  # of two or more seeds
+        rows.append(
+            {"cell": model, "seeds": len(known), "lead": mean, "lead_low": low, "lead_high": high}
+            | {"seed_sd": parts.seed**0.5, "question_sd": parts.question**0.5}
+        )
+    return pd.DataFrame(rows)
+
+
+def sentences(
+    revisions: list[Revision], models: list[str], questions: pd.Index, table: pd.DataFrame, spreads: list[pd.DataFrame]
+) -> list[str]:
+    """What was compared, what differs beyond the choice of questions, and what cannot be concluded."""
+    first = revisions[0].name
+    lines = [
+        f"{len(revisions)} revisions, {', '.join(revision.name for revision in revisions)}: {len(models) - 1} cells "
+        f"and the base are in all of them, judged on the same {len(questions)} questions."
+    ]
+    for revision in revisions:
+        missed = [cell for cell in revision.scores.columns if cell != "category" and cell not in models]
+        if missed:
+            lines.append(f"Left out, since another revision lacks them: {', '.join(missed)} of {revision.name}.")
+        unasked = len(revision.scores) - len(questions)
+        if unasked:
+            lines.append(f"Left out, since another revision did not ask them: {unasked} questions of {revision.name}.")
+    judges = {revision.params["judge"]["name"] for revision in revisions}
+    if len(judges) > 1:
+        ranks = [
+            f"{revision.params['judge']['name']} ranks a reference above another question's with probability "
+            f"{revision.judge['without_reference']['swapped']['auc']:.2f}"
+            for revision in revisions
+        ]
+        lines.append(
+            f"Their judges are not the same ({'; '.join(dict.fromkeys(ranks))}; 0.5 is chance): a difference between "
+            "revisions is one of judges too. Compare the leads on the base."
+        )
+    compared = table.dropna(subset="difference")
+    significant = compared[compared["p_holm"] <= 0.05]
+    named = ", ".join(f"{row['cell']} in {row['revision']}" for row in significant.to_dict("records"))
+    lines.append(
+        f"Paired by question, the models lie {compared['difference'].min():+.2f} to "
+        f"{compared['difference'].max():+.2f} from the same in {first}; with Holm's correction over {len(compared)} "
+        f"comparisons {f'{named} differ' if named else 'none differs'} significantly."
+    )
+    for spread in spreads:
+        told = spread[(spread["lead_low"] > 0) | (spread["lead_high"] < 0)]["cell"]
+        lines.append(
+            f"Over {spread['seeds'].iloc[0]} seeds, the spread of a cell's lead between trainings is "
+            f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); the interval "
+            f"over seeds excludes zero for {', '.join(told) if len(told) else 'no cell'}, uncorrected."
+        )
+    if not spreads:
+        lines.append("No two revisions differ in the seed alone: none of this tells a method from the luck of a seed.")
+    return lines
+
+
+def tables_of(
+    differing: pd.DataFrame, table: pd.DataFrame, spreads: list[pd.DataFrame], revisions: list[Revision]
+) -> list[Table]:
+    span = {"low": "95 % low", "high": "95 % high"}
+
+    def with_interval(name: str, heading: str, form: str = "{:+.2f}") -> dict[str, tuple[str, str]]:
+        return {name: (heading, form)} | {f"{name}_{end}": (text, form) for end, text in span.items()}
+
+    cell = {"cell": ("cell", "{}")}
+    scores = cell | {"revision": ("revision", "{}")} | with_interval("score", "score", "{:.2f}")
+    scores |= with_interval("lead", "minus its base") | with_interval("difference", f"minus {revisions[0].name}")
+    scores |= {"p_holm": ("p, Holm", "{:.2f}"), "wins": ("won", "{:.0f}"), "ties": ("tied", "{:.0f}")}
+    scores |= {"losses": ("lost", "{:.0f}")}
+    seeds = cell | {"seeds": ("seeds", "{}")} | with_interval("lead", "minus its base, mean over seeds")
+    seeds |= {"seed_sd": ("SD between trainings", "{:.2f}"), "question_sd": ("SD between questions", "{:.2f}")}
+    return [
+        Table("Scores", "Intervals and tests are over the shared questions.", table, scores),
+        Table(
+            "What differs",
+            "Parameters but for the choice of cells, and the versions pinned in constraints.txt.",
+            differing,
+            {name: (name, "{}") for name in differing.columns},
+        ),
+        *(Table("Seeds", "Intervals are over seeds: few seeds make them wide.", spread, seeds) for spread in spreads),
+    ]
+
+
+def figures_of(table: pd.DataFrame, first: str) -> dict[str, Figure]:
+    spans = ["score", "score_low", "score_high"]
+    compared = table.dropna(subset="difference")
+    shifts = ["difference", "difference_low", "difference_high", "p_holm", "wins", "ties", "losses"]
+    return {
+        "scores": Figure(
+            "Score of each model in each revision",
+            "Bars are 95 % intervals over the shared questions.",
+            charts.scores_by_revision(table, "score"),
+            table[["cell", "revision", *spans]],
+        ),
+        "differences": Figure(
+            f"Each model minus the same in {first}, paired by question",
+            "Bars are 95 % intervals, before the correction; a filled point is significant with Holm's correction.",
+            charts.differences(compared, f"score minus that in {first}", "revision"),
+            compared[["cell", "revision", *shifts]],
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="prefscan.compare", description="Compare sweeps that git holds.")
+    parser.add_argument("revision", nargs="+", help="a branch, tag, commit or DVC experiment; two or more")
+    names = list(dict.fromkeys(parser.parse_args().revision))
+    if len(names) < 2:
+        raise UserError(f"{names[0]} alone is no comparison; name two or more revisions")
+    revisions = [read_revision(name) for name in names]
+    models, questions = shared_models(revisions), shared_questions(revisions)
+    if len(models) < 2:
+        raise UserError(f"{', '.join(names)}: no cell is in all of them; compare sweeps that share losses, β and steps")
+    table = scores_of(revisions, models, questions)
+    spreads = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions)]
+    lines = sentences(revisions, models, questions, table, spreads)
+    tables = tables_of(what_differs(revisions), table, spreads, revisions)
+    title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
+    write_report(COMPARISON, title, lines, figures_of(table, names[0]), tables, names)
+    print("\n\n".join(lines))
+    print(f"\nReport: {COMPARISON}/report.html")
+
+
+if __name__ == "__main__":
+    run_stage(main)

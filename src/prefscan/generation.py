@@ -1,0 +1,233 @@
+"""Replies of a chat model to many conversations at once: sampling that repeats, and a cache that later turns reuse.
+
+Sampling draws from the softmax by its inverse distribution function, with one number of a row's own generator a token
+(Devroye 1986, Non-Uniform Random Variate Generation, III.2), so a row's draws do not depend on what runs beside it.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefscan.errors import UserError
+from prefscan.memory import free_bytes
+from prefscan.params import Answer
+
+GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
+REPEATED = 4  # tokens of the n-grams whose repetition is counted
+# Of the free memory, for the cache of keys and values, which doubles for a moment when a layer of it grows.
+SHARE = 0.4
+# More rows speed a CPU up no further (benchmarks/answers.py), and a killed stage loses the batch it was at.
+MOST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One turn of one answer; `tokens` has the end token where there is one.
+
+    `logprobs` are the policy's own, of each token, at temperature 1, in nats.
+    """
+
+    text: str
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    cut: bool  # by the limit of new tokens
+    seconds: float  # the batch's, divided by its rows
+
+    @property
+    def repetition(self) -> float:
+        """The share of 4-grams that occurred before in the reply; 0 for fewer than 4 tokens.
+
+        seq-rep-4 of Welleck et al. 2020 (arXiv 1908.04319, section 6.1).
+        """
+        grams = [tuple(self.tokens[i : i + REPEATED]) for i in range(len(self.tokens) - REPEATED + 1)]
+        return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling, with one random generator and one temperature a row.
+
+    `logprobs` has for each step the log-probabilities at temperature 1 of the chosen tokens, in nats; shape `[rows]`.
+    """
+
+    def __init__(self, seeds: Sequence[str], temperatures: Sequence[float]) -> None:
+        self.logprobs: list[Tensor] = []
+        self.rows = [row for row, temperature in enumerate(temperatures) if temperature >= GREEDY_BELOW]
+        self.temperatures = torch.tensor([temperatures[row] for row in self.rows], dtype=torch.float64)[:, None]
+        self.generators = [
+            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seeds[row].encode()).digest()[:7], "big"))
+            for row in self.rows
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        tokens = scores.argmax(-1, keepdim=True)
+        if self.rows:
+            # Drawn on the CPU, the same numbers on every device; in float64, so that no token's share is rounded away.
+            uniform = torch.cat(
+                [torch.rand(1, 1, generator=generator, dtype=torch.float64) for generator in self.generators]
+            )
+            shares = (scores[self.rows].double() / self.temperatures.to(scores.device)).softmax(-1).cumsum(-1)
+            uniform = uniform.to(scores.device) * shares[:, -1:]  # the last sum may miss 1 by rounding
+            tokens[self.rows] = torch.searchsorted(shares, uniform, right=True)
+        logprobs = scores.gather(-1, tokens) - scores.logsumexp(-1, keepdim=True)
+        self.logprobs.append(logprobs[:, 0].cpu())
+        sampled = torch.full_like(scores[self.rows], -torch.inf).scatter_(-1, tokens[self.rows], 0)
+        scores[self.rows] = sampled
+        return scores
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of a batch's conversations so far, and which token stands in each slot.
+
+    `slots` and `mask` have the shape `[rows, slots]`; a slot that is not in the mask is padding.
+    """
+
+    cache: Cache
+    slots: Tensor
+    mask: Tensor
+
+    def continued(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+        """The slots and mask for these prompts: what a row's prompt shares with its past stays, the rest is appended.
+
+        At least a prompt's last token is computed anew, since the model's prediction there is not in the cache.
+        """
+        mask = self.mask.clone()
+        rest = []
+        for row, prompt in enumerate(prompts):
+            places = mask[row].nonzero()[:, 0]
+            past = self.slots[row, places].tolist()
+            shared = next((i for i, (a, b) in enumerate(zip(past, prompt[:-1], strict=False)) if a != b), None)
+            shared = min(len(past), len(prompt) - 1) if shared is None else shared
+            mask[row, places[shared:]] = False
+            rest.append(prompt[shared:])
+        slots, appended = left_padded(rest, pad, self.slots.device)
+        return torch.cat([self.slots, slots], dim=1), torch.cat([mask, appended], dim=1)
+
+
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, shape `[rows, longest]`."""
+    width = max(map(len, rows))
+    slots = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return slots, mask
+
+
+def reusable(cache: Any) -> bool:
+    """Whether rows of a cache can be masked: not where a layer forgets, as under a sliding window."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: SeededSampling,
+    max_new_tokens: int,
+    context: Context | None = None,
+) -> tuple[list[Reply], Context | None]:
+    """The reply to each prompt, and the context for the next turn where the model's cache can be reused.
+
+    A `context` is used up: its cache grows in place. An out-of-memory error is an error and never an answer: it leaves
+    this function as it is.
+    """
+    pad: Any = tokenizer.pad_token_id
+    if context:
+        slots, mask = context.continued(prompts, pad)
+    else:
+        slots, mask = left_padded(prompts, pad, model.device)
+    ends = end_tokens(model, tokenizer)
+    started = time.perf_counter()
+    output: Any = model.generate(
+        input_ids=slots,
+        attention_mask=mask.long(),
+        past_key_values=context and context.cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([sampling]),
+        pad_token_id=pad,
+        eos_token_id=ends,
+        return_dict_in_generate=True,
+    )
+    seconds = (time.perf_counter() - started) / len(prompts)
+    replies = []
+    logprobs = torch.stack(sampling.logprobs, dim=1)
+    said = output.sequences[:, slots.shape[1] :]
+    for row, prompt in enumerate(prompts):
+        tokens = said[row].tolist()
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        replies.append(Reply(text, prompt, tokens, logprobs[row, : len(tokens)].tolist(), end is None, seconds))
+    cache = output.past_key_values
+    if not reusable(cache):
+        return replies, None
+    # The last token was chosen and not read, and what follows an end token was read and not said.
+    width = said.shape[1] - 1
+    lengths = torch.tensor([[len(reply.tokens)] for reply in replies], device=said.device)
+    read = torch.arange(width, device=said.device) < lengths
+    return replies, Context(cache, output.sequences[:, :-1], torch.cat([mask, read], dim=1))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn: the model's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
+    """The conversation by the tokenizer's own chat template, up to where the model's turn begins."""
+    text = str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Memory for a token's keys and values: 2 × layers × key-value heads × head size × bytes a number."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def settled_batch_size(answer: Answer, model: PreTrainedModel, tokens: int) -> int:
+    """`answer.batch_size`, or for `auto` how many conversations of up to so many `tokens` fit into the free memory.
+
+    Raises UserError when the model was not made for so many tokens, when not even one conversation fits, and when
+    `answer.batch_size` of them do not.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise UserError(
+            f"answer.max_new_tokens: {answer.max_new_tokens} lets the longest conversation grow to {tokens} tokens and "
+            f"the model was made for {limit}; set it {-(-(tokens - limit) // 2)} lower"
+        )
+    free, needed = free_bytes(), tokens * cache_bytes(model)
+    rows = 1 if answer.batch_size == "auto" else answer.batch_size
+    if rows * needed > free:
+        raise UserError(
+            f"answer.batch_size: {answer.batch_size}, but the keys and values of {rows} of up to {tokens} tokens take "
+            f"{rows * needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            + ("set answer.max_new_tokens lower" if rows == 1 else "choose auto, or a smaller number")
+        )
+    if answer.batch_size != "auto":
+        return answer.batch_size
+    rows = min(max(int(SHARE * free / needed), 1), MOST_ROWS)
+    print(f"{rows} conversations at once: {needed / 2**20:.0f} MiB each, {free / 2**30:.1f} GiB free", flush=True)
+    return rows

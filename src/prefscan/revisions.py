@@ -1,0 +1,91 @@
+"""What git holds of a revision's sweep: parameters, summary, every model's score of each question.
+
+All of it is small and in git, so that a review or a comparison needs neither DVC's cache nor a remote.
+"""
+
+import json
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dvc.api
+import pandas as pd
+import yaml
+from dvc.exceptions import DvcException, PathMissingError
+from dvc.scm import SCMError
+
+from prefscan.errors import UserError
+from prefscan.files import BAD_JSON, read_text
+from prefscan.paths import JUDGE_METRICS, SUMMARY
+from prefscan.tables import QUESTION_SCORES
+
+PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
+
+
+class Revision(NamedTuple):
+    """`scores` has a row a question, its number the index, and a column a model beside `category`."""
+
+    name: str
+    params: dict[str, Any]
+    summary: dict[str, Any]
+    judge: dict[str, Any]
+    scores: pd.DataFrame
+    pins: dict[str, str]
+
+    @property
+    def recipe(self) -> str:
+        return str(self.summary["recipe"]["cell"])
+
+
+def read_at(path: Path, revision: str | None) -> str:
+    """A file of a revision, or of the workspace; raises UserError where there is no such revision or file."""
+    if revision is None:
+        return read_text(path)
+    try:
+        return str(dvc.api.read(str(path), rev=revision, encoding="utf-8"))
+    except (PathMissingError, FileNotFoundError):
+        raise UserError(
+            f"{revision} has no {path} in git; run `dvc repro` there with this version and commit the reports"
+        ) from None
+    except (DvcException, SCMError) as error:
+        raise UserError(f"{revision}: {' '.join(str(error).split())}; name a branch, tag or commit") from None
+
+
+def read_revision(revision: str | None) -> Revision:
+    """A revision by what `git rev-parse` or DVC's experiments call it; None is the workspace."""
+    try:
+        scores = pd.read_csv(StringIO(read_at(QUESTION_SCORES, revision)), float_precision="round_trip")
+        return Revision(
+            revision or "workspace",
+            yaml.safe_load(read_at(Path("params.yaml"), revision)),
+            json.loads(read_at(SUMMARY, revision)),
+            json.loads(read_at(JUDGE_METRICS, revision)),
+            scores.set_index("question"),
+            dict(pins(read_at(Path("constraints.txt"), revision))),
+        )
+    except (*BAD_JSON, yaml.YAMLError, KeyError) as error:
+        raise UserError(f"{revision or 'workspace'}: a committed file cannot be read: {error}") from None
+
+
+def pins(constraints: str) -> Iterator[tuple[str, str]]:
+    for line in constraints.splitlines():
+        name, _, version = line.partition("==")
+        if name in PINS:
+            yield name, version
+
+
+def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every parameter by its dotted name, as DVC shows it; a list is one value."""
+    for name, child in value.items():
+        if isinstance(child, dict):
+            yield from leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+def changed(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The parameters that differ, in the order of the first; None where one has no such parameter."""
+    before, after = dict(leaves(first)), dict(leaves(second))
+    names = dict.fromkeys([*before, *after])
+    return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}

@@ -1,0 +1,124 @@
+"""The first lines of the report: what was compared, what is significant and what cannot be concluded, from the data."""
+
+from typing import Any
+
+import pandas as pd
+
+from prefscan.params import LocalJudge, OpenAIJudge, Params
+from prefscan.stats import minimum_detectable_difference, probability_best, selected_best
+
+
+def question_scores(mtbench: dict[str, Any]) -> list[float]:
+    """The mean score of each question, in the questions' order."""
+    scores: dict[str, float] = mtbench["questions"]
+    return [scores[number] for number in sorted(scores, key=int)]
+
+
+def score_name(judge: LocalJudge | OpenAIJudge) -> str:
+    if judge.mode == "single":
+        return "MT-Bench score (1 to 10)"
+    return f"win rate against {judge.against}, ties half (0 to 1)"
+
+
+def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[str]:
+    """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
+    significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
+    verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
+    questions = len(judged["base"]["questions"])
+    detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
+    lines = [
+        f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
+        f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
+        f"{cells['p_holm'].min():.2f}). This many questions and this spread detect a difference of {detectable:.2f} or "
+        "more with 80 % power, before the correction."
+    ]
+    picks = []
+    for loss, group in cells.groupby("loss", sort=False):
+        if len(group) > 1:
+            best = selected_best([question_scores(judged[key]) for key in group["cell"]])
+            picks.append(
+                f"{loss} {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for {best.apparent:.2f} "
+                f"({group['cell'].iloc[best.cell]})"
+            )
+    if picks:
+        lines.append(
+            "The highest cell of a loss is a pick that favours chance; corrected for the picking by bootstrap: "
+            f"{'; '.join(picks)}."
+        )
+    return lines
+
+
+def judge_sentence(judge: dict[str, Any]) -> str:
+    """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
+    bad = {
+        "the same answer given to another question": judge["without_reference"]["swapped"],
+        "its own first quarter": judge["without_reference"]["truncated"],
+    }
+    ranks = [
+        f"{name} with probability {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]"
+        for name, found in bad.items()
+    ]
+    told = [name for name, found in bad.items() if found["auc_low"] > 0.5]
+    if len(told) == len(bad):
+        verdict = "it can tell them apart"
+    elif told:
+        verdict = f"it can tell it from {told[0]} only, so no score below should be read as quality"
+    else:
+        verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
+    return (
+        f"The judge {judge['judge']} ranks a reference answer above {', and above '.join(ranks)} (95 % intervals over "
+        f"{judge['questions']} questions; 0.5 is chance): {verdict}."
+    )
+
+
+def sentences(
+    params: Params, cells: pd.DataFrame, judged: dict[str, Any], prepared: dict[str, Any], judge: dict[str, Any]
+) -> list[str]:
+    """What was compared and what may be concluded, computed from the data."""
+    lines = [judge_sentence(judge)]
+    if params.judge.kind == "local":
+        lines.append(
+            f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
+            "not which method is better."
+        )
+    base = judged["base"]
+    questions = len(base["questions"])
+    lines.append(
+        f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
+        f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
+        f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
+    )
+    lines.append(
+        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
+        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
+        f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
+    )
+    lines += difference_sentences(cells, judged)
+    grids = {
+        str(loss): [question_scores(judged[key]) for key in group["cell"]]
+        for loss, group in cells.groupby("loss", sort=False)
+    }
+    if len(grids) > 1:
+        shares = ", ".join(f"{loss} in {share:.0%}" for loss, share in probability_best(grids).items())
+        lines.append(
+            f"Drawn anew, the questions put the highest cell with {shares} of the draws: how stable the order is, no "
+            "probability that a loss is better."
+        )
+    moved = (cells["margin_low"] > 0).sum()
+    lines.append(
+        f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
+        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
+        f"interval in {moved} of {len(cells)} cells. "
+        "β means something else in each loss: equal β is not equal strength."
+    )
+    kept = cells["margin_kept"].dropna()
+    share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
+    lines.append(
+        f"The merges, in {params.merge.dtype}, kept {share}; {cells['share_cut'].min():.0%} to "
+        f"{cells['share_cut'].max():.0%} of the answers were cut at {params.answer.max_new_tokens} tokens."
+    )
+    return lines
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(str(value) for value in dict.fromkeys(values))

@@ -1,0 +1,48 @@
+"""A DVC repository whose branches hold the reports of small sweeps."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+GIT = ["git", "-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
+KEPT = ("params.yaml", "metrics/summary.json", "metrics/judge.json", "reports/questions.csv")
+
+
+def git(*arguments: str) -> None:
+    subprocess.run([*GIT, *arguments], check=True, capture_output=True)
+
+
+def make_repository(reported: Path) -> None:
+    """In the working directory: the small sweep's reports, committed on the branch main."""
+    git("init", "--quiet", "--initial-branch", "main")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True, capture_output=True)
+    for name in KEPT:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes((reported / name).read_bytes())
+    Path("constraints.txt").write_text("# pinned\nnumpy==2.0.0\ntorch==2.13.0\ntrl==1.16.0\n")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "main")
+
+
+def branch(
+    name: str,
+    change_params: Callable[[Any], None] = lambda _: None,
+    change_scores: Callable[[pd.DataFrame], pd.DataFrame] = lambda scores: scores,
+    files: dict[str, str] | None = None,
+) -> None:
+    """A branch off main with other parameters, scores or files; leaves main checked out."""
+    git("checkout", "--quiet", "-b", name, "main")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    change_params(params)
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    scores = change_scores(pd.read_csv("reports/questions.csv", index_col="question", float_precision="round_trip"))
+    scores.to_csv("reports/questions.csv")
+    for path, text in (files or {}).items():
+        Path(path).write_text(text)
+    git("commit", "--quiet", "--allow-empty", "--all", "--message", name)
+    git("checkout", "--quiet", "main")

@@ -1,0 +1,203 @@
+"""Generation: exact seeded sampling, a second turn from the first one's cache, and batches that fit into memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from prefscan import generation
+from prefscan.errors import UserError
+from prefscan.generation import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import Answer
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    return load_model(tiny_model, "fp32").eval()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def draw(seeds: list[str], temperature: float) -> torch.Tensor:
+    """A token a seed, at logits whose softmax at this temperature is that of LOGITS."""
+    sampling = SeededSampling(seeds, [temperature] * len(seeds))
+    return sampling(torch.zeros(len(seeds), 1), temperature * LOGITS.repeat(len(seeds), 1)).argmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+def test_sampling_draws_from_the_softmax(temperature: float) -> None:
+    count = 6000
+    drawn = torch.bincount(draw([f"0/{i}/0" for i in range(count)], temperature), minlength=6).numpy()
+    right, wrong = (count * (LOGITS.double() / t).softmax(-1).numpy() for t in (1.0, 1.1))
+    assert chisquare(drawn, right).pvalue > 1e-3
+    assert chisquare(drawn, wrong).pvalue < 1e-3  # so many draws do tell a temperature that is off by a tenth
+
+
+def test_successive_draws_of_a_row_are_independent() -> None:
+    """The second token's draw, given the first's, is again from the softmax."""
+    sampling = SeededSampling([str(i) for i in range(3000)], [1.0] * 3000)
+    first, second = (sampling(torch.zeros(3000, 1), LOGITS.repeat(3000, 1)).argmax(-1) for _ in range(2))
+    after = torch.bincount(second[first == 0], minlength=6)[:4].double()
+    expected = LOGITS[:4].double().softmax(-1) * after.sum()
+    assert chisquare(after.numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_its_seed_and_on_nothing_beside_it() -> None:
+    seeds = [f"0/{i}/1" for i in range(64)]
+    drawn = draw(seeds, 1.0)
+    assert torch.equal(draw(seeds, 1.0), drawn)
+    assert torch.equal(draw(seeds[::-1], 1.0).flip(0), drawn)
+    assert torch.equal(torch.cat([draw([seed], 1.0) for seed in seeds]), drawn)
+    assert not torch.equal(draw([f"1/{i}/1" for i in range(64)], 1.0), drawn)
+    assert not torch.equal(draw([f"0/{i}/0" for i in range(64)], 1.0), drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 9e-5])
+def test_a_temperature_of_0_leaves_the_logits(temperature: float) -> None:
+    scores = SeededSampling(["0"], [temperature])(torch.zeros(1, 1), LOGITS[None].bfloat16())
+    assert torch.equal(scores, LOGITS[None].bfloat16().float())
+
+
+def test_log_probabilities_are_those_at_temperature_1() -> None:
+    sampling = SeededSampling(["a", "b", "c"], [0.7, 0.0, 2.0])
+    chosen = sampling(torch.zeros(3, 1), LOGITS.repeat(3, 1)).argmax(-1)
+    assert torch.allclose(sampling.logprobs[0], LOGITS.log_softmax(-1)[chosen])
+    assert chosen[1] == 0
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    """Where rounding puts the last sum below 1, and in the gaps between likely tokens."""
+    logits = torch.full((1, 50_000), -torch.inf)
+    logits[0, [7, 49_000]] = 0.0
+    sampling = SeededSampling([str(i) for i in range(400)], [1.0] * 400)
+    assert set(sampling(torch.zeros(400, 1), logits.repeat(400, 1)).argmax(-1).tolist()) == {7, 49_000}
+
+
+def reply_of(tokens: list[int]) -> Reply:
+    return Reply("", [1], tokens, [0.0] * len(tokens), cut=False, seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([5] * 8, 4 / 5), ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5), ([1, 2, 3, 4, 5], 0), ([5, 5, 5], 0), ([5] * 4, 0)],
+)
+def test_repetition_is_the_share_of_4_grams_seen_before(tokens: list[int], share: float) -> None:
+    assert reply_of(tokens).repetition == pytest.approx(share)
+
+
+QUESTIONS = ["Who?", "What is seven plus four, and why would one ask?", "Name a river, then another river."]
+AGAIN = ["And then?", "Say that in one word.", "Which of both is longer? Give its length in miles, too."]
+
+
+def first_turn(model: Any, tokenizer: Any, temperatures: list[float]) -> tuple[list[Reply], Any, list[list[int]]]:
+    """Replies to QUESTIONS, their context, and the prompts that ask AGAIN."""
+    talks = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    prompts = [prompt_ids(tokenizer, talk) for talk in talks]
+    replies, context = generate(model, tokenizer, prompts, SeededSampling(["x", "y", "z"], temperatures), 12)
+    for talk, reply, text in zip(talks, replies, AGAIN, strict=True):
+        talk += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": text}]
+    return replies, context, [prompt_ids(tokenizer, talk) for talk in talks]
+
+
+@pytest.mark.parametrize("temperatures", [[0.0, 0.0, 0.0], [0.7, 1.5, 0.0]], ids=["greedy", "sampled"])
+def test_a_second_turn_from_the_cache_is_the_one_without(model: Any, tokenizer: Any, temperatures: list[float]) -> None:
+    first, context, prompts = first_turn(model, tokenizer, temperatures)
+    fresh, _ = generate(model, tokenizer, prompts, SeededSampling(["1", "2", "3"], temperatures), 12)
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    reused, _ = generate(model, tokenizer, prompts, SeededSampling(["1", "2", "3"], temperatures), 12, context)
+    assert [reply.tokens for reply in reused] == [reply.tokens for reply in fresh]
+    assert [reply.prompt for reply in reused] == prompts
+    for ours, theirs in zip(reused, fresh, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    # What the prompts add to the first ones, and no first prompt.
+    assert read[0] <= max(len(prompt) - len(reply.prompt) for prompt, reply in zip(prompts, first, strict=True))
+    assert set(read[1:]) <= {1}
+
+
+def test_what_a_template_says_anew_of_the_past_is_computed_anew(model: Any, tokenizer: Any) -> None:
+    """As templates do that drop a reply's reasoning, and tokenizers that join what was sampled apart."""
+    _, context, prompts = first_turn(model, tokenizer, [1.5, 1.5, 0.0])
+    prompts[0][5:9] = [4, 3]
+    prompts[1] = prompts[1][:6]  # all of it is in the cache
+    fresh, _ = generate(model, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12)
+    reused, again = generate(model, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12, context)
+    assert [reply.tokens for reply in reused] == [reply.tokens for reply in fresh]
+    assert again is not None
+    for row, reply in enumerate(reused):  # and the context says what the cache now holds
+        held = again.slots[row][again.mask[row]].tolist()
+        assert held == (reply.prompt + reply.tokens)[: len(held)]
+        assert len(held) >= len(reply.prompt) + len(reply.tokens) - 1
+
+
+def test_a_cache_that_forgets_is_not_reused(model: Any, tokenizer: Any) -> None:
+    """Under a sliding window the slots of masked tokens would push others out."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": model.config.vocab_size}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    sliding = AutoModelForCausalLM.from_config(config).eval()
+    replies, context, _ = first_turn(sliding, tokenizer, [0.0] * 3)
+    assert len(replies) == 3
+    assert context is None
+
+
+def settings(batch_size: int | str) -> Answer:
+    return Answer.model_validate({"questions": 8, "max_new_tokens": 12, "batch_size": batch_size, "dtype": "fp32"})
+
+
+def test_the_cache_takes_the_bytes_that_the_arithmetic_says(model: Any, tokenizer: Any) -> None:
+    _, context, _ = first_turn(model, tokenizer, [0.0] * 3)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
+    assert held == context.slots.numel() * cache_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "free", "rows"),
+    [("auto", 1.0, 1), ("auto", 2.5, 1), ("auto", 12.6, 5), ("auto", 1e6, 32), (3, 3.0, 3), (64, 64.0, 64)],
+)
+def test_as_many_conversations_as_fit(
+    model: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int | str, free: float, rows: int
+) -> None:
+    """`free` in conversations of 100 tokens; `auto` leaves six tenths of the memory free."""
+    monkeypatch.setattr(generation, "free_bytes", lambda: int(free * 100 * cache_bytes(model)))
+    assert settled_batch_size(settings(batch_size), model, 100) == rows
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "free", "message"),
+    [
+        (
+            "auto",
+            0.9,
+            r"^answer\.batch_size: auto, but .* of 1 of up to 100 tokens .* set answer\.max_new_tokens",
+        ),
+        (1, 0.9, r"^answer\.batch_size: 1, but .* of 1 of up to 100 tokens .* set answer\.max_new_tokens"),
+        (4, 3.9, r"^answer\.batch_size: 4, but .* of 4 of up to 100 tokens .* choose auto, or a smaller number$"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int | str, free: float, message: str
+) -> None:
+    monkeypatch.setattr(generation, "free_bytes", lambda: int(free * 100 * cache_bytes(model)))
+    with pytest.raises(UserError, match=message):
+        settled_batch_size(settings(batch_size), model, 100)
+
+
+def test_a_conversation_beyond_the_models_context_is_refused(model: Any) -> None:
+    limit = model.config.max_position_embeddings
+    assert settled_batch_size(settings(1), model, limit) == 1
+    with pytest.raises(
+        UserError,
+        match=rf"^answer\.max_new_tokens: 12 lets .* to {limit + 5} tokens and .* for {limit}; set it 3 lower",
+    ):
+        settled_batch_size(settings(1), model, limit + 5)

@@ -1,0 +1,81 @@
+"""The first lines of the report say what the metrics say, and no more."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mtbench_data import openai_judge
+from prefscan import report
+from prefscan.files import write_json
+from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("swapped_low", "truncated_low", "verdict"),
+    [
+        (0.44, 0.4, "it cannot be shown to tell them apart, so no score below should be read as quality."),
+        (0.5, 0.5, "it cannot be shown to tell them apart, so no score below should be read as quality."),
+        (0.44, 0.51, "it can tell it from its own first quarter only, so no score below should be read as quality."),
+        (0.51, 0.4, "it can tell it from the same answer given to another question only, so no score below should be"),
+        (0.51, 0.51, "it can tell them apart."),
+    ],
+)
+def test_the_first_sentence_says_whether_the_judge_can_tell(
+    in_tmp: Path, swapped_low: float, truncated_low: float, verdict: str
+) -> None:
+    write_sweep(in_tmp)
+    write_json(in_tmp / "metrics/judge.json", judge_metrics(swapped_low, truncated_low))
+    report.main()
+    first = leads()[0]
+    assert first.startswith(
+        "The judge tiny ranks a reference answer above the same answer given to another question with probability "
+        f"0.53 [{swapped_low:.2f}, 0.61], and above its own first quarter with probability "
+        f"0.56 [{truncated_low:.2f}, 0.72] (95 % intervals over 15 questions; 0.5 is chance): {verdict}"
+    )
+    paragraphs = Path("reports/report.md").read_text().split("\n\n")
+    assert paragraphs[1].strip() == first
+
+
+@pytest.mark.usefixtures("sweep")
+def test_a_local_judge_is_named_as_no_judge_of_quality() -> None:
+    first = leads()[1]
+    assert first.startswith("The scores come from the small local judge tiny: they show that the pipeline works,")
+    assert first.endswith("not which method is better.")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_judge_needs_no_such_warning(in_tmp: Path) -> None:
+    write_sweep(in_tmp, judge=openai_judge("http://127.0.0.1:9/v1"))
+    report.main()
+    assert leads()[1].startswith("4 cells of ")
+    assert "local judge" not in Path("reports/report.html").read_text() + Path("reports/report.md").read_text()
+
+
+@pytest.mark.usefixtures("sweep")
+def test_the_sentences_say_what_the_metrics_say() -> None:
+    _, _, compared, scored, differ, picked, order, held, merged = leads()
+    assert "losses sigmoid, ipo; β 0.1, 0.5; steps 8." in compared
+    assert "31 training and 30 held-out pairs of 300; 8 MT-Bench questions, two turns each." in compared
+    base, cells = metrics("mtbench", "base"), [metrics("mtbench", key) for key in CELLS]
+    averages = [cell["average"] for cell in cells]
+    assert (
+        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], "
+        f"the cells {min(averages):.2f} to {max(averages):.2f}: MT-Bench score (1 to 10);"
+    ) in scored
+    rows = expected_differences()
+    significant = [key for key, row in rows.items() if float(row[3]) <= 0.05]
+    assert 0 < len(significant) < 4
+    assert f"Holm's correction over 4 cells {', '.join(significant)} differ significantly" in differ
+    assert f"smallest corrected p {min(float(row[3]) for row in rows.values()):.2f})" in differ
+    assert "sigmoid " in picked
+    assert f"for {max(averages[:2]):.2f} (sigmoid-0.5-8)" in picked
+    assert f"for {max(averages[2:]):.2f} (ipo-0.1-8)" in picked
+    shares = {loss: int(share) for loss, share in re.findall(r"(\w+) in (\d+)%", order)}
+    assert list(shares) == ["sigmoid", "ipo"]
+    assert 99 <= sum(shares.values()) <= 101
+    assert shares["sigmoid"] > 90  # its best lies 2 points above ipo's
+    assert "accuracy is 0.55 to 0.70 beside the base's 0.5, over all 30 held-out pairs" in held
+    assert "above zero beyond its 95 % interval in 3 of 4 cells." in held  # margin_low is 0, 2, 4 and 6
+    assert "The merges, in fp32, kept 97.0% to 99.0% of the held-out margin; 6% to 25% of the answers" in merged
