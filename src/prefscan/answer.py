@@ -9,6 +9,7 @@ Both turns, the model's own chat template, FastChat's temperature for each categ
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import defaultdict
@@ -238,7 +239,10 @@ def answers_here(
             model.eval(), tokenizer, questions, key, batch_size, answer.max_new_tokens, params.seed, rows
         ):
             yield row_of(record, both, batch_size, started)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        # torch has an error of its own for a GPU's memory, and none for the machine's.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
         raise UserError(
             f"answer.batch_size: {batch_size} conversations at once did not fit into memory "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); set answer.batch_size lower"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from threading import Event
 from typing import Any
 
 import openai
@@ -111,25 +112,28 @@ def ask_questions(
 
     Replies whose questions were under way at an error still come, before it is raised: none is computed in vain.
     """
-    pool = ThreadPoolExecutor(server.concurrency)
+    pool, failed = ThreadPoolExecutor(server.concurrency), Event()
 
-    def ask(question: Any, temperature: float) -> list[Reply]:
-        return ask_question(client, server, model, tokenizer, question, temperature, max_new_tokens, seed, ends)
+    def ask(question: Any, temperature: float) -> list[Reply] | None:
+        if failed.is_set():
+            return None
+        try:
+            return ask_question(client, server, model, tokenizer, question, temperature, max_new_tokens, seed, ends)
+        except UserError:
+            failed.set()
+            raise
 
     futures = {pool.submit(ask, question, temperature): question for question, temperature in questions}
     fault: UserError | None = None
     try:
         for future in as_completed(futures):
-            if future.cancelled():
-                continue
             try:
                 replies = future.result()
             except UserError as error:
                 fault = fault or error
-                for other in futures:
-                    other.cancel()
             else:
-                yield futures[future], replies
+                if replies is not None:
+                    yield futures[future], replies
     finally:
         pool.shutdown(cancel_futures=True)
     if fault:

@@ -104,7 +104,7 @@ def complete(send: Callable[[], Any], attempts: int) -> Reply:
         raise NoReply("the server sent no chat completion; check its base_url")
     choice = found.choices[0] if found.choices else None
     if not (choice and choice.message):
-        raise NoReply("the server sent a completion without a choice")
+        raise NoReply("the server sent an empty reply")
     return Reply(
         choice.message.content or "",
         " ".join(filter(None, [found.model, found.system_fingerprint])),
