@@ -11,9 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mtbench_data import ROOT
+from mtbench_data import ROOT, write_params
 from prefscan.errors import UserError
-from prefscan.serving import command, healthy, running_server
+from prefscan.files import write_json
+from prefscan.models import load_model, manifest
+from prefscan.serving import command, free_port, healthy, running_server
+from prefscan.serving import main as serving_main
+from tiny import random_adapter
 
 
 def port_of(url: str) -> int:
@@ -130,3 +134,62 @@ def test_what_cannot_be_served_is_refused_with_a_remedy(in_tmp: Path, monkeypatc
     monkeypatch.setenv("PATH", str(in_tmp))
     with pytest.raises(UserError, match=r"^answer\.server\.kind: vllm, .* no program vllm on the PATH; install"):
         command("vllm", Path("models/base"), {}, "fp32", 8000)
+
+
+VLLM = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+print(json.dumps(sys.argv[1:]), flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def trained(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two cells whose merge wrote a manifest, and a stand-in for vLLM, which needs CUDA, that says what it was told."""
+    program = in_tmp / "bin/vllm"
+    program.parent.mkdir()
+    program.write_text(VLLM.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    write_params(in_tmp, loss="ipo", beta=0.1, steps=8, grid={"loss": ["ipo", "sigmoid"], "beta": [0.1], "steps": [8]})
+    (in_tmp / "models").mkdir()
+    (in_tmp / "models/base").symlink_to(tiny_model)
+    for key in ("ipo-0.1-8", "sigmoid-0.1-8"):
+        random_adapter(load_model(tiny_model, "fp32")).save_pretrained(in_tmp / "models/adapters" / key)
+        written = manifest(Path("models/base"), Path("models/adapters", key))
+        write_json(Path("models/merged", key, "manifest.json"), written)
+    return in_tmp
+
+
+def test_one_server_serves_the_base_and_every_cell(trained: Path) -> None:
+    port = free_port()
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "prefscan.serving", "--port", str(port)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert serving.stdout
+    assert serving.stdout.readline() == (
+        f"base and 2 cells: dvc repro, with answer.server.base_url: http://127.0.0.1:{port}/v1\n"
+    )
+    assert healthy(port)
+    told = json.loads((trained / "runs/server/all.log").read_text().splitlines()[0])
+    assert told[:2] == ["serve", "models/base"]
+    modules = [f"{key}=models/adapters/{key}" for key in ("ipo-0.1-8", "sigmoid-0.1-8")]
+    assert told[told.index("--lora-modules") + 1 :] == modules
+    serving.send_signal(signal.SIGINT)
+    assert serving.wait(60) == 0
+    assert not healthy(port)
+
+
+def test_merged_cells_are_not_served_by_one_server(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("models/merged/sigmoid-0.1-8/manifest.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["serving"])
+    with pytest.raises(UserError, match=r"^models/merged/sigmoid-0\.1-8 holds no adapter's manifest"):
+        serving_main()

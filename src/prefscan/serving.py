@@ -1,10 +1,13 @@
 """Start an OpenAI-compatible server for a stage, wait until it is healthy, and stop it whatever happens.
 
+    python -m prefscan.serving      # or one vLLM with the base and all cells of the grid, until Ctrl-C
+
 vLLM serves the base with a cell's adapter on it; `transformers serve` has no adapters and serves merged models. Both
 listen on the loopback interface alone. A server ends with its stage: on success, error, Ctrl-C and SIGTERM it is
 stopped here, and after kill -9 by the kernel, where util-linux's setpriv is there to ask it to.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -21,7 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from prefscan.errors import UserError
+from prefscan.errors import UserError, run_stage
+from prefscan.models import parts_of_cell
+from prefscan.params import load
+from prefscan.paths import BASE, MERGED, RUNS
 
 STARTUP = 1800.0  # seconds until healthy; vLLM compiles and captures graphs for a 7B model in minutes
 STOPPING = 20.0  # seconds from SIGTERM to SIGKILL
@@ -108,14 +114,22 @@ def _terminated(number: int, _: FrameType | None) -> None:
 
 @contextmanager
 def running_server(
-    kind: Kind, model: Path, adapters: dict[str, Path], dtype: str, log: Path, startup: float = STARTUP
+    kind: Kind,
+    model: Path,
+    adapters: dict[str, Path],
+    dtype: str,
+    log: Path,
+    startup: float = STARTUP,
+    port: int | None = None,
 ) -> Iterator[str]:
     """The base URL of a healthy server, which is stopped when the block ends; its output goes to `log`.
+
+    It listens at `port`, or at a free one.
 
     Raises UserError when the program is missing, when it ends before it is healthy, and when it is not after `startup`
     seconds. To be used in the main thread, since SIGTERM becomes an exit that passes through the block's end.
     """
-    port = free_port()
+    port = port or free_port()
     line = command(kind, model, adapters, dtype, port)
     if setpriv := shutil.which("setpriv"):
         line = [setpriv, "--pdeathsig", "KILL", "--", *line]
@@ -131,3 +145,29 @@ def running_server(
             stop(process)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="prefscan.serving", description="Serve the base and all cells by one vLLM.")
+    parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1; default: 8000")
+    port = parser.parse_args().port
+    params = load()
+    adapters = {}
+    for cell in params.grid.cells:
+        _, adapter = parts_of_cell(MERGED / cell.key)
+        if adapter is None:
+            raise UserError(
+                f"{MERGED / cell.key} holds no adapter's manifest, and one server serves adapters alone; run "
+                "`dvc repro merge` with merge.format: adapter"
+            )
+        adapters[cell.key] = adapter
+    with running_server("vllm", BASE, adapters, params.answer.dtype, RUNS / "server/all.log", port=port) as url:
+        print(f"base and {len(adapters)} cells: dvc repro, with answer.server.base_url: {url}", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("stopping")
+
+
+if __name__ == "__main__":
+    run_stage(main)
