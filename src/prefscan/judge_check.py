@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from prefscan.errors import UserError, run_stage
-from prefscan.files import read_jsonl, write_json
+from prefscan.files import write_json
 from prefscan.intervals import mean_interval, share_interval
 from prefscan.judges import Prompt
 from prefscan.mtbench import (
@@ -36,6 +36,7 @@ from prefscan.mtbench import (
 )
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, QUESTIONS
+from prefscan.records import Judgement, ModelAnswer, read_records
 from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
@@ -156,33 +157,18 @@ def repeat(turns: Sequence[Turn], scores: Sequence[float], settings: LocalJudge 
     return {"prompts": len(turns), "largest_difference": largest, "deterministic": largest < SAME}
 
 
-def records(key: str, path: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of `agreement.KEY` with their numbers from 1; raises UserError for one that lacks a field."""
-    for number, row in enumerate(read_jsonl(Path(path)), start=1):
-        for field in fields:
-            if not isinstance(row, dict) or field not in row:
-                raise UserError(f"agreement.{key}: {path}, record {number} has no {field!r}")
-        yield number, row
-
-
 def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
     """Others' scores by question, model and turn, the mean of several; raises UserError for a faulty record."""
     found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
-    for number, row in records("judgements", agreement.judgements, ("question_id", "model", "turn", "score")):
-        score = row["score"]
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not 1 <= score <= 10:
-            raise UserError(
-                f"agreement.judgements: {agreement.judgements}, record {number}: score {score!r} is no number from 1 "
-                "to 10; FastChat writes −1 where it found no rating: remove such records"
-            )
-        found[row["question_id"], row["model"], row["turn"]].append(score)
+    for row in read_records(Path(agreement.judgements), Judgement):
+        found[row["question_id"], row["model"], row["turn"]].append(row["score"])
     return {key: fmean(values) for key, values in found.items()}
 
 
 def judged_answers(agreement: Agreement, models: set[str]) -> dict[str, list[Any]]:
     """The answers of the judged models; raises UserError for a model without and for a record that lacks a field."""
     by_model: dict[str, list[Any]] = defaultdict(list)
-    for _, row in records("answers", agreement.answers, ("question_id", "model_id", "choices")):
+    for row in read_records(Path(agreement.answers), ModelAnswer, ["question_id", "model_id"]):
         by_model[row["model_id"]].append(row)
     if missing := sorted(models - set(by_model)):
         raise UserError(f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}")
