@@ -27,7 +27,6 @@ from prefscan.errors import run_stage
 from prefscan.files import read_jsonl, write_json
 from prefscan.generation import GREEDY_BELOW, prompt_ids, settled_batch_size
 from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Answer
 from prefscan.paths import BASE, QUESTIONS
 
 
@@ -73,9 +72,8 @@ def gap(model: PreTrainedModel, prompt: list[int], ours: list[int], theirs: list
 
 def measure(folder: Path, questions: list[Any], max_new_tokens: int) -> dict[str, Any]:
     model, tokenizer = load_model(folder, "fp32").eval(), load_tokenizer(folder)
-    settings = Answer(questions=len(questions), max_new_tokens=max_new_tokens, batch_size="auto", dtype="fp32")
     longest = max(longest_conversation(tokenizer, question, max_new_tokens) for question in questions)
-    rows = settled_batch_size(settings, model, longest)
+    rows = settled_batch_size("auto", max_new_tokens, model, longest)
     by_length = sorted(questions, key=lambda question: len(question["turns"][0]))
     sides = {"one at a time": [0, 0.0], "batched": [0, 0.0]}  # tokens, seconds
     ratios, compared, gaps = [], 0, []

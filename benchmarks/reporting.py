@@ -44,7 +44,14 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
     write_json(root / "metrics/judge.json", {"judge": "made up", "questions": 30, "without_reference": check})
     for key in ("base", *(cell.key for cell in params.grid.cells)):
         judgements = [
-            {"question_id": n, "model": key, "turn": turn, "score": draw.randint(1, 10), "judgment": "words " * 150}
+            {
+                "question_id": n,
+                "model": key,
+                "turn": turn,
+                "sample": 0,
+                "score": draw.randint(1, 10),
+                "judgment": "words " * 150,
+            }
             for n in category
             for turn in (1, 2)
         ]

@@ -170,7 +170,7 @@ def fetched_clone(repository: Path) -> Iterator[Path]:
     """A fresh clone of the repository's HEAD with an empty cache, in which only the fetch has run."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "clone"
-        subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)
+        subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)  # noqa: S607
         shutil.rmtree(folder / ".dvc/cache", ignore_errors=True)
         dvc(folder, "repro", "fetch")
         yield folder

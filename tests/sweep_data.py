@@ -40,6 +40,7 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
                 "model": key,
                 "score": level + question % 3 / 2 + turn / 8 + question * i % 5 / 2,
                 "turn": turn,
+                "sample": 0,
                 "judgment": f"Of {key}: {words}",
             }
             for question in CATEGORY_OF

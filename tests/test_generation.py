@@ -12,7 +12,6 @@ from prefscan import generation
 from prefscan.errors import UserError
 from prefscan.generation import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
 from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Answer
 
 
 @pytest.fixture
@@ -151,10 +150,6 @@ def test_a_cache_that_forgets_is_not_reused(model: Any, tokenizer: Any) -> None:
     assert context is None
 
 
-def settings(batch_size: int | str) -> Answer:
-    return Answer.model_validate({"questions": 8, "max_new_tokens": 12, "batch_size": batch_size, "dtype": "fp32"})
-
-
 def test_the_cache_takes_the_bytes_that_the_arithmetic_says(model: Any, tokenizer: Any) -> None:
     _, context, _ = first_turn(model, tokenizer, [0.0] * 3)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
@@ -170,7 +165,7 @@ def test_as_many_conversations_as_fit(
 ) -> None:
     """`free` in conversations of 100 tokens; `auto` leaves six tenths of the memory free."""
     monkeypatch.setattr(generation, "free_bytes", lambda: int(free * 100 * cache_bytes(model)))
-    assert settled_batch_size(settings(batch_size), model, 100) == rows
+    assert settled_batch_size(batch_size, 12, model, 100) == rows
 
 
 @pytest.mark.parametrize(
@@ -190,14 +185,14 @@ def test_conversations_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setattr(generation, "free_bytes", lambda: int(free * 100 * cache_bytes(model)))
     with pytest.raises(UserError, match=message):
-        settled_batch_size(settings(batch_size), model, 100)
+        settled_batch_size(batch_size, 12, model, 100)
 
 
 def test_a_conversation_beyond_the_models_context_is_refused(model: Any) -> None:
     limit = model.config.max_position_embeddings
-    assert settled_batch_size(settings(1), model, limit) == 1
+    assert settled_batch_size(1, 12, model, limit) == 1
     with pytest.raises(
         UserError,
         match=rf"^answer\.max_new_tokens: 12 lets .* to {limit + 5} tokens and .* for {limit}; set it 3 lower",
     ):
-        settled_batch_size(settings(1), model, limit + 5)
+        settled_batch_size(1, 12, model, limit + 5)

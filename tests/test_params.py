@@ -21,6 +21,9 @@ GROUPS = {
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
+SERVER = {"kind": "vllm", "base_url": None, "key_variable": None, "concurrency": 8, "timeout": 60.0, "attempts": 4}
+
+
 @cache
 def composed(*overrides: str) -> str:
     """params.yaml as `dvc exp run -S …` writes it."""
@@ -331,6 +334,26 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
             "data.heldout_share",
             0,
             "data: heldout_share is 0 and source.heldout names no file, so nothing is held out; set either",
+        ),
+        (
+            "answer.engine",
+            "openai",
+            "answer: engine openai asks a server; set server, as conf/answer/vllm.yaml does",
+        ),
+        (
+            "answer.server",
+            SERVER,
+            "answer: engine transformers asks no server; set server: null, or engine: openai",
+        ),
+        (
+            "answer.server",
+            SERVER | {"kind": "other"},
+            "answer.server: a server of kind other is not started here; set base_url to where it runs",
+        ),
+        (
+            "answer.server",
+            SERVER | {"kind": "transformers"},
+            "answer.server: transformers serve has one seed for all requests; set concurrency: 1, or answers change",
         ),
         ("judge.name", "a/b", r"judge.name: 'a/b' is refused: string should match pattern '^[\w.-]+$'"),
     ],

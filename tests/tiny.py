@@ -46,6 +46,32 @@ def make_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
     return folder
 
 
+def make_parrot(folder: Path, says: str) -> Path:
+    """A tiny chat model that replies to everything with the same words: each token decides the next.
+
+    No layer adds to a token's embedding; the words are one token of the tokenizer's, the next after the prompt's last.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_tiny_model(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([says])
+    tokenizer.save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    newline, words, end = tokenizer("\n")["input_ids"][-1], tokenizer(says)["input_ids"][-1], tokenizer.eos_token_id
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings = model.get_input_embeddings().weight
+        head = model.get_output_embeddings().weight
+        head.zero_()
+        head[words], head[end] = 100 * embeddings[newline], 100 * embeddings[words]
+    model.save_pretrained(folder)
+    return folder
+
+
 def sharegpt_rows(count: int = 24) -> list[dict[str, Any]]:
     """Pairs as LLaMA-Factory's file has them: chosen is polite, rejected is curt."""
     return [

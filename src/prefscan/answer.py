@@ -9,25 +9,30 @@ Both turns, the model's own chat template, FastChat's temperature for each categ
 
 import hashlib
 import json
+import re
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefscan.asking import ask_questions
+from prefscan.chat import make_client
 from prefscan.errors import UserError, run_stage
 from prefscan.files import BAD_JSON, read_jsonl, write_json, write_jsonl
-from prefscan.generation import Reply, SeededSampling, generate, prompt_ids, settled_batch_size
+from prefscan.generation import Reply, SeededSampling, end_tokens, generate, prompt_ids, settled_batch_size
 from prefscan.intervals import mean_interval
 from prefscan.keys import result_key
-from prefscan.models import load_cell, load_model, load_tokenizer
-from prefscan.params import Answer, load
+from prefscan.models import load_cell, load_model, load_tokenizer, parts_of_cell
+from prefscan.params import Answer, Params, load
 from prefscan.paths import (
     ADAPTERS,
     ANSWER_COST,
@@ -36,8 +41,10 @@ from prefscan.paths import (
     BASE,
     MERGED,
     QUESTIONS,
+    RUNS,
     UNFINISHED_ANSWERS,
 )
+from prefscan.serving import running_server
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
 TEMPERATURES = {
@@ -55,6 +62,8 @@ TEMPERATURES = {
 CODE = (
     "__init__.py",
     "answer.py",
+    "asking.py",
+    "chat.py",
     "errors.py",
     "files.py",
     "generation.py",
@@ -64,6 +73,7 @@ CODE = (
     "models.py",
     "params.py",
     "paths.py",
+    "serving.py",
 )
 
 
@@ -90,6 +100,29 @@ def longest_conversation(tokenizer: PreTrainedTokenizerBase, question: Any, max_
     return len(asked) + 2 * max_new_tokens
 
 
+def answer_record(model_id: str, question: Any, replies: list[Reply]) -> dict[str, Any]:
+    """A FastChat answer record with our lengths.
+
+    `answer_id` is a hash of the answer and `tstamp` is 0: a random id or a time would make equal answers hash
+    differently.
+    """
+    texts = [reply.text for reply in replies]
+    identity = hashlib.sha256("\0".join([model_id, str(question["question_id"]), *texts]).encode())
+    choice = {
+        "index": 0,
+        "turns": texts,
+        "tokens": [len(reply.tokens) for reply in replies],
+        "cut": [reply.cut for reply in replies],
+    }
+    return {
+        "question_id": question["question_id"],
+        "answer_id": identity.hexdigest()[:22],
+        "model_id": model_id,
+        "choices": [choice],
+        "tstamp": 0.0,
+    }
+
+
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,8 +138,6 @@ def answer_questions(
     Questions of like length share a batch, so that few positions are padding, and the second turn computes what the
     first has not. A batch whose questions are all `finished` is left out; any other is answered whole, since what
     stands beside a question may change its last bits.
-    `answer_id` is a hash of the answer and `tstamp` is 0: a random id or a time would make equal answers hash
-    differently.
     """
     by_length = sorted(questions, key=lambda q: len(tokenizer(q["turns"][0])["input_ids"]))
     for start in range(0, len(questions), batch_size):
@@ -127,32 +158,20 @@ def answer_questions(
                 conversations[i].append({"role": "assistant", "content": reply.text})
                 turns[i].append(reply)
         for question, both in zip(batch, turns, strict=True):
-            texts = [reply.text for reply in both]
-            identity = hashlib.sha256("\0".join([model_id, str(question["question_id"]), *texts]).encode())
-            record = {
-                "question_id": question["question_id"],
-                "answer_id": identity.hexdigest()[:22],
-                "model_id": model_id,
-                "choices": [
-                    {
-                        "index": 0,
-                        "turns": texts,
-                        "tokens": [len(reply.tokens) for reply in both],
-                        "cut": [reply.cut for reply in both],
-                    }
-                ],
-                "tstamp": 0.0,
-            }
-            yield record, both
+            yield answer_record(model_id, question, both), both
 
 
 @torch.no_grad()
+def token_logprobs(reply: Reply, model: PreTrainedModel) -> list[float]:
+    """log π(token | prompt and the tokens before) in nats, for each token of the reply."""
+    ids = torch.tensor([reply.prompt + reply.tokens], device=model.device)
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=len(reply.tokens)).logits[0].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, -len(reply.tokens) :, None])[:, 0].double().tolist()
+
+
 def log_ratio(reply: Reply, base: PreTrainedModel) -> float:
     """log π(reply | prompt) − log π_base(reply | prompt) in nats, the sum over the reply's tokens."""
-    ids = torch.tensor([reply.prompt + reply.tokens], device=base.device)
-    logits = base(input_ids=ids[:, :-1], logits_to_keep=len(reply.tokens)).logits[0].float()
-    logprobs = logits.log_softmax(-1).gather(-1, ids[0, -len(reply.tokens) :, None])[:, 0]
-    return sum(reply.logprobs) - logprobs.double().sum().item()
+    return sum(reply.logprobs) - sum(token_logprobs(reply, base))
 
 
 def divergence(answers: Sequence[Sequence[Reply]], base: PreTrainedModel) -> dict[str, float]:
@@ -197,41 +216,98 @@ def read_finished(path: Path) -> dict[int, dict[str, Any]]:
     return {row["record"]["question_id"]: row for row in rows}
 
 
+def row_of(record: dict[str, Any], replies: list[Reply], at_once: int, started: float) -> dict[str, Any]:
+    """What is kept of a question until all are answered; `elapsed` are the seconds of answering so far."""
+    elapsed = time.perf_counter() - started
+    return {"record": record, "replies": [asdict(r) for r in replies], "at_once": at_once, "elapsed": elapsed}
+
+
+def answers_here(
+    key: str, params: Params, tokenizer: PreTrainedTokenizerBase, questions: list[Any], rows: dict[int, Any]
+) -> Iterator[dict[str, Any]]:
+    """A row a question that `rows` lacks, by a model in this process."""
+    answer = params.answer
+    model = load_model(BASE, answer.dtype) if key == "base" else load_cell(MERGED / key, answer.dtype)
+    longest = max(longest_conversation(tokenizer, question, answer.max_new_tokens) for question in questions)
+    if rows:  # as it began: the batches decide an answer's last bits
+        batch_size = next(iter(rows.values()))["at_once"]
+    else:
+        batch_size = settled_batch_size(answer.batch_size, answer.max_new_tokens, model, longest)
+    started = time.perf_counter()
+    try:
+        for record, both in answer_questions(
+            model.eval(), tokenizer, questions, key, batch_size, answer.max_new_tokens, params.seed, rows
+        ):
+            yield row_of(record, both, batch_size, started)
+    except (RuntimeError, MemoryError) as error:
+        # torch has an error of its own for a GPU's memory, and none for the machine's.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(
+            f"answer.batch_size: {batch_size} conversations at once did not fit into memory "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); set answer.batch_size lower"
+        ) from None
+
+
+def answers_of_server(
+    key: str, params: Params, tokenizer: PreTrainedTokenizerBase, questions: list[Any], rows: dict[int, Any]
+) -> Iterator[dict[str, Any]]:
+    """A row a question that `rows` lacks, by the server of `answer.server`, which is started where it has no base_url.
+
+    A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
+    """
+    answer, server = params.answer, params.answer.server
+    assert server  # by the schema
+    model, adapter = (BASE, None) if key == "base" else parts_of_cell(MERGED / key)
+    missing = [(q, TEMPERATURES.get(q["category"], 0.7)) for q in questions if q["question_id"] not in rows]
+    ends = end_tokens(GenerationConfig.from_pretrained(BASE), tokenizer)
+    with ExitStack() as stack:
+        if server.base_url is not None:
+            url, name = server.base_url, key
+        else:
+            assert server.kind != "other"  # by the schema
+            adapters = {key: adapter} if adapter else {}
+            log = RUNS / f"server/{key}.log"
+            url = stack.enter_context(running_server(server.kind, model, adapters, answer.dtype, log))
+            name = str(model) if server.kind == "transformers" else (key if adapter else "base")
+        client = stack.enter_context(make_client(url, server.key_variable, server.timeout, "answer.server"))
+        started = time.perf_counter()
+        for question, both in ask_questions(
+            client, server, name, tokenizer, missing, answer.max_new_tokens, params.seed, ends
+        ):
+            yield row_of(answer_record(key, question, both), both, server.concurrency, started)
+
+
+def with_logprobs(answers: list[list[Reply]], model: PreTrainedModel) -> list[list[Reply]]:
+    """The replies with their log-probabilities under the model that gave them."""
+    return [[replace(reply, logprobs=token_logprobs(reply, model)) for reply in both] for both in answers]
+
+
+ENGINES = {"transformers": answers_here, "openai": answers_of_server}
+
+
 def main() -> None:
     params = load()
     (key,) = sys.argv[1:]
-    if key == "base":
-        model = load_model(BASE, params.answer.dtype)
-    else:
+    if key != "base":
         params.cell(key)
-        model = load_cell(MERGED / key, params.answer.dtype)
     questions = select_questions(read_jsonl(QUESTIONS / "question.jsonl"), params.answer.questions)
     unfinished = answers_file(key, params.answer, params.seed)
     rows = read_finished(unfinished)
     tokenizer = load_tokenizer(BASE)
-    batch_size = (
-        next(iter(rows.values()))["batch_size"]
-        if rows
-        else settled_batch_size(
-            params.answer,
-            model,
-            max(longest_conversation(tokenizer, q, params.answer.max_new_tokens) for q in questions),
-        )
-    )
+    before = max((row["elapsed"] for row in rows.values()), default=0.0)  # an interrupted stage's, to its last answer
     with Progress() as progress, unfinished.open("a", encoding="utf-8") as file:
         task = progress.add_task(f"answers of {key}", total=len(questions), completed=len(rows))
-        for record, both in answer_questions(
-            model.eval(), tokenizer, questions, key, batch_size, params.answer.max_new_tokens, params.seed, rows
-        ):
-            row = {"record": record, "replies": [asdict(reply) for reply in both], "batch_size": batch_size}
+        for row in ENGINES[params.answer.engine](key, params, tokenizer, questions, rows):
+            row["elapsed"] += before
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            rows[record["question_id"]] = row
+            rows[row["record"]["question_id"]] = row
             progress.update(task, completed=len(rows))
     in_order = [rows[question["question_id"]] for question in questions]
     answers = [[Reply(**reply) for reply in row["replies"]] for row in in_order]
     replies = [reply for both in answers for reply in both]
-    seconds = sum(reply.seconds for reply in replies)
+    seconds = max(row["elapsed"] for row in in_order)
     tokens = sum(len(reply.tokens) for reply in replies)
     metrics: dict[str, Any] = {
         "questions": len(questions),
@@ -243,14 +319,15 @@ def main() -> None:
     cost = {
         "seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds, 1),
-        "batch_size": batch_size,
+        "at_once": in_order[0]["at_once"],
         "replies": {
             row["record"]["question_id"]: [round(reply.seconds, 3) for reply in both]
             for row, both in zip(in_order, answers, strict=True)
         },
     }
     if key != "base":
-        del model  # before the base is loaded: one model in memory at a time
+        if params.answer.engine == "openai":
+            answers = with_logprobs(answers, load_cell(MERGED / key, params.answer.dtype).eval())
         metrics["divergence"] = divergence(answers, load_model(BASE, params.answer.dtype).eval())
     write_jsonl(ANSWERS / f"{key}.jsonl", [row["record"] for row in in_order])
     write_json(ANSWER_METRICS / f"{key}.json", metrics)

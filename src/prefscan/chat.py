@@ -18,7 +18,6 @@ from openai.types.chat import ChatCompletion
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from prefscan.errors import UserError
-from prefscan.params import OpenAIJudge
 
 PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
@@ -29,36 +28,39 @@ NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library o
 class Reply:
     """What a server replied: the first choice's text, and the tokens that it counted, None where it did not.
 
-    `served_by` is the model that it says it used, and its fingerprint.
+    `served_by` is the model that it says it used, and its fingerprint; `finish` is why it ended: `stop`, `length` or
+    another of OpenAI's reasons.
     """
 
     text: str
     served_by: str
     input_tokens: int | None
     output_tokens: int | None
+    finish: str | None = None
 
 
 class NoReply(Exception):
     """A request without a reply to use: the text is the reason, without key or prompt."""
 
 
-def make_client(judge: OpenAIJudge) -> openai.OpenAI:
-    """A client with the key from the environment.
+def make_client(base_url: str | None, key_variable: str | None, timeout: float, section: str) -> openai.OpenAI:
+    """A client with the key from the environment, or without one where `key_variable` is None.
 
-    Raises UserError when the environment variable holds no key, or one that no request can carry.
+    Raises UserError, which names the parameter in `section`, when the environment variable holds no key, or one that no
+    request can carry.
     """
-    key = os.environ.get(judge.key_variable)
+    key = os.environ.get(key_variable) if key_variable else "none"
     if not key:
         raise UserError(
-            f"judge.key_variable: the environment has no {judge.key_variable}; export it, or take the local judge with "
-            "`dvc exp run -S judge=local`"
+            f"{section}.key_variable: the environment has no {key_variable}; export it, or choose what needs no key: "
+            "`dvc exp run -S judge=local -S answer=laptop`"
         )
     if not (key.isascii() and key.isprintable()):
         raise UserError(
-            f"judge.key_variable: {judge.key_variable} holds a line end or a typographic sign; export it again"
+            f"{section}.key_variable: {key_variable} holds a line end or a typographic sign; export it again"
         )
     # Tenacity does the retrying, so that attempts are counted in one place.
-    return openai.OpenAI(api_key=key, base_url=judge.base_url, timeout=judge.timeout, max_retries=0)
+    return openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
 
 
 def retry_after(error: BaseException | None) -> float:
@@ -99,14 +101,14 @@ def complete(send: Callable[[], Any], attempts: int) -> Reply:
     except json.JSONDecodeError:
         found = None
     if not isinstance(found, ChatCompletion):  # the client hands on whatever came with status 200
-        raise NoReply("the server sent no chat completion; check judge.base_url")
+        raise NoReply("the server sent no chat completion; check its base_url")
     choice = found.choices[0] if found.choices else None
-    text = choice.message.content if choice and choice.message else None
-    if not text:
+    if not (choice and choice.message):
         raise NoReply("the server sent an empty reply")
     return Reply(
-        text,
+        choice.message.content or "",
         " ".join(filter(None, [found.model, found.system_fingerprint])),
         found.usage.prompt_tokens if found.usage else None,
         found.usage.completion_tokens if found.usage else None,
+        choice.finish_reason,
     )

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -24,7 +25,6 @@ from transformers import (
 
 from prefscan.errors import UserError
 from prefscan.memory import free_bytes
-from prefscan.params import Answer
 
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
 REPEATED = 4  # tokens of the n-grams whose repetition is counted
@@ -152,7 +152,7 @@ def generate(
         slots, mask = context.continued(prompts, pad)
     else:
         slots, mask = left_padded(prompts, pad, model.device)
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     started = time.perf_counter()
     output: Any = model.generate(
         input_ids=slots,
@@ -185,9 +185,9 @@ def generate(
     return replies, Context(cache, output.sequences[:, :-1], torch.cat([mask, read], dim=1))
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a turn: the model's own and the tokenizer's."""
-    own = model.generation_config.eos_token_id
+    own = generation.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
@@ -206,28 +206,30 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
-def settled_batch_size(answer: Answer, model: PreTrainedModel, tokens: int) -> int:
-    """`answer.batch_size`, or for `auto` how many conversations of up to so many `tokens` fit into the free memory.
+def settled_batch_size(
+    batch_size: int | Literal["auto"], max_new_tokens: int, model: PreTrainedModel, tokens: int
+) -> int:
+    """`batch_size`, or for `auto` how many conversations of up to so many `tokens` fit into the free memory.
 
     Raises UserError when the model was not made for so many tokens, when not even one conversation fits, and when
-    `answer.batch_size` of them do not.
+    `batch_size` of them do not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and tokens > limit:
         raise UserError(
-            f"answer.max_new_tokens: {answer.max_new_tokens} lets the longest conversation grow to {tokens} tokens and "
+            f"answer.max_new_tokens: {max_new_tokens} lets the longest conversation grow to {tokens} tokens and "
             f"the model was made for {limit}; set it {-(-(tokens - limit) // 2)} lower"
         )
     free, needed = free_bytes(), tokens * cache_bytes(model)
-    rows = 1 if answer.batch_size == "auto" else answer.batch_size
+    rows = 1 if batch_size == "auto" else batch_size
     if rows * needed > free:
         raise UserError(
-            f"answer.batch_size: {answer.batch_size}, but the keys and values of {rows} of up to {tokens} tokens take "
+            f"answer.batch_size: {batch_size}, but the keys and values of {rows} of up to {tokens} tokens take "
             f"{rows * needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
             + ("set answer.max_new_tokens lower" if rows == 1 else "choose auto, or a smaller number")
         )
-    if answer.batch_size != "auto":
-        return answer.batch_size
+    if batch_size != "auto":
+        return batch_size
     rows = min(max(int(SHARE * free / needed), 1), MOST_ROWS)
     print(f"{rows} conversations at once: {needed / 2**20:.0f} MiB each, {free / 2**30:.1f} GiB free", flush=True)
     return rows

@@ -96,19 +96,27 @@ def manifest(base: Path, adapter: Path) -> dict[str, Any]:
     }
 
 
-def load_cell(folder: Path, dtype: str) -> PreTrainedModel:
-    """A merged model, or the base with its adapter applied where `merge` wrote a manifest.
+def parts_of_cell(folder: Path) -> tuple[Path, Path | None]:
+    """The folder of a merged model, or those of base and adapter where `merge` wrote a manifest.
 
     Raises UserError when the base or the adapter is no longer the one in the manifest.
     """
     if not (folder / MANIFEST).exists():
-        return load_model(folder, dtype)
-    from peft import PeftModel
-
+        return folder, None
     wanted = read_json(folder / MANIFEST)
     base, adapter = Path(wanted["base"]["folder"]), Path(wanted["adapter"]["folder"])
     if manifest(base, adapter) != wanted:
         raise UserError(f"{folder}/{MANIFEST}: {base} or {adapter} has changed since the merge; run `dvc repro` again")
+    return base, adapter
+
+
+def load_cell(folder: Path, dtype: str) -> PreTrainedModel:
+    """A merged model, or the base with its adapter applied; raises UserError as `parts_of_cell` does."""
+    base, adapter = parts_of_cell(folder)
+    if adapter is None:
+        return load_model(base, dtype)
+    from peft import PeftModel
+
     model: PreTrainedModel = PeftModel.from_pretrained(load_model(base, dtype), adapter)  # type: ignore[assignment]
     return model
 

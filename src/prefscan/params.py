@@ -190,11 +190,38 @@ class Merge(Section):
         return dtype
 
 
+class Server(Section):
+    kind: Literal["vllm", "transformers", "other"]
+    base_url: str | None
+    key_variable: str | None
+    concurrency: Positive
+    timeout: Annotated[float, Field(gt=0)]
+    attempts: Positive
+
+    @model_validator(mode="after")
+    def can_be_asked(self) -> "Server":
+        if self.kind == "other" and self.base_url is None:
+            raise ValueError("a server of kind other is not started here; set base_url to where it runs")
+        if self.kind == "transformers" and self.concurrency > 1:
+            raise ValueError("transformers serve has one seed for all requests; set concurrency: 1, or answers change")
+        return self
+
+
 class Answer(Section):
+    engine: Literal["transformers", "openai"]
+    server: Server | None
     questions: Positive
     max_new_tokens: Positive
     batch_size: Positive | Literal["auto"]
     dtype: DType
+
+    @model_validator(mode="after")
+    def engine_has_its_server(self) -> "Answer":
+        if self.engine == "openai" and self.server is None:
+            raise ValueError("engine openai asks a server; set server, as conf/answer/vllm.yaml does")
+        if self.engine == "transformers" and self.server is not None:
+            raise ValueError("engine transformers asks no server; set server: null, or engine: openai")
+        return self
 
 
 class Judge(Section):

@@ -47,6 +47,7 @@ from prefscan.tables import (
     left_out,
     question_table,
     score_columns,
+    spread,
     table_of_cells,
 )
 
@@ -208,6 +209,7 @@ def main() -> None:
     reading = "The held-out margin and the shifts are in nats against the base; intervals as in the charts."
     tables = [
         Table("All cells", reading, everything, COLUMNS),
+        *spread(keys, judgements),
         costs(keys, judged),
         judge_check(judge),
         left_out(prepared),

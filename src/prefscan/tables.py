@@ -1,9 +1,11 @@
 """The report's tables, from the metrics of each cell: differences, costs, the judge check, the pairs left out."""
 
+from collections import defaultdict
 from io import StringIO
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from prefscan.files import read_json, read_text
@@ -19,7 +21,7 @@ from prefscan.paths import (
     TRAIN_METRICS,
 )
 from prefscan.sentences import question_scores
-from prefscan.stats import holm, length_controlled_difference, paired_difference
+from prefscan.stats import holm, length_controlled_difference, paired_difference, variance_components
 
 
 def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
@@ -269,6 +271,33 @@ def judge_check(judge: dict[str, Any]) -> Table:
         "first quarter (truncated). 0.5 is chance."
     )
     return Table("Judge check", reading, pd.DataFrame(rows), columns)
+
+
+def spread(keys: tuple[str, ...], judgements: dict[str, list[Any]]) -> list[Table]:
+    """Of a judge that was asked several times: where a question's score varies; no table where it was asked once.
+
+    Seeds and answer samples have one row of scores each in a sweep: prefscan.compare sets seeds apart.
+    """
+    rows = []
+    for key in keys:
+        scores: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for judgement in judgements[key]:
+            if "score" in judgement:  # a pair has verdicts
+                scores[judgement["sample"]][judgement["question_id"]].append(judgement["score"])
+        if len(scores) < 2:
+            return []
+        matrix = [
+            [fmean(turns) for _, turns in sorted(by_question.items())] for _, by_question in sorted(scores.items())
+        ]
+        parts = variance_components(np.array(matrix).T[:, None, None, :])
+        assert parts.judge is not None  # of two or more samples
+        rows.append({"cell": key, "question": parts.question**0.5, "judge": parts.judge**0.5})
+    reading = (
+        "Standard deviations in points, of a question's score (both turns together): between questions, which more "
+        "questions average away, and between judgements of the same answers, which `judge.samples` does."
+    )
+    columns = {"cell": ("cell", "{}"), "question": ("questions", "{:.2f}"), "judge": ("judgements", "{:.2f}")}
+    return [Table("Spread", reading, pd.DataFrame(rows), columns)]
 
 
 def category_differences(table: pd.DataFrame, judged: dict[str, Any]) -> pd.DataFrame:

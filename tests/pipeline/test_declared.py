@@ -15,6 +15,7 @@ from prefscan import params as params_module
 from prefscan.params import Losses, Params, Section
 
 CELL = "kto_pair-0.1-3"
+SERVER = {"answer.server"}  # read with `answer.engine: openai` alone
 PAIRS = {"judge.against"}  # read with `judge.mode: pair` alone
 # Stage in dvc.yaml → module, arguments, and leaves that it declares with the rest of a section without reading them.
 STAGES: dict[str, tuple[str, list[str], set[str]]] = {
@@ -25,8 +26,8 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "reference": ("reference", [], set()),
     "train": ("train", [CELL], {f"train.losses.{name}" for name in Losses.model_fields}),  # each by its own loss
     "merge": ("merge", [CELL], set()),
-    "answer-base": ("answer", ["base"], set()),
-    "answer": ("answer", [CELL], set()),
+    "answer-base": ("answer", ["base"], SERVER),
+    "answer": ("answer", [CELL], SERVER),
     "judge-check": ("judge_check", [], PAIRS),
     "mtbench-base": ("mtbench", ["base"], PAIRS),
     "mtbench": ("mtbench", [CELL], PAIRS),

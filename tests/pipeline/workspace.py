@@ -110,7 +110,8 @@ def shrink(folder: Path, packages: Path) -> None:
         "data/tiny.yaml",
         {"name": "tiny", "source": source | {"train": "tinypairs/pairs.json", "heldout": None}, **limits},
     )
-    write("answer/tiny.yaml", {"questions": 8, "max_new_tokens": 6, "batch_size": 8, "dtype": "fp32"})
+    engine = {"engine": "transformers", "server": None}
+    write("answer/tiny.yaml", engine | {"questions": 8, "max_new_tokens": 6, "batch_size": 8, "dtype": "fp32"})
     write("sweep/tiny.yaml", {"loss": "sigmoid, kto_pair", "beta": "", "steps": ""})
     questions = make_questions(each=2)  # judge-check swaps answers within a category
     references = make_references(questions, "GPT-4")

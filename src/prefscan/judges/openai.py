@@ -128,6 +128,8 @@ class ChatJudge:
                 return found
 
         reply = complete(send, self.judge.attempts)
+        if not reply.text:
+            raise NoReply("the server sent an empty reply")
         self.replies.put(request, sample, reply)
         return reply
 
@@ -162,7 +164,8 @@ class ChatJudge:
                 waiting.append((place, prompt))
         if not waiting:
             return
-        client = make_client(self.judge)  # kept replies need no key
+        judge = self.judge
+        client = make_client(judge.base_url, judge.key_variable, judge.timeout, "judge")  # kept replies need no key
         self.store.mkdir(parents=True, exist_ok=True)
         with FileLock(self.store / ".lock"):
             buy = partial(self.buy, client, Spending(self.store / "spending.jsonl", self.judge.budget))

@@ -1,0 +1,140 @@
+"""Replies by an OpenAI-compatible server: both turns of a question in order, several questions at once.
+
+The server applies the chat template and ends a turn at its end tokens. It sends text, so tokens are the text's by the
+model's tokenizer, with the end token where the limit did not cut it; their log-probabilities are computed afterwards.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from threading import Event
+from typing import Any
+
+import openai
+from transformers import PreTrainedTokenizerBase
+
+from prefscan.chat import NoReply, complete
+from prefscan.errors import UserError
+from prefscan.generation import GREEDY_BELOW, Reply, prompt_ids
+from prefscan.params import Server
+
+
+def request_seed(seed: int, question: int, turn: int) -> int:
+    """A seed for one reply, so that no reply depends on which were asked for before it; below 2³¹."""
+    digest = hashlib.sha256(f"{seed}/{question}/{turn}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def request_body(
+    server: Server,
+    model: str,
+    conversation: list[dict[str, str]],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    ends: list[int],
+) -> dict[str, Any]:
+    """A chat completion's body: plain sampling at a temperature, as MT-Bench has it, whatever the server's defaults.
+
+    What is not in OpenAI's schema goes into `extra_body`, in the words of each kind of server.
+    """
+    greedy = temperature < GREEDY_BELOW
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": conversation,
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": 1.0,
+        "max_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    if server.kind == "vllm":
+        body["extra_body"] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": ends}
+    elif server.kind == "transformers":
+        plain = {"do_sample": not greedy, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[0]}
+        body["extra_body"] = {"generation_config": json.dumps(plain)}
+    return body
+
+
+def ask_question(
+    client: openai.OpenAI,
+    server: Server,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    question: Any,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    ends: list[int],
+) -> list[Reply]:
+    """The replies of both turns; raises UserError where the server gives none, for no fault may become an answer."""
+    conversation: list[dict[str, str]] = []
+    replies = []
+    for turn, text in enumerate(question["turns"]):
+        conversation.append({"role": "user", "content": text})
+        number = request_seed(seed, question["question_id"], turn)
+        body = request_body(server, model, conversation, temperature, max_new_tokens, number, ends)
+        started = time.perf_counter()
+        try:
+            found = complete(partial(client.chat.completions.create, **body), server.attempts)
+        except NoReply as fault:
+            raise UserError(
+                f"question {question['question_id']}, turn {turn + 1}: {fault}; what is answered is kept: see to the "
+                "server of answer.server, and run `dvc repro` again"
+            ) from None
+        if found.finish not in ("stop", "length"):
+            raise UserError(
+                f"question {question['question_id']}, turn {turn + 1}: the server ended the reply with "
+                f"{found.finish!r}, which is neither an end nor answer.max_new_tokens; see to the server"
+            )
+        cut = found.finish == "length"
+        tokens = tokenizer(found.text, add_special_tokens=False)["input_ids"] + ([] if cut else ends[:1])
+        prompt = prompt_ids(tokenizer, conversation)
+        said = found.text.strip()
+        replies.append(Reply(said, prompt, tokens or ends[:1], [], cut, time.perf_counter() - started))
+        conversation.append({"role": "assistant", "content": said})
+    return replies
+
+
+def ask_questions(
+    client: openai.OpenAI,
+    server: Server,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[tuple[Any, float]],
+    max_new_tokens: int,
+    seed: int,
+    ends: list[int],
+) -> Iterator[tuple[Any, list[Reply]]]:
+    """Each question, given with its temperature, and its replies as they come; after an error no more are asked.
+
+    Replies whose questions were under way at an error still come, before it is raised: none is computed in vain.
+    """
+    pool, failed = ThreadPoolExecutor(server.concurrency), Event()
+
+    def ask(question: Any, temperature: float) -> list[Reply] | None:
+        if failed.is_set():
+            return None
+        try:
+            return ask_question(client, server, model, tokenizer, question, temperature, max_new_tokens, seed, ends)
+        except UserError:
+            failed.set()
+            raise
+
+    futures = {pool.submit(ask, question, temperature): question for question, temperature in questions}
+    fault: UserError | None = None
+    try:
+        for future in as_completed(futures):
+            try:
+                replies = future.result()
+            except UserError as error:
+                fault = fault or error
+            else:
+                if replies is not None:
+                    yield futures[future], replies
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if fault:
+        raise fault

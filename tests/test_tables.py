@@ -1,0 +1,34 @@
+"""The report's tables say what the stages' files hold; tests/test_report.py has those that every sweep has."""
+
+import numpy as np
+import pytest
+
+from prefscan.tables import spread
+
+
+def judgements(scores: np.ndarray) -> list[dict[str, float | int]]:
+    """Of `[questions, turns, samples]`."""
+    return [
+        {"question_id": 81 + q, "turn": 1 + t, "sample": s, "score": float(score)}
+        for (q, t, s), score in np.ndenumerate(scores)
+    ]
+
+
+def test_the_spread_between_judgements_is_apart_from_that_between_questions() -> None:
+    """The one-way analysis of variance over each question's mean of both turns, by hand."""
+    draw = np.random.default_rng(0)
+    scores = {key: draw.normal(5, 2, (12, 1, 1)) + draw.normal(0, 0.5, (12, 2, 3)) for key in ("base", "ipo-0.1-8")}
+    (table,) = spread(("base", "ipo-0.1-8"), {key: judgements(value) for key, value in scores.items()})
+    assert list(table.data["cell"]) == ["base", "ipo-0.1-8"]
+    for row, value in zip(table.data.to_dict("records"), scores.values(), strict=True):
+        means = value.mean(axis=1)  # of both turns; [questions, samples]
+        within = means.var(axis=1, ddof=1).mean()
+        assert row["judge"] == pytest.approx(within**0.5)
+        assert row["question"] == pytest.approx((means.mean(axis=1).var(ddof=1) - within / 3) ** 0.5)
+
+
+def test_a_judge_that_was_asked_once_or_judged_pairs_has_no_such_table() -> None:
+    once = judgements(np.ones((4, 2, 1)))
+    assert spread(("base",), {"base": once}) == []
+    pairs = [{"question_id": 81, "turn": 1, "g1_winner": "model_1"}]
+    assert spread(("base",), {"base": pairs}) == []
