@@ -239,7 +239,7 @@ def test_a_judgement_without_a_field_is_refused(in_tmp: Path, field: str, monkey
 def test_a_score_that_is_none_is_refused(in_tmp: Path, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch, agreement=AGREEMENT)
     write_agreement(in_tmp, {(81, "left", 1): score})
-    with pytest.raises(UserError, match=r"record 1: score is .*: (no number from 1 to 10|input should be a valid number)"):
+    with pytest.raises(UserError, match=r"record 1: score is .*: (no number from 1 to 10|input should be a val)"):
         judge_check.main()
 
 

@@ -80,8 +80,9 @@ def read_records(path: Path, schema: type[Record], unique: Sequence[str] = ()) -
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the record"
             message = first["msg"].removeprefix("Value error, ")
-            missing = first["type"] == "missing"
-            fault = f"has no {field}" if missing else f"{field} is {first['input']!r:.80}: {message[0].lower()}{message[1:]}"
+            fault = f"{field} is {first['input']!r:.80}: {message[0].lower()}{message[1:]}"
+            if first["type"] == "missing":
+                fault = f"has no {field}"
             raise UserError(f"{path}, record {number}: {fault}; correct or remove the record") from None
         if unique:
             before = seen.setdefault(tuple(row[field] for field in unique), number)
