@@ -75,6 +75,14 @@ def test_a_category_with_one_reference_is_refused() -> None:
         versions(QUESTIONS, few)
 
 
+def test_a_reference_without_question_or_words_is_refused() -> None:
+    number, reference = next(iter(GOOD.items()))
+    with pytest.raises(UserError, match=r"the reference answer to question 999 has no question; fetch again$"):
+        versions(QUESTIONS, GOOD | {999: reference})
+    with pytest.raises(UserError, match=rf"the reference answer to question {number} has no words; fetch again$"):
+        versions(QUESTIONS, GOOD | {number: {"choices": [{"turns": [" \n", ""]}]}})
+
+
 def test_the_reference_is_shown_in_one_prompt_only() -> None:
     shown = {r["question_id"]: r for r in make_references([*QUESTIONS.values()], "stock")}
     answers = versions(QUESTIONS, GOOD)

@@ -23,12 +23,12 @@ from scipy import stats
 from prefscan.errors import UserError, run_stage
 from prefscan.files import write_json
 from prefscan.intervals import mean_interval, share_interval
-from prefscan.judges import Prompt
 from prefscan.mtbench import (
     NEED_REFERENCE,
     TEMPLATES,
     Turn,
     build_turns,
+    fill,
     judge_turns,
     load_questions,
     load_references,
@@ -62,10 +62,13 @@ def first_quarter(text: str) -> str:
 def versions(questions: dict[int, Any], references: dict[int, Any]) -> dict[int, dict[str, str]]:
     """Of each checked question the good, swapped and truncated first-turn answer.
 
-    Raises UserError for a category with fewer than two reference answers, where none can be swapped.
+    Raises UserError for a reference to an unknown question, for one without words, and for a category with fewer than
+    two, where none can be swapped.
     """
     by_category: dict[str, dict[int, str]] = defaultdict(dict)
     for number, reference in references.items():
+        if number not in questions:
+            raise UserError(f"{QUESTIONS}: the reference answer to question {number} has no question; fetch again")
         by_category[questions[number]["category"]][number] = reference["choices"][0]["turns"][0]
     found = {}
     for category in sorted(NEED_REFERENCE):
@@ -78,6 +81,8 @@ def versions(questions: dict[int, Any], references: dict[int, Any]) -> dict[int,
             )
         swapped = swap(answers)
         for number, text in answers.items():
+            if not text.strip():
+                raise UserError(f"{QUESTIONS}: the reference answer to question {number} has no words; fetch again")
             found[number] = {"good": text, "swapped": swapped[number], "truncated": first_quarter(text)}
     return found
 
@@ -108,9 +113,7 @@ def check_turns(
                 pairs = [(texts["good"], texts[bad]) for bad in VERSIONS[1:]]
                 layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
             for layout in layouts:
-                text = templates[name]["prompt_template"].format(**layout, **fields)
-                prompt = Prompt(templates[name]["system_prompt"], text)
-                turns.append(Turn(number, question["category"], 1, name, prompt))
+                turns.append(Turn(number, question["category"], 1, name, fill(templates, name, fields | layout)))
     return turns
 
 

@@ -60,6 +60,20 @@ def load_references(author: str) -> dict[int, Any]:
     return {reference["question_id"]: reference for reference in references}
 
 
+def fill(templates: dict[str, Any], name: str, fields: dict[str, str]) -> Prompt:
+    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others."""
+    if name not in templates:
+        raise UserError(f"judge_prompts.jsonl has no {name}; fetch FastChat's again")
+    try:
+        text = templates[name]["prompt_template"].format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"judge_prompts.jsonl: the template {name} cannot be filled in ({type(error).__name__}: {error}); it may "
+            f"name {', '.join(sorted(fields))}"
+        ) from None
+    return Prompt(templates[name]["system_prompt"], text)
+
+
 def build_turns(
     questions: dict[int, Any],
     answers: Sequence[Any],
@@ -103,16 +117,7 @@ def build_turns(
             ]
         first = TEMPLATES["single" if against is None else "pair"][needs_reference]
         for (i, name), layout in product(enumerate((first, f"{first}-multi-turn"), start=1), layouts):
-            if name not in templates:
-                raise UserError(f"judge_prompts.jsonl has no {name}; fetch FastChat's again")
-            try:
-                text = templates[name]["prompt_template"].format(**shared, **layout)
-            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-                raise UserError(
-                    f"judge_prompts.jsonl: the template {name} cannot be filled in ({type(error).__name__}: {error}); "
-                    f"it may name {', '.join(sorted(shared | layout))}"
-                ) from None
-            prompt = Prompt(templates[name]["system_prompt"], text)
+            prompt = fill(templates, name, shared | layout)
             turns.append(Turn(number, question["category"], i, name, prompt))
     return turns
 
