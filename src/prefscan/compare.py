@@ -117,8 +117,8 @@ def sentences(
     """What was compared, what differs beyond the choice of questions, and what cannot be concluded."""
     first, names = revisions[0].name, ", ".join(revision.name for revision in revisions)
     lines = [
-        f"{len(revisions)} revisions, {names}: {_count(len(models) - 1, 'cell')} and the base are in all of them, judged "
-        f"on the same {len(questions)} questions."
+        f"{len(revisions)} revisions, {names}: {_count(len(models) - 1, 'cell')} and the base are in all of them, "
+        f"judged on the same {len(questions)} questions."
     ]
     for revision in revisions:
         missed = [cell for cell in revision.scores.columns if cell != "category" and cell not in models]
