@@ -75,6 +75,14 @@ def test_a_category_with_one_reference_is_refused() -> None:
         versions(QUESTIONS, few)
 
 
+def test_a_reference_without_question_or_words_is_refused() -> None:
+    number, reference = next(iter(GOOD.items()))
+    with pytest.raises(UserError, match=r"the reference answer to question 999 has no question; fetch again$"):
+        versions(QUESTIONS, GOOD | {999: reference})
+    with pytest.raises(UserError, match=rf"the reference answer to question {number} has no words; fetch again$"):
+        versions(QUESTIONS, GOOD | {number: {"choices": [{"turns": [" \n", ""]}]}})
+
+
 def test_the_reference_is_shown_in_one_prompt_only() -> None:
     shown = {r["question_id"]: r for r in make_references([*QUESTIONS.values()], "stock")}
     answers = versions(QUESTIONS, GOOD)
@@ -231,7 +239,7 @@ def test_a_judgement_without_a_field_is_refused(in_tmp: Path, field: str, monkey
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch, agreement=AGREEMENT)
     row = {"question_id": 81, "model": "left", "turn": 1, "score": 5}
     write_lines(in_tmp / "theirs.jsonl", [row, {k: v for k, v in row.items() if k != field}])
-    with pytest.raises(UserError, match=rf"agreement\.judgements: theirs\.jsonl, record 2 has no '{field}'"):
+    with pytest.raises(UserError, match=rf"theirs\.jsonl, record 2: has no {field}"):
         judge_check.main()
 
 
@@ -239,7 +247,7 @@ def test_a_judgement_without_a_field_is_refused(in_tmp: Path, field: str, monkey
 def test_a_score_that_is_none_is_refused(in_tmp: Path, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch, agreement=AGREEMENT)
     write_agreement(in_tmp, {(81, "left", 1): score})
-    with pytest.raises(UserError, match=r"record 1: score .* is no number from 1 to 10"):
+    with pytest.raises(UserError, match=r"record 1: score is .*: (no number from 1 to 10|input should be a val)"):
         judge_check.main()
 
 
@@ -254,5 +262,5 @@ def test_judgements_without_their_answers_are_refused(in_tmp: Path, monkeypatch:
     with pytest.raises(UserError, match=r"agreement\.answers: answers\.jsonl has no answers of left"):
         judge_check.main()
     (in_tmp / "answers.jsonl").write_text('{"question_id": 81}\n')
-    with pytest.raises(UserError, match=r"agreement\.answers: answers\.jsonl, record 1 has no 'model_id'"):
+    with pytest.raises(UserError, match=r"answers\.jsonl, record 1: has no choices"):
         judge_check.main()

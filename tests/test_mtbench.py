@@ -100,6 +100,23 @@ def test_an_answer_to_an_unknown_question_is_refused() -> None:
         build_turns(QUESTIONS, [ANSWERS[0] | {"question_id": 999}], TEMPLATES, REFERENCES)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"^judge_prompts\.jsonl has no single-v1; fetch FastChat's again$"),
+        ("{nobody}", r"template single-v1 cannot be filled in \(KeyError: 'nobody'\); it may name answer, answer_1"),
+        ("{", r"the template single-v1 cannot be filled in \(ValueError: "),
+        ("{answer.nothing}", r"the template single-v1 cannot be filled in \(AttributeError: "),
+    ],
+)
+def test_a_template_that_cannot_be_filled_in_is_refused(template: str | None, message: str) -> None:
+    templates = {name: value for name, value in TEMPLATES.items() if name != "single-v1"}
+    if template is not None:
+        templates["single-v1"] = TEMPLATES["single-v1"] | {"prompt_template": template}
+    with pytest.raises(UserError, match=message):
+        build_turns(QUESTIONS, ANSWERS, templates, REFERENCES)
+
+
 def judgements_of(model: str, ratings: list[float]) -> list[dict[str, Any]]:
     """Judgements with these ratings in turn, two a question."""
     return [

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
 
+from hostile import changed
 from prefscan.errors import UserError
 from prefscan.files import read_json, read_jsonl
 from prefscan.models import load_tokenizer
@@ -126,12 +128,14 @@ def test_every_format_holds_the_same_pairs(suffix: str, shape: int, tmp_path: Pa
 MALFORMED = {
     "expected an object, found list": [1],
     "expected an object, found NoneType": None,
-    "the pair has no 'rejected' (keys: chosen, question, system)": {k: v for k, v in orca().items() if k != "rejected"},
-    "the pair has no 'chosen' (keys: conversations, rejected)": {
+    "the pair has no 'rejected' (keys: 'chosen', 'question', 'system')": {
+        k: v for k, v in orca().items() if k != "rejected"
+    },
+    "the pair has no 'chosen' (keys: 'conversations', 'rejected')": {
         k: v for k, v in sharegpt(("human", QUESTION)).items() if k != "chosen"
     },
-    "unknown shape (keys: chosen, instruction, rejected)": {"instruction": "", "chosen": GOOD, "rejected": BAD},
-    "unknown shape (keys: chosen, prompt, rejected)": ultrafeedback(("user", QUESTION)) | {"rejected": BAD},
+    "unknown shape (keys: 'chosen', 'instruction', 'rejected')": {"instruction": "", "chosen": GOOD, "rejected": BAD},
+    "unknown shape (keys: 'chosen', 'prompt', 'rejected')": ultrafeedback(("user", QUESTION)) | {"rejected": BAD},
     "malformed pair (KeyError: 'tool')": sharegpt(("tool", QUESTION)),
     "malformed pair (KeyError: 'from')": sharegpt(("human", QUESTION)) | {"conversations": [{"value": QUESTION}]},
     "malformed pair (TypeError: ": sharegpt(("human", QUESTION)) | {"conversations": QUESTION},
@@ -485,3 +489,24 @@ def test_the_command_writes_the_pairs_and_the_metrics(
     assert (read_jsonl(outputs[0]), read_jsonl(outputs[1]), read_json(outputs[2])) == (train, heldout, metrics)
     main()
     assert [path.read_bytes() for path in outputs] == first
+
+
+@pytest.mark.parametrize(
+    "row", [orca(), ultrafeedback(("user", QUESTION)), sharegpt(("human", QUESTION))], ids=["orca", "chat", "sharegpt"]
+)
+def test_any_change_of_a_row_is_a_pair_or_a_sentence(row: dict[str, Any], tokenizer: Any) -> None:
+    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(changed(row))
+    def check(value: Any) -> None:
+        fault = ""
+        try:
+            pair = parse_pair(json.loads(json.dumps(value)), "pairs.jsonl, row 3")
+        except UserError as error:
+            fault = str(error)
+        else:
+            tokens = tokenize(pair, tokenizer)
+            json.dumps(tokens, allow_nan=False).encode()
+            assert all(role in ("system", "user", "assistant") for role, _ in pair.prompt)
+        assert not fault or (fault.startswith("pairs.jsonl, row 3: ") and "\n" not in fault)
+
+    check()

@@ -7,7 +7,7 @@ import pytest
 
 from git_data import branch, git, make_repository
 from prefscan.errors import UserError
-from prefscan.revisions import changed, leaves, read_revision
+from prefscan.revisions import changed, leaves, read_revision, settings
 from sweep_data import CATEGORY_OF, CELLS
 
 
@@ -25,7 +25,7 @@ def test_a_branch_and_the_workspace_are_read_apart(repository: Path, reported: P
     assert (other.scores["base"] - main.scores["base"]).to_list() == pytest.approx([1.0] * len(CATEGORY_OF))
     assert (main.name, main.recipe, main.pins) == ("main", "sigmoid-0.5-8", {"torch": "2.13.0", "trl": "1.16.0"})
     assert list(main.scores.columns) == ["category", "base", *CELLS]
-    assert changed(main.params, other.params) == {"seed": (main.params["seed"], 7)}
+    assert changed(settings(main), settings(other)) == {"seed": (main.params["seed"], 7)}
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace(f"seed: {main.params['seed']}", "seed: 11"))
     assert read_revision(None).params["seed"] == 11
     assert read_revision("main").params == main.params
@@ -54,4 +54,11 @@ def test_a_committed_file_that_cannot_be_read_is_named(name: str) -> None:
 
 def test_leaves_have_dotted_names_and_lists_are_values() -> None:
     assert dict(leaves({"a": {"b": 1, "c": [1, 2]}, "d": None})) == {"a.b": 1, "a.c": [1, 2], "d": None}
-    assert changed({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == {"a.b": (1, 3), "c": (2, None), "d": (None, 4)}
+    assert changed({"a.b": 1, "c": 2}, {"a.b": 3, "d": 4}) == {"a.b": (1, 3), "c": (2, None), "d": (None, 4)}
+
+
+@pytest.mark.usefixtures("repository")
+def test_the_settings_are_what_decides_a_cells_result() -> None:
+    found = settings(read_revision("main"))
+    assert (found["judge.name"], found["trl"]) == ("tiny", "1.16.0")
+    assert not [name for name in found if name.startswith(("grid", "sweep")) or name in ("loss", "beta", "steps")]

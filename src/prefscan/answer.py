@@ -27,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from prefscan.asking import ask_questions
 from prefscan.chat import make_client
 from prefscan.errors import UserError, run_stage
-from prefscan.files import BAD_JSON, read_jsonl, write_json, write_jsonl
+from prefscan.files import BAD_JSON, write_json, write_jsonl
 from prefscan.generation import Reply, SeededSampling, end_tokens, generate, prompt_ids, settled_batch_size
 from prefscan.intervals import mean_interval
 from prefscan.keys import result_key
@@ -44,6 +44,7 @@ from prefscan.paths import (
     RUNS,
     UNFINISHED_ANSWERS,
 )
+from prefscan.records import Question, read_records
 from prefscan.serving import running_server
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
@@ -73,6 +74,7 @@ CODE = (
     "models.py",
     "params.py",
     "paths.py",
+    "records.py",
     "serving.py",
 )
 
@@ -291,7 +293,8 @@ def main() -> None:
     (key,) = sys.argv[1:]
     if key != "base":
         params.cell(key)
-    questions = select_questions(read_jsonl(QUESTIONS / "question.jsonl"), params.answer.questions)
+    asked = read_records(QUESTIONS / "question.jsonl", Question, ["question_id"])
+    questions = select_questions(asked, params.answer.questions)
     unfinished = answers_file(key, params.answer, params.seed)
     rows = read_finished(unfinished)
     tokenizer = load_tokenizer(BASE)

@@ -231,7 +231,7 @@ def category_heat_map(scores: pd.DataFrame, title: str) -> alt.FacetChart:
             tooltip=["panel:N", "beta:O", "category:N", alt.Tooltip("difference:Q", format="+.2f")],
         )
         .properties(width=alt.Step(30), height=alt.Step(22))
-        .facet(facet=alt.Facet("panel:N", title=None, sort=_in_order(data["panel"])), columns=4)
+        .facet(facet=alt.Facet("panel:N", title=None, sort=_in_order(data["panel"])), columns=3)
     )
 
 

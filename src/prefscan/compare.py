@@ -17,11 +17,10 @@ from prefscan import charts
 from prefscan.errors import UserError, run_stage
 from prefscan.intervals import mean_interval
 from prefscan.pages import Figure, Table, write_report
-from prefscan.revisions import Revision, changed, leaves, read_revision
+from prefscan.revisions import Revision, changed, read_revision, settings
 from prefscan.stats import clustered_mean, holm, paired_difference, variance_components
 
 COMPARISON = Path("comparison")
-CELLS = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
 
 
 def shared_models(revisions: list[Revision]) -> list[str]:
@@ -43,8 +42,8 @@ def shared_questions(revisions: list[Revision]) -> pd.Index:
 
 def what_differs(revisions: list[Revision]) -> pd.DataFrame:
     """A row a parameter or pinned version that is not the same in all, a column a revision."""
-    values = [dict(leaves(revision.params)) | revision.pins for revision in revisions]
-    names = dict.fromkeys(name for known in values for name in known if name.split(".")[0] not in CELLS)
+    values = [settings(revision) for revision in revisions]
+    names = dict.fromkeys(name for known in values for name in known)
     rows = [
         {"parameter": name} | {r.name: str(known.get(name, "–")) for r, known in zip(revisions, values, strict=True)}
         for name in names
@@ -85,8 +84,7 @@ def sets_of_seeds(revisions: list[Revision]) -> list[list[Revision]]:
     found: list[list[Revision]] = []
     for revision in revisions:
         for known in found:
-            apart = {n for n in changed(known[0].params, revision.params) if n.split(".")[0] not in CELLS}
-            if apart <= {"seed"} and known[0].pins == revision.pins:
+            if set(changed(settings(known[0]), settings(revision))) <= {"seed"}:
                 if all(revision.params["seed"] != other.params["seed"] for other in known):
                     known.append(revision)
                 break
@@ -117,10 +115,10 @@ def sentences(
     revisions: list[Revision], models: list[str], questions: pd.Index, table: pd.DataFrame, spreads: list[pd.DataFrame]
 ) -> list[str]:
     """What was compared, what differs beyond the choice of questions, and what cannot be concluded."""
-    first = revisions[0].name
+    first, names = revisions[0].name, ", ".join(revision.name for revision in revisions)
     lines = [
-        f"{len(revisions)} revisions, {', '.join(revision.name for revision in revisions)}: {len(models) - 1} cells "
-        f"and the base are in all of them, judged on the same {len(questions)} questions."
+        f"{len(revisions)} revisions, {names}: {_count(len(models) - 1, 'cell')} and the base are in all of them, "
+        f"judged on the same {len(questions)} questions."
     ]
     for revision in revisions:
         missed = [cell for cell in revision.scores.columns if cell != "category" and cell not in models]
@@ -128,7 +126,8 @@ def sentences(
             lines.append(f"Left out, since another revision lacks them: {', '.join(missed)} of {revision.name}.")
         unasked = len(revision.scores) - len(questions)
         if unasked:
-            lines.append(f"Left out, since another revision did not ask them: {unasked} questions of {revision.name}.")
+            asked = _count(unasked, "question")
+            lines.append(f"Left out, since another revision did not ask them: {asked} of {revision.name}.")
     judges = {revision.params["judge"]["name"] for revision in revisions}
     if len(judges) > 1:
         ranks = [
@@ -158,6 +157,10 @@ def sentences(
     if not spreads:
         lines.append("No two revisions differ in the seed alone: none of this tells a method from the luck of a seed.")
     return lines
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'' if number == 1 else 's'}"
 
 
 def tables_of(

@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,14 +21,14 @@ import numpy as np
 from scipy import stats
 
 from prefscan.errors import UserError, run_stage
-from prefscan.files import read_jsonl, write_json
+from prefscan.files import write_json
 from prefscan.intervals import mean_interval, share_interval
-from prefscan.judges import Prompt
 from prefscan.mtbench import (
     NEED_REFERENCE,
     TEMPLATES,
     Turn,
     build_turns,
+    fill,
     judge_turns,
     load_questions,
     load_references,
@@ -36,6 +36,7 @@ from prefscan.mtbench import (
 )
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, QUESTIONS
+from prefscan.records import Judgement, ModelAnswer, read_records
 from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
@@ -61,10 +62,13 @@ def first_quarter(text: str) -> str:
 def versions(questions: dict[int, Any], references: dict[int, Any]) -> dict[int, dict[str, str]]:
     """Of each checked question the good, swapped and truncated first-turn answer.
 
-    Raises UserError for a category with fewer than two reference answers, where none can be swapped.
+    Raises UserError for a reference to an unknown question, for one without words, and for a category with fewer than
+    two, where none can be swapped.
     """
     by_category: dict[str, dict[int, str]] = defaultdict(dict)
     for number, reference in references.items():
+        if number not in questions:
+            raise UserError(f"{QUESTIONS}: the reference answer to question {number} has no question; fetch again")
         by_category[questions[number]["category"]][number] = reference["choices"][0]["turns"][0]
     found = {}
     for category in sorted(NEED_REFERENCE):
@@ -77,6 +81,8 @@ def versions(questions: dict[int, Any], references: dict[int, Any]) -> dict[int,
             )
         swapped = swap(answers)
         for number, text in answers.items():
+            if not text.strip():
+                raise UserError(f"{QUESTIONS}: the reference answer to question {number} has no words; fetch again")
             found[number] = {"good": text, "swapped": swapped[number], "truncated": first_quarter(text)}
     return found
 
@@ -107,9 +113,7 @@ def check_turns(
                 pairs = [(texts["good"], texts[bad]) for bad in VERSIONS[1:]]
                 layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
             for layout in layouts:
-                text = templates[name]["prompt_template"].format(**layout, **fields)
-                prompt = Prompt(templates[name]["system_prompt"], text)
-                turns.append(Turn(number, question["category"], 1, name, prompt))
+                turns.append(Turn(number, question["category"], 1, name, fill(templates, name, fields | layout)))
     return turns
 
 
@@ -156,33 +160,18 @@ def repeat(turns: Sequence[Turn], scores: Sequence[float], settings: LocalJudge 
     return {"prompts": len(turns), "largest_difference": largest, "deterministic": largest < SAME}
 
 
-def records(key: str, path: str, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of `agreement.KEY` with their numbers from 1; raises UserError for one that lacks a field."""
-    for number, row in enumerate(read_jsonl(Path(path)), start=1):
-        for field in fields:
-            if not isinstance(row, dict) or field not in row:
-                raise UserError(f"agreement.{key}: {path}, record {number} has no {field!r}")
-        yield number, row
-
-
 def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
     """Others' scores by question, model and turn, the mean of several; raises UserError for a faulty record."""
     found: dict[tuple[int, str, int], list[float]] = defaultdict(list)
-    for number, row in records("judgements", agreement.judgements, ("question_id", "model", "turn", "score")):
-        score = row["score"]
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not 1 <= score <= 10:
-            raise UserError(
-                f"agreement.judgements: {agreement.judgements}, record {number}: score {score!r} is no number from 1 "
-                "to 10; FastChat writes −1 where it found no rating: remove such records"
-            )
-        found[row["question_id"], row["model"], row["turn"]].append(score)
+    for row in read_records(Path(agreement.judgements), Judgement):
+        found[row["question_id"], row["model"], row["turn"]].append(row["score"])
     return {key: fmean(values) for key, values in found.items()}
 
 
 def judged_answers(agreement: Agreement, models: set[str]) -> dict[str, list[Any]]:
     """The answers of the judged models; raises UserError for a model without and for a record that lacks a field."""
     by_model: dict[str, list[Any]] = defaultdict(list)
-    for _, row in records("answers", agreement.answers, ("question_id", "model_id", "choices")):
+    for row in read_records(Path(agreement.answers), ModelAnswer, ["question_id", "model_id"]):
         by_model[row["model_id"]].append(row)
     if missing := sorted(models - set(by_model)):
         raise UserError(f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}")

@@ -19,11 +19,12 @@ from typing import Any
 from rich.progress import Progress
 
 from prefscan.errors import UserError, run_stage
-from prefscan.files import read_jsonl, write_json, write_jsonl
+from prefscan.files import write_json, write_jsonl
 from prefscan.intervals import mean_interval
 from prefscan.judges import Prompt, Verdict, load_judge
 from prefscan.params import LocalJudge, OpenAIJudge, load
 from prefscan.paths import ANSWERS, CELL_JUDGEMENTS, MTBENCH_METRICS, QUESTIONS
+from prefscan.records import Answer, JudgePrompt, Question, read_records
 
 # FastChat's NEED_REF_CATS as far as MT-Bench has them, which a test compares; importing it costs seconds.
 NEED_REFERENCE = {"math", "reasoning", "coding"}
@@ -48,13 +49,29 @@ class Turn:
 
 def load_questions() -> tuple[dict[int, Any], dict[str, Any]]:
     """MT-Bench's questions by id, and FastChat's judge prompts by name."""
-    questions = {q["question_id"]: q for q in read_jsonl(QUESTIONS / "question.jsonl")}
-    return questions, {t["name"]: t for t in read_jsonl(QUESTIONS / "judge_prompts.jsonl")}
+    questions = read_records(QUESTIONS / "question.jsonl", Question, ["question_id"])
+    prompts = read_records(QUESTIONS / "judge_prompts.jsonl", JudgePrompt, ["name"])
+    return {question["question_id"]: question for question in questions}, {prompt["name"]: prompt for prompt in prompts}
 
 
 def load_references(author: str) -> dict[int, Any]:
     """The reference answers by question id; `author` is stock or corrected."""
-    return {r["question_id"]: r for r in read_jsonl(QUESTIONS / f"reference_answer/{author}.jsonl")}
+    references = read_records(QUESTIONS / f"reference_answer/{author}.jsonl", Answer, ["question_id"])
+    return {reference["question_id"]: reference for reference in references}
+
+
+def fill(templates: dict[str, Any], name: str, fields: dict[str, str]) -> Prompt:
+    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others."""
+    if name not in templates:
+        raise UserError(f"judge_prompts.jsonl has no {name}; fetch FastChat's again")
+    try:
+        text = templates[name]["prompt_template"].format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"judge_prompts.jsonl: the template {name} cannot be filled in ({type(error).__name__}: {error}); it may "
+            f"name {', '.join(sorted(fields))}"
+        ) from None
+    return Prompt(templates[name]["system_prompt"], text)
 
 
 def build_turns(
@@ -100,8 +117,7 @@ def build_turns(
             ]
         first = TEMPLATES["single" if against is None else "pair"][needs_reference]
         for (i, name), layout in product(enumerate((first, f"{first}-multi-turn"), start=1), layouts):
-            text = templates[name]["prompt_template"].format(**shared, **layout)
-            prompt = Prompt(templates[name]["system_prompt"], text)
+            prompt = fill(templates, name, shared | layout)
             turns.append(Turn(number, question["category"], i, name, prompt))
     return turns
 
@@ -264,7 +280,7 @@ def main() -> None:
     params = load()
     (key,) = sys.argv[1:]
     settings = params.judge
-    answers = read_jsonl(ANSWERS / f"{key}.jsonl")
+    answers = read_records(ANSWERS / f"{key}.jsonl", Answer, ["question_id"])
     judgements: list[dict[str, Any]] = []
     provenance: dict[str, Any] = {"judge": settings.name, "mode": settings.mode, "references": settings.references}
     if settings.mode == "single":
@@ -273,7 +289,7 @@ def main() -> None:
     elif key == settings.against:
         metrics, usd = scores(*self_comparison(answers)), 0.0
     else:
-        against = read_jsonl(ANSWERS / f"{settings.against}.jsonl")
+        against = read_records(ANSWERS / f"{settings.against}.jsonl", Answer, ["question_id"])
         judgements, categories, usd = judge_answers(key, answers, settings, against)
         metrics = scores(judgements, categories) | pair_figures(judgements) | {"against": settings.against}
     write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)

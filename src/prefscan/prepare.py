@@ -84,9 +84,7 @@ def parse_pair(row: Any, place: str) -> Pair:
         raise UserError(f"{place}: expected an object, found {type(row).__name__}")
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise UserError(
-                f"{place}: the pair has no {key!r} (keys: {', '.join(sorted(row))}); add it or remove the row"
-            )
+            raise UserError(f"{place}: the pair has no {key!r} (keys: {_keys(row)}); add it or remove the row")
     prompt = [("system", row["system"])] if row.get("system") else []
     try:
         if "conversations" in row:
@@ -103,7 +101,7 @@ def parse_pair(row: Any, place: str) -> Pair:
             answers = [_message(row[key][-1], "role", "content") for key in ("chosen", "rejected")]
         else:
             raise UserError(
-                f"{place}: unknown shape (keys: {', '.join(sorted(row))}); prefscan reads system/question, "
+                f"{place}: unknown shape (keys: {_keys(row)}); prefscan reads system/question, "
                 "conversations, or chosen and rejected as lists of messages"
             )
     except (KeyError, TypeError, IndexError) as error:
@@ -117,6 +115,10 @@ def parse_pair(row: Any, place: str) -> Pair:
     if any(role != "assistant" for role, _ in answers):
         raise UserError(f"{place}: chosen or rejected is not the assistant's turn; correct or remove the row")
     return Pair(prompt=tuple(prompt), chosen=answers[0][1], rejected=answers[1][1])
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(map(repr, sorted(row)))
 
 
 def _message(message: Any, role_key: str, content_key: str) -> tuple[str, str]:

@@ -13,12 +13,11 @@ import sys
 
 from prefscan.errors import UserError, run_stage
 from prefscan.paths import REPORTS, SUMMARY
-from prefscan.revisions import Revision, changed, read_revision
+from prefscan.revisions import Revision, changed, read_revision, settings
 from prefscan.stats import paired_difference
 
 STALE = 3
 CHARTS = ("score", "differences", "divergence", "margin")
-RECIPE = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
 
 
 def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,15 +88,15 @@ def difference_section(before: Revision, after: Revision) -> str:
             )
         )
     lines = [f"{scored}; {verdict}."]
-    others = [name for name in changed(before.params, after.params) if name.split(".")[0] not in RECIPE]
-    others += [f"{name} {old} → {new}" for name, (old, new) in changed(before.pins, after.pins).items()]
+    others = changed(settings(before), settings(after))
     if others:
-        lines.append(f"Not the recipe alone changed, and the difference is of all: {', '.join(others)}.")
+        listed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in others.items())
+        lines.append(f"Not the recipe alone changed, and the difference is of all: {listed}.")
     both = [cell for cell in before.scores.columns if cell in after.scores.columns and cell != "category"]
     moved = [cell for cell in both if not before.scores.loc[shared, cell].equals(after.scores.loc[shared, cell])]
     lines.append(
-        f"Of {len(both)} models that both have, {len(moved)} score differently"
-        + (f": {', '.join(moved)}." if moved else ".")
+        f"Models that both have: {len(both)}; with other scores: {len(moved)}"
+        + (f" ({', '.join(moved)})." if moved else ".")
     )
     return "\n\n".join(lines)
 

@@ -20,6 +20,7 @@ from prefscan.files import BAD_JSON, read_text
 from prefscan.paths import JUDGE_METRICS, SUMMARY
 from prefscan.tables import QUESTION_SCORES
 
+CHOICE = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
 PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
 
 
@@ -84,8 +85,12 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", child
 
 
+def settings(revision: Revision) -> dict[str, Any]:
+    """What decides a cell's result: the parameters but for the choice of cells, and the pinned versions."""
+    return {n: value for n, value in leaves(revision.params) if n.split(".")[0] not in CHOICE} | revision.pins
+
+
 def changed(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The parameters that differ, in the order of the first; None where one has no such parameter."""
-    before, after = dict(leaves(first)), dict(leaves(second))
-    names = dict.fromkeys([*before, *after])
-    return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
+    """The settings that differ, in the order of the first; None where one has no such setting."""
+    names = dict.fromkeys([*first, *second])
+    return {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}

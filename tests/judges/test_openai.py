@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import prefscan.chat
 from chat_server import Reply, chat_server, completion, error
@@ -437,3 +440,23 @@ def test_how_a_judge_is_reached_does_not_cost_its_replies(change: dict[str, Any]
             settings = OpenAIJudge.model_validate(openai_judge(server.url, **changes))
             list(load_judge(settings).verdicts([Prompt("s", "u")]))
         assert len(server.requests) == 1
+
+
+# Pieces of which a reply may be made: what is nearly a rating is likelier so than in any text.
+PIECES = ["[[", "]]", "[", "]", "7", "10", "11", "0", ".", "-", "1e1", "٣", "A", "B", "C", "tie", " ", "\n", "Rating: "]
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)))
+def test_any_reply_is_a_score_in_range_or_a_reason(text: str) -> None:
+    rating, winner = parse_rating(text), parse_winner(text)
+    for verdict, most in ((rating, 10), (winner, 1)):
+        assert verdict.text == text
+        assert (verdict.score is None) == bool(verdict.reason)
+        assert verdict.score is None or 0 <= verdict.score <= most
+    if rating.score is not None:
+        (written,) = set(re.findall(r"\[\[([0-9.]+)\]\]", text))
+        assert rating.score == float(written) >= 1
+    if winner.score is not None:
+        letter = {1.0: "A", 0.0: "B", 0.5: "C"}[winner.score]
+        assert f"[[{letter}]]" in text

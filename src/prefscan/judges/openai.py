@@ -43,7 +43,7 @@ def parse_rating(text: str) -> Verdict:
         found = f"{len(ratings)} different ratings" if ratings else "no rating"
         return Verdict(None, text, f"{found} of the form [[n]] in the reply")
     (rating,) = ratings
-    if not re.fullmatch(r"\d{1,2}(\.\d+)?", rating) or not 1 <= float(rating) <= 10:
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", rating) or not 1 <= float(rating) <= 10:
         return Verdict(None, text, f"rating {rating!r} is no number from 1 to 10")
     return Verdict(float(rating), text)
 

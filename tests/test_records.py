@@ -1,0 +1,99 @@
+"""Files in FastChat's formats, right and wrong: what is wrong ends with a sentence that names the record."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hostile import changed
+from mtbench_data import TEMPLATES, make_answers, make_questions
+from prefscan.errors import UserError
+from prefscan.records import Answer, Judgement, JudgePrompt, ModelAnswer, Question, Record, read_records
+
+QUESTION = make_questions(1)[0]
+ANSWER = make_answers([QUESTION])[0]
+JUDGEMENT = {"question_id": 81, "model": "base", "turn": 1, "score": 7.5, "judgment": "fine"}
+RECORDS: list[tuple[type[Record], Any]] = [
+    (Question, QUESTION),
+    (JudgePrompt, next(iter(TEMPLATES.values()))),
+    (ModelAnswer, ANSWER),
+    (Judgement, JUDGEMENT),
+]
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_records_are_read_as_they_stand(tmp_path: Path) -> None:
+    other = ANSWER | {"question_id": 82}
+    assert read_records(write(tmp_path / "a.jsonl", ANSWER, other), Answer, ["question_id"]) == [ANSWER, other]
+
+
+@pytest.mark.parametrize(
+    ("schema", "record", "message"),
+    [
+        (Question, [], r"the record is \[\]: input should be a valid dictionary"),
+        (Question, QUESTION | {"turns": ["one"]}, r"turns is \['one'\]: list should have at least 2 items"),
+        (Question, QUESTION | {"turns": ["one", 2]}, "turns.1 is 2: input should be a valid string"),
+        (Question, QUESTION | {"question_id": "81"}, "question_id is '81': input should be a valid integer"),
+        (Question, QUESTION | {"category": "\ud800"}, "category is .*: the text has half of a surrogate pair"),
+        (Answer, {"question_id": 81}, "has no choices"),
+        (Answer, ANSWER | {"choices": []}, r"choices is \[\]: list should have at least 1 item"),
+        (Judgement, JUDGEMENT | {"score": -1}, "score is -1: no number from 1 to 10; FastChat writes −1"),
+        (Judgement, JUDGEMENT | {"score": True}, "score is True: input should be a valid number"),
+        (Judgement, JUDGEMENT | {"turn": 3}, "turn is 3: input should be less than or equal to 2"),
+    ],
+)
+def test_a_wrong_record_is_named(tmp_path: Path, schema: type[Record], record: Any, message: str) -> None:
+    right = next(row for kind, row in RECORDS if issubclass(kind, schema))
+    path = write(tmp_path / "records.jsonl", right, record)
+    with pytest.raises(UserError, match=rf"^{path}, record 2: {message}.*; correct or remove the record$"):
+        read_records(path, schema)
+
+
+def test_a_record_that_stands_there_twice_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ANSWER, ANSWER | {"question_id": 82}, ANSWER)
+    with pytest.raises(UserError, match=rf"^{path}, record 3 has the question_id of record 1; remove one of them$"):
+        read_records(path, Answer, ["question_id"])
+    assert len(read_records(path, Answer)) == 3
+
+
+@pytest.mark.parametrize(("schema", "record"), RECORDS)
+def test_any_change_is_read_or_ends_with_a_sentence(schema: type[Record], record: Any, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+
+    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(changed(record), min_size=1, max_size=3))
+    def check(rows: list[Any]) -> None:
+        write(path, *rows)
+        fault = ""
+        try:
+            assert read_records(path, schema) == json.loads(json.dumps(rows))
+        except UserError as error:
+            fault = str(error)
+        assert not fault or (fault.startswith(f"{path}, ") and "\n" not in fault)
+
+    check()
+
+
+def test_any_bytes_are_read_or_end_with_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+
+    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.binary(max_size=200))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        fault, rows = "", []
+        try:
+            rows = read_records(path, Question)
+        except UserError as error:
+            fault = str(error)
+        assert rows == []
+        assert not fault or fault.startswith(str(path))
+
+    check()
