@@ -27,6 +27,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "base")
 
 
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    """The tiny chat model, loaded; a test may change it."""
+    from prefscan.models import load_model
+
+    return load_model(tiny_model, "fp32").eval()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    """The tiny chat model's tokenizer; a test may change it."""
+    from prefscan.models import load_tokenizer
+
+    return load_tokenizer(tiny_model)
+
+
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny chat model whose rows fill a block of bitsandbytes, 64 weights; do not write to it."""

@@ -1,6 +1,5 @@
 """Generation: exact seeded sampling, a second turn from the first one's cache, and batches that fit into memory."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +10,6 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from prefscan import generation
 from prefscan.errors import UserError
 from prefscan.generation import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
-from prefscan.models import load_model, load_tokenizer
-
-
-@pytest.fixture
-def model(tiny_model: Path) -> Any:
-    return load_model(tiny_model, "fp32").eval()
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(tiny_model)
-
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 

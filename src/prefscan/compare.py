@@ -17,27 +17,11 @@ from prefscan import charts
 from prefscan.errors import UserError, run_stage
 from prefscan.intervals import mean_interval
 from prefscan.pages import Figure, Table, write_report
-from prefscan.revisions import Revision, changed, read_revision, settings
+from prefscan.revisions import Revision, changed, read_revision, settings, shared_models, shared_questions
 from prefscan.stats import clustered_mean, holm, paired_difference, variance_components
+from prefscan.tables import span, spanned, with_interval
 
 COMPARISON = Path("comparison")
-
-
-def shared_models(revisions: list[Revision]) -> list[str]:
-    """The base and the cells that every revision has, in the order of the first."""
-    models = [model for model in revisions[0].scores.columns if model != "category"]
-    return [model for model in models if all(model in revision.scores.columns for revision in revisions)]
-
-
-def shared_questions(revisions: list[Revision]) -> pd.Index:
-    """The numbers of the questions that every revision asked; raises UserError for fewer than two."""
-    shared = revisions[0].scores.index
-    for revision in revisions[1:]:
-        shared = shared.intersection(revision.scores.index)
-    if len(shared) < 2:
-        names = ", ".join(revision.name for revision in revisions)
-        raise UserError(f"{names}: they share {len(shared)} questions, and a paired difference needs two")
-    return shared
 
 
 def what_differs(revisions: list[Revision]) -> pd.DataFrame:
@@ -63,14 +47,12 @@ def scores_of(revisions: list[Revision], models: list[str], questions: pd.Index)
         for model in models:
             scores = revision.scores.loc[questions, model]
             mean = clustered_mean(scores, questions)
-            row: dict[str, Any] = {"cell": model, "revision": revision.name}
-            row |= {"score": mean.mean, "score_low": mean.low, "score_high": mean.high}
+            row: dict[str, Any] = {"cell": model, "revision": revision.name} | spanned("score", mean)
             if model != "base":
-                lead = paired_difference(scores, base)
-                row |= {"lead": lead.mean, "lead_low": lead.low, "lead_high": lead.high}
+                row |= spanned("lead", paired_difference(scores, base))
             if revision is not revisions[0]:
                 apart = paired_difference(scores, revisions[0].scores.loc[questions, model])
-                row |= {"difference": apart.mean, "difference_low": apart.low, "difference_high": apart.high}
+                row |= spanned("difference", apart)
                 row |= {"p": apart.p_value, "wins": apart.wins, "ties": apart.ties, "losses": apart.losses}
             rows.append(row)
     table = pd.DataFrame(rows).sort_values("cell", key=lambda cells: cells.map(models.index), kind="stable")
@@ -121,7 +103,7 @@ def sentences(
         f"judged on the same {len(questions)} questions."
     ]
     for revision in revisions:
-        missed = [cell for cell in revision.scores.columns if cell != "category" and cell not in models]
+        missed = [model for model in revision.models if model not in models]
         if missed:
             lines.append(f"Left out, since another revision lacks them: {', '.join(missed)} of {revision.name}.")
         unasked = len(revision.scores) - len(questions)
@@ -166,17 +148,13 @@ def _count(number: int, of: str) -> str:
 def tables_of(
     differing: pd.DataFrame, table: pd.DataFrame, spreads: list[pd.DataFrame], revisions: list[Revision]
 ) -> list[Table]:
-    span = {"low": "95 % low", "high": "95 % high"}
-
-    def with_interval(name: str, heading: str, form: str = "{:+.2f}") -> dict[str, tuple[str, str]]:
-        return {name: (heading, form)} | {f"{name}_{end}": (text, form) for end, text in span.items()}
-
     cell = {"cell": ("cell", "{}")}
-    scores = cell | {"revision": ("revision", "{}")} | with_interval("score", "score", "{:.2f}")
-    scores |= with_interval("lead", "minus its base") | with_interval("difference", f"minus {revisions[0].name}")
+    scores = cell | {"revision": ("revision", "{}")} | with_interval("score", "score")
+    scores |= with_interval("lead", "minus its base", "{:+.2f}")
+    scores |= with_interval("difference", f"minus {revisions[0].name}", "{:+.2f}")
     scores |= {"p_holm": ("p, Holm", "{:.2f}"), "wins": ("won", "{:.0f}"), "ties": ("tied", "{:.0f}")}
     scores |= {"losses": ("lost", "{:.0f}")}
-    seeds = cell | {"seeds": ("seeds", "{}")} | with_interval("lead", "minus its base, mean over seeds")
+    seeds = cell | {"seeds": ("seeds", "{}")} | with_interval("lead", "minus its base, mean over seeds", "{:+.2f}")
     seeds |= {"seed_sd": ("SD between trainings", "{:.2f}"), "question_sd": ("SD between questions", "{:.2f}")}
     return [
         Table("Scores", "Intervals and tests are over the shared questions.", table, scores),
@@ -191,15 +169,14 @@ def tables_of(
 
 
 def figures_of(table: pd.DataFrame, first: str) -> dict[str, Figure]:
-    spans = ["score", "score_low", "score_high"]
     compared = table.dropna(subset="difference")
-    shifts = ["difference", "difference_low", "difference_high", "p_holm", "wins", "ties", "losses"]
+    shifts = [*span("difference"), "p_holm", "wins", "ties", "losses"]
     return {
         "scores": Figure(
             "Score of each model in each revision",
             "Bars are 95 % intervals over the shared questions.",
             charts.scores_by_revision(table, "score"),
-            table[["cell", "revision", *spans]],
+            table[["cell", "revision", *span("score")]],
         ),
         "differences": Figure(
             f"Each model minus the same in {first}, paired by question",

@@ -29,9 +29,10 @@ from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
 from prefscan.paths import ANSWERS, judge_store
+from prefscan.revisions import CHOICE
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
-FREE = ("judge", "agreement", "sweep", "grid", "loss", "beta", "steps")  # parameters that change no model's answers
+FREE = ("judge", "agreement", *CHOICE)  # parameters that change no model's answers
 
 
 class Files(NamedTuple):

@@ -47,6 +47,7 @@ from prefscan.tables import (
     left_out,
     question_table,
     score_columns,
+    span,
     spread,
     table_of_cells,
 )
@@ -111,27 +112,24 @@ def make_figures(
     categories, heat = category_scores(table, judged), category_differences(table, judged)
     cell = ["cell", "loss", "beta", "steps"]
 
-    def spans(*values: str) -> list[str]:
-        return [f"{value}{end}" for value in values for end in ("", "_low", "_high")]
-
     return {
         "score": Figure(
             f"{name} against β",
             "Bars are 95 % intervals over questions. β means something else in each loss: compare along a line.",
             charts.score_against_beta(table, base_score, score_title),
-            table[[*cell, *spans("score")]],
+            table[[*cell, *span("score")]],
         ),
         "differences": Figure(
             "Each cell minus the base, paired by question",
             "Bars are 95 % intervals, before the correction; a filled point is significant with Holm's correction.",
             charts.differences(table, "score minus the base's"),
-            table[[*cell, *spans("difference"), "p_holm", "wins", "ties", "losses"]],
+            table[[*cell, *span("difference"), "p_holm", "wins", "ties", "losses"]],
         ),
         "divergence": Figure(
             f"{name} against the distance from the base",
             "Losses can be compared here: how much score for how much change. Bars are 95 % intervals over questions.",
             charts.score_against_divergence(table, base_score, score_title),
-            table[[*cell, *spans("score", "divergence")]],
+            table[[*cell, *span("score"), *span("divergence")]],
         ),
         "categories": Figure(
             "The base and the highest-scoring cell of each loss, by category",
@@ -149,19 +147,19 @@ def make_figures(
             f"{name} against the length of replies",
             "Judges like length: a score that rises with it may say no more than that.",
             charts.score_against_length(table, (base_tokens, base_score), score_title),
-            table[[*cell, "mean_tokens", *spans("score")]],
+            table[[*cell, "mean_tokens", *span("score")]],
         ),
         "accuracy": Figure(
             "Held-out reward accuracy against β",
             "The share of held-out pairs whose chosen response gained more; bars are 95 % Wilson intervals.",
             charts.accuracy_against_beta(table),
-            table[[*cell, *spans("accuracy")]],
+            table[[*cell, *span("accuracy")]],
         ),
         "margin": Figure(
             "Held-out margin against β, with 95 % intervals over pairs",
             "How much more log-probability the chosen response gained than the rejected one, against the base.",
             charts.margin_against_beta(table),
-            table[[*cell, *spans("margin")]],
+            table[[*cell, *span("margin")]],
         ),
         "curves": Figure(
             "Training curves",
@@ -214,10 +212,11 @@ def main() -> None:
         judge_check(judge),
         left_out(prepared),
     ]
+    answered = {answer["question_id"] for answer in answers["base"]}
     questions = [
         {"number": question["question_id"], "category": question["category"], "turns": question["turns"]}
         for question in read_jsonl(QUESTIONS / "question.jsonl")
-        if question["question_id"] in {answer["question_id"] for answer in answers["base"]}
+        if question["question_id"] in answered
     ]
     title = f"{params.model.name}: {len(cells)} cells"
     lines = sentences(params, table, judged, prepared, judge)

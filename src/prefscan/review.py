@@ -13,7 +13,7 @@ import sys
 
 from prefscan.errors import UserError, run_stage
 from prefscan.paths import REPORTS, SUMMARY
-from prefscan.revisions import Revision, changed, read_revision, settings
+from prefscan.revisions import Revision, changed, read_revision, settings, shared_models, shared_questions
 from prefscan.stats import paired_difference
 
 STALE = 3
@@ -62,16 +62,17 @@ def lock_section(stale: list[str]) -> str:
 
 
 def difference_section(before: Revision, after: Revision) -> str:
-    """The recipe's old and new score and their difference, paired by question, with its 95 % interval."""
+    """The recipe's old and new score and their difference, paired by question, with its 95 % interval.
+
+    Raises UserError where the two share fewer than two questions.
+    """
     sides = [(revision, revision.summary["recipe"]) for revision in (before, after)]
     scored = ", ".join(
         f"`{recipe['cell']}` in {revision.name} scores {recipe['score']:.2f} "
         f"[{recipe['score_low']:.2f}, {recipe['score_high']:.2f}]"
         for revision, recipe in sides
     )
-    shared = before.scores.index.intersection(after.scores.index)
-    if len(shared) < 2:
-        return f"{scored}. They share fewer than two questions, so there is no paired difference."
+    shared = shared_questions([before, after])
     new, old = after.scores.loc[shared, after.recipe], before.scores.loc[shared, before.recipe]
     if new.equals(old):
         verdict = f"every one of {len(shared)} questions has the same score"
@@ -92,8 +93,8 @@ def difference_section(before: Revision, after: Revision) -> str:
     if others:
         listed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in others.items())
         lines.append(f"Not the recipe alone changed, and the difference is of all: {listed}.")
-    both = [cell for cell in before.scores.columns if cell in after.scores.columns and cell != "category"]
-    moved = [cell for cell in both if not before.scores.loc[shared, cell].equals(after.scores.loc[shared, cell])]
+    both = shared_models([before, after])
+    moved = [model for model in both if not before.scores.loc[shared, model].equals(after.scores.loc[shared, model])]
     lines.append(
         f"Models that both have: {len(both)}; with other scores: {len(moved)}"
         + (f" ({', '.join(moved)})." if moved else ".")

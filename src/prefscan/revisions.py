@@ -35,6 +35,10 @@ class Revision(NamedTuple):
     pins: dict[str, str]
 
     @property
+    def models(self) -> list[str]:
+        return [column for column in self.scores.columns if column != "category"]
+
+    @property
     def recipe(self) -> str:
         return str(self.summary["recipe"]["cell"])
 
@@ -67,6 +71,22 @@ def read_revision(revision: str | None) -> Revision:
         )
     except (*BAD_JSON, yaml.YAMLError, KeyError) as error:
         raise UserError(f"{revision or 'workspace'}: a committed file cannot be read: {error}") from None
+
+
+def shared_models(revisions: list[Revision]) -> list[str]:
+    """The base and the cells that every revision has, in the order of the first."""
+    return [model for model in revisions[0].models if all(model in revision.models for revision in revisions)]
+
+
+def shared_questions(revisions: list[Revision]) -> pd.Index:
+    """The numbers of the questions that every revision asked; raises UserError for fewer than two."""
+    shared = revisions[0].scores.index
+    for revision in revisions[1:]:
+        shared = shared.intersection(revision.scores.index)
+    if len(shared) < 2:
+        names = ", ".join(revision.name for revision in revisions)
+        raise UserError(f"{names}: they share {len(shared)} questions, and a paired difference needs two")
+    return shared
 
 
 def pins(constraints: str) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from io import StringIO
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,31 @@ from prefscan.sentences import question_scores
 from prefscan.stats import holm, length_controlled_difference, paired_difference, variance_components
 
 
+class Estimate(Protocol):
+    """A mean with its 95 % interval."""
+
+    @property
+    def mean(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def span(name: str) -> list[str]:
+    """The columns of a value and its interval."""
+    return [name, f"{name}_low", f"{name}_high"]
+
+
+def spanned(name: str, found: Estimate) -> dict[str, float]:
+    return dict(zip(span(name), (found.mean, found.low, found.high), strict=True))
+
+
+def with_interval(name: str, heading: str, form: str = "{:.2f}") -> dict[str, tuple[str, str]]:
+    """Heading and form of a value's columns and its interval's."""
+    return {column: (text, form) for column, text in zip(span(name), (heading, "95 % low", "95 % high"), strict=True)}
+
+
 def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
     """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
     key = cell.key
@@ -36,8 +61,7 @@ def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
         "beta": cell.beta,
         "steps": str(cell.steps),
         **score_columns(mtbench),
-        **{name: held[name] for name in ("accuracy", "accuracy_low", "accuracy_high")},
-        **{name: held[name] for name in ("margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")},
+        **{name: held[name] for name in (*span("accuracy"), *span("margin"), "chosen_shift", "rejected_shift")},
         "margin_kept": merge["margin_kept"],
         "weights_changed": merge["weights_changed"],
         "share_cut": answer["share_cut"],
@@ -57,10 +81,7 @@ def score_columns(mtbench: dict[str, Any]) -> dict[str, float]:
     }
 
 
-DIFFERENCE = [
-    *("difference", "difference_low", "difference_high", "standard_error"),
-    *("wins", "ties", "losses", "p_holm"),
-]
+DIFFERENCE = [*span("difference"), "standard_error", "wins", "ties", "losses", "p_holm"]
 
 
 def differences(judged: dict[str, Any], keys: list[str], other: str) -> pd.DataFrame:
@@ -74,10 +95,8 @@ def differences(judged: dict[str, Any], keys: list[str], other: str) -> pd.DataF
         return pd.DataFrame(index=keys, columns=DIFFERENCE, dtype=float)
     found = [paired_difference(question_scores(judged[key]), theirs) for key in compared]
     rows = [
-        {
-            "difference": difference.mean,
-            "difference_low": difference.low,
-            "difference_high": difference.high,
+        spanned("difference", difference)
+        | {
             "standard_error": difference.standard_error,
             "wins": difference.wins,
             "ties": difference.ties,
@@ -105,9 +124,8 @@ def at_equal_length(judged: dict[str, Any], answers: dict[str, list[Any]], keys:
         if min(apart) == max(apart) != 0:
             rows.append({})
         else:
-            found = length_controlled_difference(scores, apart)
-            rows.append({"equal_length": found.mean, "equal_length_low": found.low, "equal_length_high": found.high})
-    return pd.DataFrame(rows, keys, ["equal_length", "equal_length_low", "equal_length_high"], dtype=float)
+            rows.append(spanned("equal_length", length_controlled_difference(scores, apart)))
+    return pd.DataFrame(rows, keys, span("equal_length"), dtype=float)
 
 
 def table_of_cells(
@@ -182,19 +200,11 @@ def curve_table(cells: list[Cell]) -> pd.DataFrame:
 # Column of the table of cells → heading and how a value is printed.
 COLUMNS = {
     "cell": ("cell", "{}"),
-    "score": ("score", "{:.2f}"),
-    "score_low": ("95 % low", "{:.2f}"),
-    "score_high": ("95 % high", "{:.2f}"),
-    "difference": ("minus base", "{:+.2f}"),
-    "difference_low": ("95 % low", "{:+.2f}"),
-    "difference_high": ("95 % high", "{:+.2f}"),
+    **with_interval("score", "score"),
+    **with_interval("difference", "minus base", "{:+.2f}"),
     "p_holm": ("p, Holm", "{:.2f}"),
-    "equal_length": ("at equal length", "{:+.2f}"),
-    "equal_length_low": ("95 % low", "{:+.2f}"),
-    "equal_length_high": ("95 % high", "{:+.2f}"),
-    "recipe_difference": ("minus recipe", "{:+.2f}"),
-    "recipe_difference_low": ("95 % low", "{:+.2f}"),
-    "recipe_difference_high": ("95 % high", "{:+.2f}"),
+    **with_interval("equal_length", "at equal length", "{:+.2f}"),
+    **with_interval("recipe_difference", "minus recipe", "{:+.2f}"),
     "recipe_p_holm": ("p, Holm", "{:.2f}"),
     "wins": ("won", "{:.0f}"),
     "ties": ("tied", "{:.0f}"),
@@ -202,18 +212,14 @@ COLUMNS = {
     "first_turn": ("first turn", "{:.2f}"),
     "second_turn": ("second turn", "{:.2f}"),
     "accuracy": ("held-out accuracy", "{:.2f}"),
-    "margin": ("held-out margin, nats", "{:.2f}"),
-    "margin_low": ("95 % low", "{:.2f}"),
-    "margin_high": ("95 % high", "{:.2f}"),
+    **with_interval("margin", "held-out margin, nats"),
     "chosen_shift": ("chosen shift, nats", "{:.2f}"),
     "rejected_shift": ("rejected shift, nats", "{:.2f}"),
     "margin_kept": ("margin kept by merge", "{:.1%}"),
     "share_cut": ("answers cut", "{:.0%}"),
     "mean_tokens": ("tokens a reply", "{:.0f}"),
     "repetition": ("repeated 4-grams", "{:.0%}"),
-    "divergence": ("log-ratio to the base, nats a reply", "{:.2f}"),
-    "divergence_low": ("95 % low", "{:.2f}"),
-    "divergence_high": ("95 % high", "{:.2f}"),
+    **with_interval("divergence", "log-ratio to the base, nats a reply"),
 }
 COST_COLUMNS = {
     "cell": ("cell", "{}"),
@@ -256,9 +262,7 @@ def left_out(prepared: dict[str, Any]) -> Table:
 
 def judge_check(judge: dict[str, Any]) -> Table:
     columns = {"prompt": ("prompt", "{}"), "bad": ("bad answer", "{}")}
-    for value, heading in (("auc", "ranked below the good one"), ("margin", "margin, points")):
-        columns |= {value: (heading, "{:.2f}"), f"{value}_low": ("95 % low", "{:.2f}")}
-        columns |= {f"{value}_high": ("95 % high", "{:.2f}")}
+    columns |= with_interval("auc", "ranked below the good one") | with_interval("margin", "margin, points")
     kinds = {"without_reference": "without reference", "with_reference": "with reference"}
     rows = [
         {"prompt": prompt, "bad": bad} | judge[kind][bad]
