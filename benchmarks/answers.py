@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.answer import TEMPERATURES, answer_questions, longest_conversation, select_questions
+from prefscan.answer import TEMPERATURES, answer_questions, even_groups, longest_conversation, select_questions
 from prefscan.errors import run_stage
 from prefscan.files import read_jsonl, write_json
 from prefscan.generation import GREEDY_BELOW, prompt_ids, settled_batch_size
@@ -77,8 +77,8 @@ def measure(folder: Path, questions: list[Any], max_new_tokens: int) -> dict[str
     by_length = sorted(questions, key=lambda question: len(question["turns"][0]))
     sides = {"one at a time": [0, 0.0], "batched": [0, 0.0]}  # tokens, seconds
     ratios, compared, gaps = [], 0, []
-    for start in range(0, len(questions), rows):
-        group = by_length[start : start + rows]
+    done = 0
+    for group in even_groups(by_length, rows):
         started = time.perf_counter()
         batched = {
             record["question_id"]: both
@@ -106,7 +106,8 @@ def measure(folder: Path, questions: list[Any], max_new_tokens: int) -> dict[str
                 compared += 1
                 if ours.tokens != plain.tokens:
                     gaps.append(gap(model, plain.prompt, ours.tokens, plain.tokens))
-        print(f"{start + len(group)} of {len(questions)} questions, ratio {ratios[-1]:.1f}", flush=True)
+        done += len(group)
+        print(f"{done} of {len(questions)} questions, ratio {ratios[-1]:.1f}", flush=True)
     speeds = {side: tokens / seconds for side, (tokens, seconds) in sides.items()}
     return {
         "questions": len(questions),

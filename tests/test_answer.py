@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
 from prefscan import answer, generation
-from prefscan.answer import answer_questions, divergence, log_ratio, select_questions
+from prefscan.answer import answer_questions, divergence, even_groups, log_ratio, select_questions
 from prefscan.errors import UserError
 from prefscan.files import write_json
 from prefscan.generation import SeededSampling, end_tokens
@@ -34,14 +34,13 @@ def settings(**changes: Any) -> Answer:
     return Answer.model_validate(engine | sizes | changes)
 
 
-@pytest.fixture
-def model(tiny_model: Path) -> Any:
-    return load_model(tiny_model, "fp32").eval()
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(tiny_model)
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"), [(80, 32, [26, 27, 27]), (8, 8, [8]), (9, 8, [4, 5]), (3, 8, [3]), (0, 8, [])]
+)
+def test_groups_are_few_and_even(count: int, most: int, sizes: list[int]) -> None:
+    groups = even_groups([*range(count)], most)
+    assert [len(group) for group in groups] == sizes
+    assert [item for group in groups for item in group] == [*range(count)]
 
 
 def answers(
@@ -385,7 +384,7 @@ def test_a_stage_goes_on_with_the_batches_it_began_with(
     monkeypatch.setattr(generation, "MOST_ROWS", 2)
     monkeypatch.setattr(answer, "generate", lambda *args: batches.append(len(args[2])) or generate(*args))
     answer.main()
-    assert batches == [6, 6, 6, 6, 6, 4, 4]
+    assert batches == [5, 5, 5, 5, 5, 6, 6]
     assert not sizes
     assert results() == whole
     assert json.loads(Path("metrics/cost/answer/base.json").read_text())["at_once"] == 6

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,6 +126,13 @@ def answer_record(model_id: str, question: Any, replies: list[Reply]) -> dict[st
     }
 
 
+def even_groups(items: list[Any], most: int) -> list[list[Any]]:
+    """The items in order, in as few groups of at most `most` as hold them, whose sizes differ by one at most."""
+    count = -(-len(items) // most)
+    ends = [len(items) * (i + 1) // count for i in range(count)]
+    return [items[start:end] for start, end in pairwise([0, *ends])]
+
+
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,12 +146,12 @@ def answer_questions(
     """One FastChat answer record a question, with the replies of both turns; in order of the first prompt's length.
 
     Questions of like length share a batch, so that few positions are padding, and the second turn computes what the
-    first has not. A batch whose questions are all `finished` is left out; any other is answered whole, since what
-    stands beside a question may change its last bits.
+    first has not. Batches are of even size: a small last one, of the longest prompts, would gain least. A batch whose
+    questions are all `finished` is left out; any other is answered whole, since what stands beside a question may
+    change its last bits.
     """
     by_length = sorted(questions, key=lambda q: len(tokenizer(q["turns"][0])["input_ids"]))
-    for start in range(0, len(questions), batch_size):
-        batch = by_length[start : start + batch_size]
+    for batch in even_groups(by_length, batch_size):
         if all(question["question_id"] in finished for question in batch):
             continue
         temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in batch]
