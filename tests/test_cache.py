@@ -1,0 +1,109 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from prefscan.cache import main, remove_damaged
+from prefscan.errors import UserError
+
+FOLDER = [("first", "one\n"), ("second", "two\n")]
+
+
+@pytest.fixture
+def repository(in_tmp: Path) -> Path:
+    """A DVC repository that tracks a file and a folder, with the cache in a place of its own; returns that cache."""
+    with Repo.init(no_scm=True) as repo, repo.config.edit() as config:
+        config["cache"] = {"dir": str(in_tmp / "elsewhere"), "type": "hardlink"}
+    Path("file").write_text("content\n")
+    Path("folder").mkdir()
+    for name, text in FOLDER:
+        Path("folder", name).write_text(text)
+    with Repo() as repo:
+        repo.add(["file", "folder"])
+        repo.checkout(relink=True)
+    return in_tmp / "elsewhere/files/md5"
+
+
+def stale() -> set[str]:
+    """The files with which DVC tracks what it finds changed."""
+    with Repo() as repo:
+        return set(repo.status())
+
+
+def objects(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+def object_with(cache: Path, text: str) -> Path:
+    """The object that has the text in it."""
+    (found,) = (path for path in objects(cache) if text in path.read_text())
+    return found
+
+
+def damage(path: Path, how: str) -> None:
+    """Change an object in place: it keeps its mode and time, as DVC's trust in it does."""
+    before, content = path.stat(), path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes({"truncated": content[:-2], "empty": b"", "flipped": content[:-1] + b"\xff"}[how])
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
+@pytest.mark.parametrize("text", ["content\n", "two\n", '"relpath"'])
+def test_a_damaged_object_is_removed_and_no_other(repository: Path, text: str, how: str) -> None:
+    before = objects(repository)
+    assert remove_damaged(repository) == (4, [])
+    path = object_with(repository, text)
+    damage(path, how)
+    assert remove_damaged(repository) == (4, [path])
+    assert objects(repository) == [other for other in before if other != path]
+
+
+def test_a_copy_under_way_is_left_alone(repository: Path) -> None:
+    partial = object_with(repository, "content").with_name(".AbC123.tmp")
+    partial.write_text("half")
+    assert remove_damaged(repository) == (4, [])
+    assert partial.exists()
+
+
+def test_a_cache_that_is_not_there_has_no_objects(tmp_path: Path) -> None:
+    assert remove_damaged(tmp_path / "none") == (0, [])
+
+
+def test_a_whole_cache_is_counted(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert capsys.readouterr().out == "4 objects, none damaged\n"
+
+
+def test_a_damaged_link_in_the_workspace_is_noticed_as_well(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DVC knows the workspace's file by inode, time and size, and asks for no hash of it until it is made to."""
+    path = object_with(repository, "two")
+    assert path.samefile("folder/second")
+    damage(path, "flipped")
+    assert stale() == set()
+    with pytest.raises(UserError) as caught:
+        main()
+    assert (
+        str(caught.value)
+        == "1 of 4 objects were damaged and are removed; run `dvc repro` or `dvc pull` to have them again"
+    )
+    assert capsys.readouterr().out == f"removed {path}: its content has another hash\n"
+    assert stale() == {"folder.dvc"}
+
+
+def test_outside_of_a_repository_it_ends_with_a_sentence(in_tmp: Path) -> None:
+    with pytest.raises(UserError, match=r"is in no DVC repository; run it in the repository's root$"):
+        main()
+
+
+def test_importing_it_loads_no_torch() -> None:
+    """The launcher calls it on every node before it starts."""
+    script = "import sys, prefscan.cache; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(root / "src")}, check=True)
