@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep review test test-all check clean
+.PHONY: help sweep review test test-all check audit clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,10 +23,20 @@ test: $(BIN)/.ready  ## run the tests (under 15 minutes on 2 cores)
 test-all: $(BIN)/.ready  ## run the slow tests too
 	python -m pytest -m ""
 
-check: $(BIN)/.ready  ## lint, format and type check
+check: $(BIN)/.ready  ## lint, format and type check, and the audit
 	ruff check src tests benchmarks
 	ruff format --check src tests benchmarks
 	mypy
+	@$(MAKE) --no-print-directory audit
+
+# A known vulnerability fails; a machine that cannot ask is told so, since lack of a network must fail no check.
+AUDIT := pip-audit --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
+audit: $(BIN)/.ready  ## look the pinned versions up among the known vulnerabilities
+	@if found=$$($(AUDIT) 2>&1); then unknown=$$(echo "$$found" | grep -c 'could not be audited'); \
+	elif echo "$$found" | grep -q '^Found [0-9]* known'; then echo "$$found"; exit 1; \
+	else unknown=all; fi; \
+	if [ "$$unknown" = 0 ]; then echo "No known vulnerability in a pinned version."; \
+	else echo "NOT AUDITED, no answer: $$unknown of the pinned versions. Run make audit where pip-audit reaches its service."; fi
 
 clean:  ## remove the virtual environment, caches and logs; DVC's cache and outputs stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build runs src/*.egg-info
