@@ -279,6 +279,19 @@ class Agreement(Section):
     answers: str
 
 
+class Launch(Section):
+    """How prefscan.launch spreads cells over processors and machines; no stage reads it."""
+
+    num_cpus: Annotated[float, Field(gt=0)]
+    num_gpus: Annotated[float, Field(ge=0)]
+    cells: Positive
+    scratch: str | None
+    state: str | None
+    attempts: Positive
+    patience: Annotated[float, Field(ge=0)]
+    usd_per_hour: Annotated[float, Field(gt=0)] | None
+
+
 class Params(Section):
     """params.yaml as a whole."""
 
@@ -296,6 +309,7 @@ class Params(Section):
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
     agreement: Agreement | None
     questions: Questions
+    launch: Launch
 
     @model_validator(mode="after")
     def recipe_in_grid(self) -> "Params":

@@ -7,48 +7,16 @@ Exit status 3 if dvc.lock is stale: its numbers are then not those of its parame
 """
 
 import argparse
-import re
-import subprocess
 import sys
 
 from prefscan.errors import UserError, run_stage
 from prefscan.paths import REPORTS, SUMMARY
+from prefscan.pipeline import dvc, stale_stages
 from prefscan.revisions import Revision, changed, read_revision, settings, shared_models, shared_questions
 from prefscan.stats import paired_difference
 
 STALE = 3
 CHARTS = ("score", "differences", "divergence", "margin")
-
-
-def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
-
-
-def failed(done: subprocess.CompletedProcess[str]) -> UserError:
-    return UserError(f"{' '.join(done.args[2:])}: {' '.join(done.stderr.split()[-60:])}")
-
-
-def dvc(*arguments: str) -> str:
-    """Standard output of a DVC command; raises UserError with its last words."""
-    done = run_dvc(*arguments)
-    if done.returncode:
-        raise failed(done)
-    return done.stdout
-
-
-def stale_stages() -> list[str]:
-    """The stages that `dvc repro` would run, by dvc.lock and the files in the workspace; data may be missing.
-
-    A stale stage whose data are missing fails even in a dry run (DVC 3.67 hashes them for its run-cache), and DVC then
-    names it and the stages after it as not reproduced: they are stale as well.
-    """
-    done = run_dvc("repro", "--dry", "--allow-missing", "--keep-going")
-    marks = ("Running stage ", "WARNING: Stage", "ERROR: failed to reproduce")
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(marks)]
-    stages = {stage for line in lines for stage in re.findall(r"'([^']+)'", line)}
-    if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
-        raise failed(done)
-    return sorted(stages)
 
 
 def lock_section(stale: list[str]) -> str:
@@ -128,7 +96,7 @@ def main() -> None:
     parser.add_argument("base", help="the branch, tag or commit to compare with")
     parser.add_argument("--charts", default=str(REPORTS / "charts"), metavar="URL", help="where the charts can be seen")
     arguments = parser.parse_args()
-    stale = stale_stages()
+    stale = stale_stages(missing_data_is_stale=False)
     print(review(arguments.base, arguments.charts.rstrip("/"), stale))
     if stale:
         sys.exit(STALE)

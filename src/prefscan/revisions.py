@@ -20,7 +20,7 @@ from prefscan.files import BAD_JSON, read_text
 from prefscan.paths import JUDGE_METRICS, SUMMARY
 from prefscan.tables import QUESTION_SCORES
 
-CHOICE = ("loss", "beta", "steps", "grid", "sweep")  # parameters that choose cells and change none
+CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
 
 

@@ -1,0 +1,268 @@
+"""A clone of the workspace in which one chain of stages runs, on this machine or another.
+
+A clone is the files of a snapshot without their history, so that uncommitted changes reach it and no branch. It shares
+a DVC cache with the other clones of its node, and with all that may go on with its work the folder of unfinished work.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dvc.config import Config
+from dvc.repo import Repo
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
+
+from prefscan import leash
+from prefscan.errors import UserError
+from prefscan.files import read_json
+from prefscan.paths import MTBENCH_METRICS
+
+WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no change of the user's
+SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
+TAIL = 15  # lines of a failed chain's log that are shown
+KILLED = re.compile(r"exited with (-\d+|137|143)")  # a stage that a signal ended, as the kernel does out of memory
+BUSY = re.compile(r"Unable to acquire lock|it is being blocked by|another process is training")
+BUSY_WAIT = 5.0  # seconds
+STAGE = re.compile(r"(?:Running stage|Stage) '([^'@]+)(?:@[^']*)?'")
+STEP = re.compile(r"(\d+)/(\d+) \[")  # tqdm's
+LOSS = re.compile(r"'loss': '?([-+.\de]+)")  # transformers' log of an update
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages that run one after the other in one clone; a cell's chain has the cell's key for a name."""
+
+    name: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node keeps things. `remote` is DVC's configuration of the default remote, None without one."""
+
+    clones: Path
+    cache: Path
+    state: Path
+    remote: dict[str, Any] | None
+    push: bool
+    threads: str | None  # OMP_NUM_THREADS where the launch began
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """For commands in a clone: its own code, this Python's programs, and as many threads as `dvc repro` would have.
+
+        Ray gives its workers as many OpenMP threads as CPUs, and with another number of threads bits differ.
+        """
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = self.threads
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return environment | {"PATH": path, "PYTHONPATH": str(folder / "src")}
+
+
+@dataclass(frozen=True)
+class Progress:
+    stage: str = "clone"
+    step: str = ""
+    loss: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a chain ended; `error` is empty when it ended well, else its log's last lines. `usd` went to its judge."""
+
+    name: str
+    seconds: float
+    node: str
+    usd: float = 0.0
+    error: str = ""
+
+
+def git(*arguments: str, index: str | None = None) -> bytes:
+    """Standard output; raises UserError with git's words."""
+    environment = os.environ | ({"GIT_INDEX_FILE": index} if index else {})
+    done = subprocess.run(["git", *arguments], capture_output=True, env=environment)  # noqa: S607
+    if done.returncode:
+        raise UserError(f"git {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def uncommitted() -> list[str]:
+    """Files that differ from the last commit or that git does not know, but for what DVC and the stages write."""
+    status = git("status", "--porcelain", "-z", "--no-renames").decode(errors="surrogateescape")
+    return [entry[3:] for entry in status.split("\0") if entry and not entry[3:].startswith(WRITTEN)]
+
+
+def snapshot() -> tuple[str, bytes]:
+    """The workspace as a commit that is on no branch: its hash and a tar archive, without what git ignores."""
+    with TemporaryDirectory() as folder:
+        index = f"{folder}/index"
+        git("read-tree", "HEAD", index=index)
+        git("add", "--all", index=index)
+        tree = git("write-tree", index=index).decode().strip()
+    author = ("-c", "user.name=prefscan", "-c", "user.email=prefscan@localhost")
+    commit = git(*author, "commit-tree", tree, "-p", "HEAD", "-m", "Workspace at prefscan.launch").decode().strip()
+    return commit, git("archive", "--format=tar", commit)
+
+
+def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the workspace's DVC cache, and the configuration of its default remote with an absolute URL."""
+    with Repo() as repo:
+        name = repo.config["core"].get("remote")
+        remote = {"name": name, **repo.config["remote"][name]} if name else None
+        return Path(repo.cache.legacy.path).resolve(), remote
+
+
+def make_clone(folder: Path, archive: bytes, place: Place) -> None:
+    """Write the snapshot's files, and where its cache, remote and unfinished work are."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    with Config(str(folder / ".dvc")).edit("local") as config:
+        config["core"]["no_scm"] = True
+        config["core"]["site_cache_dir"] = str(place.clones / "dvc")
+        config["cache"]["dir"] = str(place.cache)
+        if place.remote:
+            remote = dict(place.remote)
+            config["core"]["remote"] = name = remote.pop("name")
+            config["remote"][name] = remote
+    for name in SHARED:
+        (place.state / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(place.state / name)
+
+
+def run_leashed(
+    command: list[str], folder: Path, environment: dict[str, str], log: Path, seen: Callable[[str], None]
+) -> tuple[int, str]:
+    """Exit status and output of a command that ends with this process; `seen` is called with each line.
+
+    An exception in this process, Ctrl-C included, asks the command to end and waits until it has.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", leash.__file__, *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout
+    stdout = process.stdout
+
+    def read() -> str:
+        lines = []
+        with log.open("a", encoding="utf-8") as file:
+            for line in stdout:  # a progress bar's carriage return ends a line, too
+                file.write(line)
+                file.flush()
+                lines.append(line)
+                seen(line)
+        return "".join(lines)
+
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read)
+        try:
+            # Not at once: Ray's way to interrupt a task does not wake it from a wait without end.
+            while not wait([reading], timeout=0.2).done:
+                pass
+            return process.wait(), reading.result()
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def progress_after(line: str, before: Progress) -> Progress:
+    """What a line of DVC's, tqdm's or transformers' output says, the rest as before."""
+    if found := STAGE.search(line):
+        return Progress(found[1])
+    step, loss = STEP.search(line), LOSS.search(line)
+    if before.stage != "train" or not (step or loss):
+        return before
+    return Progress("train", f"{step[1]} of {step[2]}" if step else before.step, loss[1] if loss else before.loss)
+
+
+def run_chain(
+    chain: Chain, archive: bytes, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
+) -> Outcome:
+    """Run a chain in a clone of its own and hand its results over: to the shared cache, and by `push` to the remote.
+
+    A stage that a signal has ended is run again, `attempts` times in all; a lock that another process holds is waited
+    for, and so is a remote that is gone, for `patience` seconds. The log is kept with the unfinished work; the clone is
+    removed, also after a failure, since cache and unfinished work have all that is worth going on from.
+    """
+    started = time.perf_counter()
+    folder = place.clones / chain.name
+    log = place.state / ".prefscan/launch" / f"{chain.name}.log"
+    progress = Progress()
+
+    def seen(line: str) -> None:
+        nonlocal progress
+        after = progress_after(line, progress)
+        if after != progress:
+            progress = after
+            report(progress)
+
+    def dvc(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+        return run_leashed(command, folder, place.environment(folder), log, seen)
+
+    def outcome(error: str = "") -> Outcome:
+        scores = folder / MTBENCH_METRICS / f"{chain.name}.json"
+        usd = 0.0 if error or not scores.exists() else read_json(scores)["usd"]
+        return Outcome(chain.name, time.perf_counter() - started, os.uname().nodename, usd, error)
+
+    try:
+        make_clone(folder, archive, place)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+        pull = ["--pull"] if place.remote else []
+        gone_since: float | None = None
+        while True:
+            code, output = dvc("repro", *pull, *chain.targets)
+            if code == 0:
+                break
+            if BUSY.search(output):
+                report(Progress("waits for another process"))
+                time.sleep(BUSY_WAIT)
+            elif KILLED.search(output) and attempts > 1:
+                attempts -= 1
+            elif "failed to reproduce" not in output and place.remote:  # no stage has failed: the remote is gone
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since > patience:
+                    return outcome(_tail(output))
+                time.sleep(BUSY_WAIT)
+            else:
+                return outcome(_tail(output))
+        if place.push:
+            report(Progress("push"))
+            pushes = Retrying(
+                stop=stop_after_delay(patience),
+                wait=wait_exponential(max=60),
+                retry=retry_if_result(lambda done: done[0] != 0),
+                retry_error_callback=lambda state: state.outcome.result() if state.outcome else (1, ""),
+            )
+            code, output = pushes(dvc, "push", "--run-cache", *chain.targets)
+            if code:
+                return outcome(_tail(output) + "\nnothing is lost: the node's cache has the results; launch again")
+        return outcome()
+    except OSError as error:  # no room for the clone or the log, or no right to write them
+        return outcome(f"{type(error).__name__}: {error}; make room or access and launch again")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tail(output: str) -> str:
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    return "\n".join(lines[-TAIL:])

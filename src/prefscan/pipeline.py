@@ -1,0 +1,40 @@
+"""Asking DVC, by its command line: what is stale, and running a command whose repository another process has locked."""
+
+import re
+import subprocess
+import sys
+
+from prefscan.errors import UserError
+
+
+def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> UserError:
+    return UserError(f"{' '.join(done.args[2:])}: {' '.join(done.stderr.split()[-60:])}")
+
+
+def dvc(*arguments: str) -> str:
+    """Standard output of a DVC command; raises UserError with its last words."""
+    done = run_dvc(*arguments)
+    if done.returncode:
+        raise failed(done)
+    return done.stdout
+
+
+def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
+    """The stages that `dvc repro` would run, by dvc.lock and the files in the workspace, in no order.
+
+    Outputs that are in neither workspace nor cache are stale, or else, for a clone without data, as dvc.lock says.
+    A stale stage whose data are missing fails even in a dry run (DVC 3.67 hashes them for its run-cache), and DVC then
+    names it and the stages after it as not reproduced: they are stale as well.
+    """
+    options = [] if missing_data_is_stale else ["--allow-missing"]
+    done = run_dvc("--wait-for-lock", "repro", "--dry", "--keep-going", *options)
+    marks = ("Running stage ", "WARNING: Stage", "ERROR: failed to reproduce")
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(marks)]
+    stages = {stage for line in lines for stage in re.findall(r"'([^']+)'", line)}
+    if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
+        raise failed(done)
+    return sorted(stages)

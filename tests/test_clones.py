@@ -1,0 +1,205 @@
+"""Chains in clones of small DVC repositories: what reaches a clone, what comes back, and what is waited for."""
+
+import io
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefscan.clones import (
+    Chain,
+    Outcome,
+    Place,
+    Progress,
+    cache_and_remote,
+    progress_after,
+    run_chain,
+    snapshot,
+    uncommitted,
+)
+from prefscan.errors import UserError
+
+AUTHOR = ["-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *AUTHOR, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make_repository(command: str) -> None:
+    """In the working directory: a committed DVC repository with one stage, `train@a`, that makes `out.txt`."""
+    stage = {"foreach": {"a": 1}, "do": {"cmd": command, "deps": ["code.txt"], "outs": ["out.txt"]}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": stage}}))
+    Path("code.txt").write_text("first\n")
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    Path(".gitignore").write_text("/out.txt\n/.prefscan/\n/runs/\n/.dvc/*\n!/.dvc/config\n")
+    git("init", "--quiet", "--initial-branch", "main")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "Start")
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("RAN", str(tmp_path / "ran"))
+    monkeypatch.setenv("FREE", str(tmp_path / "free"))
+    return tmp_path
+
+
+def run(repository: Path, attempts: int = 1, patience: float = 0, **changes: Any) -> tuple[Outcome, list[Progress]]:
+    cache, remote = cache_and_remote()
+    usual = {"clones": repository / "clones", "cache": cache, "state": repository / "state", "remote": remote}
+    place = Place(**usual | {"push": False, "threads": None} | changes)
+    seen: list[Progress] = []
+    chain = Chain("a", ("train@a",))
+    return run_chain(chain, snapshot()[1], place, attempts, patience, seen.append), seen
+
+
+def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
+    lines = [
+        "Running stage 'train@ipo-0.5-24':\n",
+        "> PYTHONPATH=src python -m prefscan.train ipo-0.5-24\n",
+        "  0%|          | 0/24 [00:00<?, ?it/s]\n",
+        "{'loss': '0.6931', 'grad_norm': '1.2', 'learning_rate': '0.0005', 'epoch': '0.04'}\n",
+        "  4%|▍         | 1/24 [00:04<01:40,  4.36s/it]\n",
+        "Stage 'merge@ipo-0.5-24' is cached - skipping run, checking out outputs\n",
+        "  0%|          | 0/272 [00:00<?, ?it/s]\n",
+    ]
+    progress, seen = Progress(), []
+    for line in lines:
+        progress = progress_after(line, progress)
+        seen.append((progress.stage, progress.step, progress.loss))
+    assert seen == [
+        ("train", "", ""),
+        ("train", "", ""),
+        ("train", "0 of 24", ""),
+        ("train", "0 of 24", "0.6931"),
+        ("train", "1 of 24", "0.6931"),
+        ("merge", "", ""),
+        ("merge", "", ""),
+    ]
+
+
+def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: Path) -> None:
+    make_repository("true")
+    assert uncommitted() == []
+    Path("code.txt").write_text("second\n")
+    Path("new file.txt").write_text("new\n")
+    Path("dvc.lock").write_text("stages: {}\n")
+    Path("metrics").mkdir()
+    Path("metrics/summary.json").write_text("{}\n")
+    Path("out.txt").write_text("ignored\n")
+    before = git("status", "--porcelain")
+    assert sorted(uncommitted()) == ["code.txt", "new file.txt"]  # what DVC writes is no change of the user's
+    commit, archive = snapshot()
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        names = {member.name for member in tar if member.isfile()}
+        code = tar.extractfile("code.txt")
+        assert code is not None
+        assert code.read() == b"second\n"
+    assert names >= {"new file.txt", "dvc.lock", "dvc.yaml", ".dvc/config"}
+    assert "out.txt" not in names
+    assert git("rev-parse", f"{commit}^") == git("rev-parse", "HEAD")
+    assert git("branch", "--contains", commit) == ""
+    assert git("status", "--porcelain") == before
+
+
+def test_what_is_no_repository_is_a_sentence(in_tmp: Path) -> None:
+    with pytest.raises(UserError, match="not a git repository"):
+        uncommitted()
+
+
+def test_a_chain_runs_in_a_clone_and_the_workspace_restores_it(repository: Path) -> None:
+    make_repository("cat code.txt > out.txt && echo ran >> $RAN")
+    Path("code.txt").write_text("changed and not committed\n")
+    outcome, seen = run(repository)
+    assert (outcome.name, outcome.error) == ("a", "")
+    assert seen == [Progress("train")]
+    assert not Path("out.txt").exists()
+    assert not (repository / "clones/a").exists()
+    dvc("repro")
+    assert Path("out.txt").read_text() == "changed and not committed\n"
+    assert (repository / "ran").read_text() == "ran\n"  # once, in the clone
+    assert "Running stage 'train@a'" in (repository / "state/.prefscan/launch/a.log").read_text()
+
+
+def test_a_chain_that_fails_shows_its_last_lines_and_is_not_tried_again(repository: Path) -> None:
+    make_repository("echo 'prefscan: beta: 0 is refused'; echo ran >> $RAN; exit 1")
+    outcome, _ = run(repository, attempts=3)
+    assert "prefscan: beta: 0 is refused" in outcome.error
+    assert "failed to reproduce 'train@a'" in outcome.error
+    assert (repository / "ran").read_text() == "ran\n"
+    assert not (repository / "clones/a").exists()
+
+
+@pytest.mark.parametrize(("attempts", "ends_well"), [(2, True), (1, False)])
+def test_a_stage_that_was_killed_is_tried_again(repository: Path, attempts: int, ends_well: bool) -> None:
+    make_repository("echo ran >> $RAN; test $(wc -l < $RAN) -ge 2 || kill -9 $$; echo x > out.txt")
+    outcome, _ = run(repository, attempts=attempts)
+    assert (outcome.error == "") == ends_well
+    assert (repository / "ran").read_text() == "ran\n" * attempts
+
+
+def test_unfinished_work_and_logs_are_outside_the_clone(repository: Path) -> None:
+    make_repository("echo half > .prefscan/half; echo log > runs/log; exit 1")
+    run(repository)
+    assert (repository / "state/.prefscan/half").read_text() == "half\n"
+    assert (repository / "state/runs/log").read_text() == "log\n"
+
+
+@pytest.mark.parametrize(("patience", "ends_well"), [(60, True), (0, False)])
+def test_a_remote_that_is_gone_is_waited_for(repository: Path, patience: float, ends_well: bool) -> None:
+    """Results go to a folder that is there again after a while; a file stands in its place meanwhile."""
+    make_repository("echo result > out.txt")
+    remote = repository / "remote"
+    remote.write_text("not a folder: the disk is not mounted\n")
+    dvc("remote", "add", "--default", "--local", "shared", str(remote))
+
+    def come_back() -> None:
+        time.sleep(8)
+        remote.unlink()
+
+    thread = threading.Thread(target=come_back, daemon=True)
+    if ends_well:
+        thread.start()
+    outcome, seen = run(repository, patience=patience, push=True, cache=repository / "cache")
+    assert (outcome.error == "") == ends_well
+    if not ends_well:
+        return
+    thread.join()
+    assert Progress("push") in seen
+    dvc("repro", "--pull")
+    assert Path("out.txt").read_text() == "result\n"
+    lines = (repository / "state/.prefscan/launch/a.log").read_text()
+    assert lines.count("Running stage 'train@a'") == 1
+
+
+def test_what_another_process_has_locked_is_waited_for(repository: Path) -> None:
+    make_repository(
+        "test -e $FREE || { echo 'prefscan: another process is training a here' ; exit 1; }; echo x > out.txt"
+    )
+    threading.Timer(6, (repository / "free").touch).start()
+    outcome, seen = run(repository)
+    assert outcome.error == ""
+    assert Progress("waits for another process") in seen
+
+
+@pytest.mark.parametrize("small_disk", ["full disk"], indirect=True)
+def test_no_room_for_a_clone_fails_the_chain_alone(repository: Path, small_disk: Path) -> None:
+    make_repository("true")
+    Path("large.txt").write_text("x" * 200_000)
+    outcome, _ = run(repository, clones=small_disk / "clones")
+    assert outcome.error.endswith("make room or access and launch again")
+    assert not (small_disk / "clones/a").exists()

@@ -1,0 +1,215 @@
+"""The launcher on cells that sleep: real DVC, a real Ray on this machine, real processes and signals."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+
+from launch import make_sleeping
+from prefscan.clones import Chain, Outcome, Progress
+from prefscan.launch import FAILED, STOPPED, Display, Work, plan_work
+from prefscan.params import Params
+
+ROOT = Path(__file__).parents[1]
+CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
+STAGES = ("train", "merge", "answer", "mtbench")
+
+
+def of_cell(key: str) -> tuple[str, ...]:
+    return tuple(f"{stage}@{key}" for stage in STAGES)
+
+
+class Launched:
+    """A launch in a folder, its output in a file."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.output = folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "prefscan.launch", *arguments], cwd=folder, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, seconds: float = 300) -> tuple[int, str]:
+        return self.process.wait(seconds), self.output.read_text()
+
+
+def launch(folder: Path, *arguments: str) -> tuple[int, str]:
+    return Launched(folder, *arguments).wait()
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def lock_of(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "dvc.lock").read_text())["stages"])
+
+
+def log(folder: Path, chain: str) -> str:
+    path = folder / f".prefscan/launch/{chain}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def left_behind(folder: Path) -> list[psutil.Process]:
+    """Processes that work in a clone of this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder / ".prefscan") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+
+
+def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Params) -> None:
+    keys = [cell.key for cell in params.grid.cells]
+    everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", "reference", "answer-base"]
+    everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
+    works = plan_work(params, everything)
+    assert [work.chain.name for work in works] == ["inputs", "reference", "base", *keys]
+    after = {work.chain.name: work.after for work in works}
+    assert after["base"] == ("inputs",)
+    assert all(after[key] == ("inputs", "reference", "base") for key in keys)
+    assert works[-1].chain.targets == of_cell(keys[-1])
+    # judge-check and report are made where the launch began, at its end.
+    assert {t for work in works for t in work.chain.targets} == {*everything} - {"judge-check", "report"}
+    only = plan_work(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"])
+    assert only == [
+        Work(Chain("base", ("mtbench-base",)), ()),
+        Work(Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1])), ("base",)),
+    ]
+    assert plan_work(params, ["report"]) == []
+
+
+def test_the_model_that_the_others_are_judged_against_goes_first(params: Params) -> None:
+    keys = [cell.key for cell in params.grid.cells]
+    paired = params.model_copy(update={"judge": params.judge.model_copy(update={"against": keys[2]})})
+    works = plan_work(paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))])
+    assert [work.chain.name for work in works][:3] == ["reference", keys[2], "base"]
+    assert {work.after for work in works[2:]} == {("reference", keys[2])}
+
+
+def test_the_display_counts_expects_an_end_and_sums_the_cost() -> None:
+    names = ["reference", *CELLS]
+    works = [Work(Chain(name, (f"train@{name}",)), ()) for name in names]
+    display = Display(works, workers=1, usd_per_hour=36.0, console=Console(width=100, force_terminal=True))
+    assert display.seconds_left() is None
+    display.update({"reference": Progress("reference"), CELLS[0]: Progress("train", "3 of 24", "0.69")})
+    display.ended(Outcome("reference", 100.0, "node"))
+    assert display.seconds_left() is None  # no cell has ended, and what cells share says nothing of them
+    display.ended(Outcome(CELLS[0], 50.0, "node", usd=0.25))
+    display.update({CELLS[1]: Progress("train", "3 of 24", "0.69")})
+    assert display.seconds_left() == pytest.approx(100, abs=2)
+    assert display.usd() == pytest.approx(150 * 36 / 3600 + 0.25, abs=0.05)
+    display.ended(Outcome(CELLS[1], 1.0, "node", error="died"))
+    display.update({CELLS[2]: Progress("train", "7 of 24", "0.42")})
+    with display.console.capture() as captured:
+        display.console.print(display)
+    shown = captured.get()
+    assert "2 done, 1 running, 0 waiting, 1 failed" in shown
+    assert re.search(r"expected end \w+ \d\d:\d\d", shown)
+    assert "7 of 24" in shown
+    assert "0.42" in shown
+    assert CELLS[1] not in shown
+
+
+def make_logging(folder: Path, seconds: float) -> Path:
+    """Three cells, two at once, whose stages write their names to ran.txt; a cell that fault.txt names fails."""
+    make_sleeping(folder, 3, seconds, cells=2)
+    ran, fault = folder.parent / "ran.txt", folder.parent / "fault.txt"
+    fault.touch()
+    pipeline = yaml.safe_load((folder / "dvc.yaml").read_text())
+    for stage in STAGES:
+        logs = f"echo {stage}@${{key}} >> {ran}; "
+        faulty = f"if grep -qx -e ${{key}} {fault}; then echo 'prefscan: a fault'; exit 1; fi; "
+        body = pipeline["stages"][stage]
+        body["cmd"] = logs + (faulty if stage == "train" else "") + body["cmd"]
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    return folder
+
+
+def ran(folder: Path) -> list[str]:
+    """The stages of cells that have run, and empties the list."""
+    path = folder.parent / "ran.txt"
+    names = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return sorted(names)
+
+
+def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Path) -> None:
+    work = make_logging(tmp_path / "work", 1)
+    code, output = launch(work)
+    assert code == 1
+    assert "not committed: dvc.yaml; commit, or take the changes along with --dirty" in output
+    assert not (work / "dvc.lock").exists()
+
+    (tmp_path / "fault.txt").write_text(f"{CELLS[1]}\n")
+    code, output = launch(work, "--dirty")
+    assert code == FAILED, output
+    assert re.search(rf"{CELLS[1]} failed on \S+:\n(.*\n)*  prefscan: a fault\n", output)
+    assert "Traceback" not in output
+    assert ran(work) == sorted([*of_cell(CELLS[0]), f"train@{CELLS[1]}", *of_cell(CELLS[2])])
+    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), "reference", "mtbench-base"} <= set(lock_of(work))
+    assert not {*of_cell(CELLS[1]), "report"} & set(lock_of(work))
+
+    (tmp_path / "fault.txt").write_text("")
+    code, output = launch(work, "--dirty")
+    assert code == 0, output
+    assert ran(work) == sorted(of_cell(CELLS[1]))
+    assert (work / "report.txt").exists()
+    assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
+
+
+def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C, kill -9 of the launching process, a second launch beside the first, and the user's own `dvc repro`."""
+    work = make_logging(tmp_path / "work", 15)
+    begun = [f"Running stage 'train@{key}'" for key in CELLS]
+    first = Launched(work, "--dirty")
+    wait_for(lambda: begun[0] in log(work, CELLS[0]) and begun[1] in log(work, CELLS[1]))
+    first.process.send_signal(signal.SIGINT)
+    code, output = first.wait()
+    assert code == STOPPED
+    assert output.endswith("stopped; the same command goes on\n")
+    assert not left_behind(work)
+    assert ran(work) == [f"train@{key}" for key in CELLS[:2]]
+
+    second = Launched(work, "--dirty")
+    wait_for(lambda: f"Running stage 'answer@{CELLS[0]}'" in log(work, CELLS[0]))
+    second.process.kill()
+    second.wait()
+    wait_for(lambda: not left_behind(work))
+
+    third = Launched(work, "--dirty")
+    wait_for(lambda: "Running stage" in log(work, CELLS[2]))
+    code, output = launch(work, "--dirty")
+    assert (code, "another launch runs in this workspace" in output) == (1, True)
+    own = dvc(work, "repro", f"train@{CELLS[1]}")
+    assert own.returncode == 0, own.stderr
+    code, output = third.wait()
+    assert code == 0, output
+    # The stages that the second launch had finished did not run again.
+    assert ran(work).count(f"train@{CELLS[0]}") == 1
+    assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
+    assert not left_behind(work)
