@@ -10,7 +10,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 sweep: $(BIN)/.ready  ## run what is stale of the sweep in params.yaml, and make reports/report.html
-	dvc repro
+	PYTHONPATH=src python -m prefscan.launch --dirty
 	@echo "Report: reports/report.html"
 
 BASE ?= main

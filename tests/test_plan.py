@@ -44,8 +44,10 @@ def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, li
 
 
 @pytest.fixture(autouse=True)
-def same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to run needs a DVC repository: tests/test_effort.py and tests/pipeline/test_repro.py have that."""
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(plan, "cells_left", lambda *_: [])
 
 
 @pytest.mark.parametrize("mode", ["single", "pair"])
@@ -123,6 +125,12 @@ def test_what_was_spent_is_shown(
     sys.argv = ["plan"]
     plan.main()
     assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in capsys.readouterr().out
+
+
+def test_no_workers_are_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", "--workers", "0"])
+    with pytest.raises(UserError, match="--workers 0: one at least"):
+        plan.main()
 
 
 @pytest.mark.parametrize("override", ["judge=gpt5", "judge.nonsense=1", "beta"])

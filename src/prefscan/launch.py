@@ -50,7 +50,7 @@ from prefscan.clones import (
 from prefscan.errors import UserError, run_stage
 from prefscan.leash import GRACE
 from prefscan.params import Params, load
-from prefscan.pipeline import stale_stages
+from prefscan.pipeline import CELL_STAGES, stale_stages
 
 try:
     import ray
@@ -60,7 +60,6 @@ except ModuleNotFoundError:
 
 INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
 BASE_STAGES = ("answer-base", "mtbench-base")
-CELL_STAGES = ("train", "merge", "answer", "mtbench")
 LIBRARIES = ("bitsandbytes", "dvc", "peft", "ray", "torch", "transformers", "trl")  # the same on every node
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 NOT_RUN = "not run"
@@ -98,9 +97,8 @@ def plan_work(params: Params, stale: Iterable[str]) -> list[Work]:
     return found
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """What each running chain is doing, for the display."""
+    """A Ray actor that knows what each running chain is doing, for the display."""
 
     def __init__(self) -> None:
         self.progress: dict[str, Progress] = {}
@@ -186,7 +184,7 @@ def start_ray(params: Params, address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this software is often used offline
     launch = params.launch
-    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address:
         try:
             ray.init(address=address, **quiet)
@@ -311,7 +309,8 @@ def run_all(works: list[Work], params: Params, place: Place) -> list[Outcome]:
     """Run the chains on the cluster; returns how each ended. Ctrl-C ends them with their checkpoints saved."""
     launch = params.launch
     _, archive = snapshot()
-    board, shipped = Board.remote(), ray.put(archive)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    shipped = ray.put(archive)
     task = ray.remote(run_on_node)
     refs: dict[str, Any] = {}
     for work in works:

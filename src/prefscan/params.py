@@ -152,6 +152,10 @@ class Train(Section):
     losses: Losses
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
 
+    def updates(self, steps: Steps, pairs: int) -> int:
+        """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
+        return -(-pairs // (self.batch_size * self.accumulation)) if steps == "epoch" else int(steps)
+
 
 class Sweep(Section):
     """Comma-separated text, which the grid joins with the recipe; a single value may stand as it is."""

@@ -6,6 +6,8 @@ import sys
 
 from prefscan.errors import UserError
 
+CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
+
 
 def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)

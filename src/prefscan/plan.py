@@ -1,15 +1,16 @@
-"""What judging the grid of params.yaml would still cost, before anything is spent.
+"""What the grid of params.yaml would still take, before anything is spent: cells, hours, disk, and judging's cost.
 
     python -m prefscan.plan                                  # of params.yaml
+    python -m prefscan.plan --workers 8                      # and when it would end on so many workers
     python -m prefscan.plan judge=gpt4 +experiment=zephyr    # of what `dvc exp run -S …` would compose
 
 Where a model's answers are in the workspace, its prompts are built and looked up among the kept replies; where they are
 not, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to their limit.
 Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The judge check's calls and
-reminders are not counted.
+reminders are not counted. Hours go by what finished cells took.
 """
 
-import sys
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from prefscan.answer import select_questions
+from prefscan.effort import cells_left, measured_speed, sentences
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl
 from prefscan.judges.openai import ChatJudge
@@ -90,8 +92,14 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="prefscan.plan", description="What the sweep would still take.")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes them")
+    parser.add_argument("--workers", type=int, help="cells at once; default: launch.cells")
+    options = parser.parse_args()
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: one at least")
     workspace = load()
-    params = compose(sys.argv[1:]) if sys.argv[1:] else workspace
+    params = compose(options.overrides) if options.overrides else workspace
     judge = params.judge
     keys = ["base", *(cell.key for cell in params.grid.cells)]
     console = Console()
@@ -99,10 +107,14 @@ def main() -> None:
     console.print(
         f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
+    same = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
+    cells = cells_left(params, workspace, same)
+    speed = measured_speed(workspace) if same else None
+    for sentence in sentences(cells, params, speed, options.workers or params.launch.cells):
+        console.print(sentence, highlight=False)
     if not isinstance(judge, OpenAIJudge):
         console.print(f"The judge {judge.name} runs on this machine and costs nothing.")
         return
-    same = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
     asker, files = ChatJudge(judge, judge_store()), Files(*load_questions(), load_references(judge.references))
     numbers = (Column(name, justify="right") for name in ("calls left", "tokens in", "tokens out", "USD"))
     table = Table(Column("model", no_wrap=True), *numbers, title="Judging, at most")

@@ -46,6 +46,18 @@ def test_a_new_beta_runs_only_its_cells_and_shows_in_the_diff(sweep: Workspace, 
     assert work.git("status", "--short") == ""
 
 
+def test_the_plan_knows_what_is_left_and_by_what_speed(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    work.environment = work.environment | {"PYTHONPATH": "src", "COLUMNS": "200"}
+    assert "No cell is left to run." in work.run(sys.executable, "-m", "prefscan.plan")
+    planned = work.run(sys.executable, "-m", "prefscan.plan", "--workers", "2", "beta=0.7", "sweep.beta=0.1")
+    found = re.search(r"2 of 4 cells are left to run: .* by (\S+) s an update and .* \(means of 2 finished", planned)
+    assert found is not None
+    spent = [work.json(f"metrics/cost/train/{key}.json")["seconds"] for key in ("sigmoid-0.1-3", "kto_pair-0.1-3")]
+    assert float(found[1]) == pytest.approx(sum(spent) / 6, abs=0.01)
+    assert "On 2 workers: " in planned
+
+
 def test_sweep_none_runs_one_cell(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     ran = stages_run(work.dvc("exp", "run", "-S", "sweep=none", "-S", "loss=ipo"))

@@ -1,0 +1,158 @@
+"""The sweep on a real Ray cluster of two nodes of 127.0.0.1, through a DVC remote, with faults."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.workspace import ROOT, Workspace
+
+CELLS = ("sigmoid-0.1-3", "kto_pair-0.1-3")
+
+
+@pytest.fixture
+def cluster(fresh: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two nodes of one CPU; what they start has the environment of the tiny workspace."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for name, value in fresh.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=node | {"node_ip_address": "127.0.0.1"})
+    found.add_node(**node, node_ip_address="127.0.0.1")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.fixture
+def work(fresh: Workspace, tmp_path: Path) -> Workspace:
+    """A workspace in which nothing has run, with a remote and a scratch folder for the nodes."""
+    workspace = fresh.copy(tmp_path / "work")
+    workspace.environment = workspace.environment | {"PYTHONPATH": str(ROOT / "src")}
+    workspace.dvc("remote", "add", "--default", "team", str(tmp_path / "remote"))
+    params = workspace.folder / "params.yaml"
+    values = yaml.safe_load(params.read_text())
+    values["launch"] |= {"scratch": str(tmp_path / "scratch"), "patience": 60}
+    params.write_text(yaml.safe_dump(values, sort_keys=False))
+    workspace.commit("Add a remote")
+    return workspace
+
+
+def hashes(workspace: Workspace) -> dict[str, Any]:
+    """Outputs of every cell's stages in dvc.lock, but for the files that hold seconds."""
+    stages = yaml.safe_load((workspace.folder / "dvc.lock").read_text())["stages"]
+    return {
+        name: {out["path"]: out["md5"] for out in stage.get("outs", []) if "/cost/" not in out["path"]}
+        for name, stage in stages.items()
+        if name != "report"  # its pages show the seconds
+    }
+
+
+class Launch:
+    def __init__(self, work: Workspace, address: str) -> None:
+        self.output = work.folder.parent / "launch.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "prefscan.launch", "--address", address],
+                cwd=work.folder,
+                env=work.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_for(self, what: Callable[[], Any], seconds: float = 300) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return found
+
+    def end(self) -> str:
+        code = self.process.wait(600)
+        assert code == 0, self.output.read_text()
+        return self.output.read_text()
+
+
+def stage_processes(scratch: Path, module: str) -> list[psutil.Process]:
+    """The processes of a stage that run in a clone: of the stage itself, not of the shell around it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if f"prefscan.{module}" in process.cmdline() and Path(process.cwd()).is_relative_to(scratch):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ray_worker(process: psutil.Process) -> psutil.Process:
+    return next(parent for parent in process.parents() if parent.name().startswith("ray::"))
+
+
+def test_a_cluster_gives_the_same_hashes_as_dvc_repro_whatever_is_killed(
+    sweep: Workspace, work: Workspace, cluster: Any, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    launch = Launch(work, cluster.address)
+
+    def running(module: str) -> psutil.Process:
+        return launch.wait_for(lambda: stage_processes(scratch, module))[0]
+
+    running("train").send_signal(signal.SIGKILL)
+    ray_worker(running("answer")).send_signal(signal.SIGKILL)
+    ray_worker(running("mtbench")).send_signal(signal.SIGKILL)
+    output = launch.end()
+    assert "failed" not in output
+    assert hashes(work) == {name: outs for name, outs in hashes(sweep).items() if name != "report"}
+    assert work.dvc("status").strip().endswith("Data and pipelines are up to date.")
+    assert not stage_processes(scratch, "train")
+
+
+def test_a_node_that_is_removed_costs_its_unfinished_cell_alone(
+    sweep: Workspace, work: Workspace, cluster: Any, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    launch = Launch(work, cluster.address)
+    launch.wait_for(lambda: len(stage_processes(scratch, "train")) == 2)
+    (second,) = cluster.worker_nodes
+    cluster.remove_node(second, allow_graceful=False)
+    launch.end()
+    assert hashes(work) == hashes(sweep)
+    logs = [(scratch / f".prefscan/launch/{key}.log").read_text() for key in CELLS]
+    assert all("Running stage" in log or "is cached" in log for log in logs)
+
+
+def test_without_a_remote_a_cluster_is_refused(fresh: Workspace, tmp_path: Path) -> None:
+    work = fresh.copy(tmp_path / "work")
+    work.environment = work.environment | {"PYTHONPATH": str(ROOT / "src")}
+    output = work.run(sys.executable, "-m", "prefscan.launch", "--address", "127.0.0.1:9", fails=True)
+    assert re.search(r"--address: results travel between machines by a DVC remote.*dvc remote add --default", output)
+    assert "Traceback" not in output
+
+
+def test_keys_that_are_missing_on_a_node_are_named_before_anything_runs(
+    work: Workspace, cluster: Any, tmp_path: Path
+) -> None:
+    work.run(
+        sys.executable, "-m", "dvc", "exp", "run", "--dry", "-S", "judge=gpt4", "-S", f"launch.scratch={tmp_path}/s"
+    )
+    work.run("git", "commit", "--quiet", "--all", "--message", "Ask GPT-4")
+    assert "OPENAI_API_KEY" not in os.environ
+    output = work.run(sys.executable, "-m", "prefscan.launch", "--address", cluster.address, fails=True)
+    assert "127.0.0.1: OPENAI_API_KEY is not set; export it where `ray start` runs" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "s/clones/inputs").exists()
