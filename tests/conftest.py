@@ -18,6 +18,9 @@ from tiny import make_tiny_model, sharegpt_rows
 
 # One tiny model a test needs no second thread, and the same thread count everywhere keeps results bit-identical.
 torch.set_num_threads(1)
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+    "0"  # as prefscan.launch sets it: a Ray that listens on loopback alone
+)
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 

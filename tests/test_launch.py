@@ -1,5 +1,6 @@
 """The launcher on cells that sleep: real DVC, a real Ray on this machine, real processes and signals."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -12,11 +13,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from rich.console import Console
 
 from launch import make_sleeping
-from prefscan.clones import Chain, Outcome, Progress
-from prefscan.launch import FAILED, STOPPED, Display, Work, plan_work
+from prefscan.clones import Chain
+from prefscan.launch import FAILED, STOPPED, plan_chains
 from prefscan.params import Params
 
 ROOT = Path(__file__).parents[1]
@@ -87,52 +87,30 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
     keys = [cell.key for cell in params.grid.cells]
     everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", "reference", "answer-base"]
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
-    works = plan_work(params, everything)
-    assert [work.chain.name for work in works] == ["inputs", "reference", "base", *keys]
-    after = {work.chain.name: work.after for work in works}
+    chains = plan_chains(params, everything)
+    assert [chain.name for chain in chains] == ["inputs", "reference", "base", *keys]
+    after = {chain.name: chain.after for chain in chains}
     assert after["base"] == ("inputs",)
     assert all(after[key] == ("inputs", "reference", "base") for key in keys)
-    assert works[-1].chain.targets == of_cell(keys[-1])
+    assert chains[-1].targets == of_cell(keys[-1])
     # judge-check and report are made where the launch began, at its end.
-    assert {t for work in works for t in work.chain.targets} == {*everything} - {"judge-check", "report"}
-    only = plan_work(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"])
+    assert {t for chain in chains for t in chain.targets} == {*everything} - {"judge-check", "report"}
+    only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"])
     assert only == [
-        Work(Chain("base", ("mtbench-base",)), ()),
-        Work(Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1])), ("base",)),
+        Chain("base", ("mtbench-base",)),
+        Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1]), after=("base",)),
     ]
-    assert plan_work(params, ["report"]) == []
+    assert plan_chains(params, ["report"]) == []
 
 
 def test_the_model_that_the_others_are_judged_against_goes_first(params: Params) -> None:
     keys = [cell.key for cell in params.grid.cells]
     paired = params.model_copy(update={"judge": params.judge.model_copy(update={"against": keys[2]})})
-    works = plan_work(paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))])
-    assert [work.chain.name for work in works][:3] == ["reference", keys[2], "base"]
-    assert {work.after for work in works[2:]} == {("reference", keys[2])}
-
-
-def test_the_display_counts_expects_an_end_and_sums_the_cost() -> None:
-    names = ["reference", *CELLS]
-    works = [Work(Chain(name, (f"train@{name}",)), ()) for name in names]
-    display = Display(works, workers=1, usd_per_hour=36.0, console=Console(width=100, force_terminal=True))
-    assert display.seconds_left() is None
-    display.update({"reference": Progress("reference"), CELLS[0]: Progress("train", "3 of 24", "0.69")})
-    display.ended(Outcome("reference", 100.0, "node"))
-    assert display.seconds_left() is None  # no cell has ended, and what cells share says nothing of them
-    display.ended(Outcome(CELLS[0], 50.0, "node", usd=0.25))
-    display.update({CELLS[1]: Progress("train", "3 of 24", "0.69")})
-    assert display.seconds_left() == pytest.approx(100, abs=2)
-    assert display.usd() == pytest.approx(150 * 36 / 3600 + 0.25, abs=0.05)
-    display.ended(Outcome(CELLS[1], 1.0, "node", error="died"))
-    display.update({CELLS[2]: Progress("train", "7 of 24", "0.42")})
-    with display.console.capture() as captured:
-        display.console.print(display)
-    shown = captured.get()
-    assert "2 done, 1 running, 0 waiting, 1 failed" in shown
-    assert re.search(r"expected end \w+ \d\d:\d\d", shown)
-    assert "7 of 24" in shown
-    assert "0.42" in shown
-    assert CELLS[1] not in shown
+    chains = plan_chains(
+        paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))]
+    )
+    assert [chain.name for chain in chains][:3] == ["reference", keys[2], "base"]
+    assert {chain.after for chain in chains[2:]} == {("reference", keys[2])}
 
 
 def make_logging(folder: Path, seconds: float) -> Path:
@@ -204,7 +182,7 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
     third = Launched(work, "--dirty")
     wait_for(lambda: "Running stage" in log(work, CELLS[2]))
     code, output = launch(work, "--dirty")
-    assert (code, "another launch runs in this workspace" in output) == (1, True)
+    assert (code, "another launch runs in this chainspace" in output) == (1, True)
     own = dvc(work, "repro", f"train@{CELLS[1]}")
     assert own.returncode == 0, own.stderr
     code, output = third.wait()
@@ -213,3 +191,33 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
     assert ran(work).count(f"train@{CELLS[0]}") == 1
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
     assert not left_behind(work)
+
+
+@pytest.mark.slow
+def test_200_cells_finish_with_flat_memory_and_no_handle_left_open(tmp_path: Path) -> None:
+    """Of the launching process and of Ray's, between a quarter of the cells and the last; about half an hour."""
+    cells = 200
+    work = make_sleeping(tmp_path / "work", cells, 0, cells=2)
+    launched = Launched(work)
+    launching = psutil.Process(launched.process.pid)
+    measured: list[tuple[int, int, int]] = []  # cells done, bytes, open files
+
+    def measure() -> None:
+        done = launched.output.read_text().count(": done in")
+        processes = [launching, *(p for p in launching.children(recursive=True) if "ray" in p.name())]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes = [(p.memory_info().rss, p.num_fds()) for p in processes]
+            measured.append((done, sum(rss for rss, _ in sizes), sum(files for _, files in sizes)))
+
+    while launched.process.poll() is None:
+        measure()
+        time.sleep(5)
+    code, output = launched.wait()
+    assert code == 0, output
+    assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
+    assert len([name for name in lock_of(work) if name.startswith("mtbench@")]) == cells
+    assert not list((work / ".prefscan/launch/clones").glob("sigmoid-*"))
+    early = [row for row in measured if cells * 0.2 < row[0] < cells * 0.3]
+    late = [row for row in measured if cells * 0.9 < row[0] < cells]
+    for kind, slack in ((1, 100 * 2**20), (2, 40)):
+        assert max(row[kind] for row in late) < max(row[kind] for row in early) + slack, (kind, early, late)

@@ -30,6 +30,7 @@ from prefscan.paths import MTBENCH_METRICS
 
 WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no change of the user's
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
+NOT_RUN = "not run"  # the error of a chain whose predecessor has failed
 TAIL = 15  # lines of a failed chain's log that are shown
 KILLED = re.compile(r"exited with (-\d+|137|143)")  # a stage that a signal ended, as the kernel does out of memory
 BUSY = re.compile(r"Unable to acquire lock|it is being blocked by|another process is training")
@@ -41,10 +42,14 @@ LOSS = re.compile(r"'loss': '?([-+.\de]+)")  # transformers' log of an update
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages that run one after the other in one clone; a cell's chain has the cell's key for a name."""
+    """Stages that run one after the other in one clone, after the chains named in `after`.
+
+    A cell's chain has the cell's key for a name.
+    """
 
     name: str
     targets: tuple[str, ...]
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
