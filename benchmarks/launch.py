@@ -102,10 +102,10 @@ def measure(workers: int, cells: int, seconds: float) -> dict[str, float]:
         if process.wait() or len(taken) != cells:
             raise UserError(f"the launch ended with {process.returncode} and {len(taken)} of {cells} cells")
     shared = max(end for name, end in ends.items() if not name.startswith("sigmoid-"))
-    together = max(ends.values()) - shared
+    together = round(max(ends.values()) - shared, 1)
     return {
         "workers": workers,
-        "cells_seconds": round(together, 1),
+        "cells_seconds": together,
         "efficiency": round(cells * seconds / (workers * together), 3),
         "overhead_a_cell": round(median(taken) - seconds, 1),
         "before_the_cells": round(shared, 1),

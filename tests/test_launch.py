@@ -216,7 +216,7 @@ def test_200_cells_finish_with_flat_memory_and_no_handle_left_open(tmp_path: Pat
     assert code == 0, output
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
     assert len([name for name in lock_of(work) if name.startswith("mtbench@")]) == cells
-    assert not list((work / ".prefscan/launch/clones").glob("sigmoid-*"))
+    assert not list((work / ".prefscan/launch/clones").iterdir())
     early = [row for row in measured if cells * 0.2 < row[0] < cells * 0.3]
     late = [row for row in measured if cells * 0.9 < row[0] < cells]
     for kind, slack in ((1, 100 * 2**20), (2, 40)):

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from dvc.config import Config
@@ -128,23 +129,33 @@ def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
         return Path(repo.cache.legacy.path).resolve(), remote
 
 
-def make_clone(folder: Path, archive: bytes, place: Place) -> None:
-    """Write the snapshot's files, and where its cache, remote and unfinished work are."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with tarfile.open(fileobj=BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
-    with Config(str(folder / ".dvc")).edit("local") as config:
-        config["core"]["no_scm"] = True
-        config["core"]["site_cache_dir"] = str(place.clones / "dvc")
-        config["cache"]["dir"] = str(place.cache)
-        if place.remote:
-            remote = dict(place.remote)
-            config["core"]["remote"] = name = remote.pop("name")
-            config["remote"][name] = remote
-    for name in SHARED:
-        (place.state / name).mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(place.state / name)
+@contextmanager
+def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
+    """A folder with the snapshot's files that knows its cache, remote and unfinished work; removed after the block.
+
+    Not the folder of an attempt before, in which a process may still be ending; what such attempts left is removed.
+    """
+    for left in place.clones.glob(f"{name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    place.clones.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=f"{name}.", dir=place.clones))
+    try:
+        with tarfile.open(fileobj=BytesIO(archive)) as tar:
+            tar.extractall(folder, filter="data")
+        with Config(str(folder / ".dvc")).edit("local") as config:
+            config["core"]["no_scm"] = True
+            config["core"]["site_cache_dir"] = str(folder / ".dvc/tmp/site")  # gone with the clone
+            config["cache"]["dir"] = str(place.cache)
+            if place.remote:
+                remote = dict(place.remote)
+                config["core"]["remote"] = default = remote.pop("name")
+                config["remote"][default] = remote
+        for shared in SHARED:
+            (place.state / shared).mkdir(parents=True, exist_ok=True)
+            (folder / shared).symlink_to(place.state / shared)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_leashed(
@@ -201,15 +212,30 @@ def progress_after(line: str, before: Progress) -> Progress:
 def run_chain(
     chain: Chain, archive: bytes, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
 ) -> Outcome:
-    """Run a chain in a clone of its own and hand its results over: to the shared cache, and by `push` to the remote.
+    """Run a chain in a clone of its own; its log is kept with the unfinished work."""
+    started, usd = time.perf_counter(), 0.0
+    try:
+        with new_clone(chain.name, archive, place) as folder:
+            error = run_stages(chain, folder, place, attempts, patience, report)
+            scores = folder / MTBENCH_METRICS / f"{chain.name}.json"
+            if not error and scores.exists():
+                usd = read_json(scores)["usd"]
+    except OSError as fault:  # no room for the clone or the log, or no right to write them
+        error = f"{type(fault).__name__}: {fault}; make room or access and launch again"
+    return Outcome(chain.name, time.perf_counter() - started, os.uname().nodename, usd, error)
+
+
+def run_stages(
+    chain: Chain, folder: Path, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
+) -> str:
+    """Run a chain in its clone and hand its results over: to the shared cache, and by `push` to the remote.
 
     A stage that a signal has ended is run again, `attempts` times in all; a lock that another process holds is waited
-    for, and so is a remote that is gone, for `patience` seconds. The log is kept with the unfinished work; the clone is
-    removed, also after a failure, since cache and unfinished work have all that is worth going on from.
+    for, and so is a remote that is gone, for `patience` seconds. Returns the last lines of what failed, if anything.
     """
-    started = time.perf_counter()
-    folder = place.clones / chain.name
     log = place.state / ".prefscan/launch" / f"{chain.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
     progress = Progress()
 
     def seen(line: str) -> None:
@@ -223,49 +249,36 @@ def run_chain(
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
         return run_leashed(command, folder, place.environment(folder), log, seen)
 
-    def outcome(error: str = "") -> Outcome:
-        scores = folder / MTBENCH_METRICS / f"{chain.name}.json"
-        usd = 0.0 if error or not scores.exists() else read_json(scores)["usd"]
-        return Outcome(chain.name, time.perf_counter() - started, os.uname().nodename, usd, error)
-
-    try:
-        make_clone(folder, archive, place)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
-        pull = ["--pull"] if place.remote else []
-        gone_since: float | None = None
-        while True:
-            code, output = dvc("repro", *pull, *chain.targets)
-            if code == 0:
-                break
-            if BUSY.search(output):
-                report(Progress("waits for another process"))
-                time.sleep(BUSY_WAIT)
-            elif KILLED.search(output) and attempts > 1:
-                attempts -= 1
-            elif "failed to reproduce" not in output and place.remote:  # no stage has failed: the remote is gone
-                gone_since = gone_since or time.monotonic()
-                if time.monotonic() - gone_since > patience:
-                    return outcome(_tail(output))
-                time.sleep(BUSY_WAIT)
-            else:
-                return outcome(_tail(output))
-        if place.push:
-            report(Progress("push"))
-            pushes = Retrying(
-                stop=stop_after_delay(patience),
-                wait=wait_exponential(max=60),
-                retry=retry_if_result(lambda done: done[0] != 0),
-                retry_error_callback=lambda state: state.outcome.result() if state.outcome else (1, ""),
-            )
-            code, output = pushes(dvc, "push", "--run-cache", *chain.targets)
-            if code:
-                return outcome(_tail(output) + "\nnothing is lost: the node's cache has the results; launch again")
-        return outcome()
-    except OSError as error:  # no room for the clone or the log, or no right to write them
-        return outcome(f"{type(error).__name__}: {error}; make room or access and launch again")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    pull = ["--pull"] if place.remote else []
+    gone_since: float | None = None
+    while True:
+        code, output = dvc("repro", *pull, *chain.targets)
+        if code == 0:
+            break
+        if BUSY.search(output):
+            report(Progress("waits for another process"))
+            time.sleep(BUSY_WAIT)
+        elif KILLED.search(output) and attempts > 1:
+            attempts -= 1
+        elif "failed to reproduce" not in output and place.remote:  # no stage has failed: the remote is gone
+            gone_since = gone_since or time.monotonic()
+            if time.monotonic() - gone_since > patience:
+                return _tail(output)
+            time.sleep(BUSY_WAIT)
+        else:
+            return _tail(output)
+    if place.push:
+        report(Progress("push"))
+        pushes = Retrying(
+            stop=stop_after_delay(patience),
+            wait=wait_exponential(max=60),
+            retry=retry_if_result(lambda done: done[0] != 0),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else (1, ""),
+        )
+        code, output = pushes(dvc, "push", "--run-cache", *chain.targets)
+        if code:
+            return f"{_tail(output)}\nnothing is lost: the node's cache has the results; launch again"
+    return ""
 
 
 def _tail(output: str) -> str:
