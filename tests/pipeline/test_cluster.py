@@ -104,7 +104,7 @@ def ray_worker(process: psutil.Process) -> psutil.Process:
 def test_whatever_is_killed_a_cluster_gives_the_hashes_of_dvc_repro(
     sweep: Workspace, work: Workspace, cluster: Any, tmp_path: Path
 ) -> None:
-    """A node is removed under a training, then a stage is killed, and then Ray's worker of an answer and of a judging."""
+    """A node is removed under a training, a stage is killed, and Ray's workers of an answer and of a judging."""
     scratch = tmp_path / "scratch"
     launch = Launch(work, cluster.address)
 
