@@ -42,10 +42,12 @@ clean:  ## remove the virtual environment, caches and logs; DVC's cache and outp
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build runs src/*.egg-info
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# torch goes first and pinned: a later package's loose range must not pull in another build.
+# pip comes pinned as well: one before 25.3 lets the links in an sdist lead it out of its folder (CVE-2025-8869). Then
+# torch, first and pinned: a later package's loose range must not pull in another build.
 $(BIN)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefscan needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -24,13 +24,14 @@ class Hub:
     """Serves models and data sets, from ("owner/name", commit) to a folder, while the `with` block runs.
 
     `served` lists the files whose content was asked for. A file in `broken` is cut off in its middle by a reset
-    connection.
+    connection. `hostile` are files, by name, that every repository lists and serves and no folder could hold.
     """
 
     def __init__(self, repos: Repos) -> None:
         self.repos = dict(repos)
         self.served: list[str] = []
         self.broken: set[str] = set()
+        self.hostile: dict[str, bytes] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -63,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         if found := TREE.fullmatch(path):
             if folder := self.repository(*found.groups()):
                 files = sorted(file for file in folder.rglob("*") if file.is_file())
-                self.answer(200, json.dumps([self.entry(file, folder) for file in files]).encode())
+                entries = [self.entry(file.relative_to(folder).as_posix(), file.read_bytes()) for file in files]
+                entries += [self.entry(name, content) for name, content in self.hub.hostile.items()]
+                self.answer(200, json.dumps(entries).encode())
         elif found := FILE.fullmatch(path):
             if folder := self.repository(*found.groups()[:2]):
                 self.send(found[3], folder / found[3])
@@ -76,16 +79,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, error="RevisionNotFound" if known else "RepoNotFound")
         return self.hub.repos.get((name, commit))
 
-    def entry(self, file: Path, folder: Path) -> dict[str, Any]:
-        content = file.read_bytes()
-        oid = hashlib.sha1(content).hexdigest()
-        return {"type": "file", "path": file.relative_to(folder).as_posix(), "size": len(content), "oid": oid}
+    def entry(self, name: str, content: bytes) -> dict[str, Any]:
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
     def send(self, name: str, file: Path) -> None:
-        if not file.is_file():
+        if name not in self.hub.hostile and not file.is_file():
             self.answer(404, error="EntryNotFound")
             return
-        content = file.read_bytes()
+        content = self.hub.hostile[name] if name in self.hub.hostile else file.read_bytes()
         if self.command == "GET":
             self.hub.served.append(name)
             if name in self.hub.broken:

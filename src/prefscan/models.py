@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():  # transformers would take the path for a repository of the hub, and ask for it
         raise UserError(f"{folder} is missing; run `dvc repro` to make it, or `dvc pull` to fetch it")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} has no tokenizer ({' '.join(str(error).split())[:150]}); fetch the model again"
@@ -54,7 +54,7 @@ def load_model(
         raise UserError(
             f"{folder} has no safetensors file; run `dvc repro` to make the folder, or `dvc pull` to fetch it"
         )
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -63,7 +63,9 @@ def load_model(
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, **options
+    )
     if quantization == "none":
         model.to(device())  # type: ignore[arg-type]
     set_evaluation(model)
