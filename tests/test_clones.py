@@ -1,6 +1,7 @@
 """Chains in clones of small DVC repositories: what reaches a clone, what comes back, and what is waited for."""
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -18,10 +19,15 @@ from prefscan.clones import (
     Place,
     Progress,
     cache_and_remote,
+    changed_since,
+    new_clone,
     progress_after,
+    remove_left_clones,
     run_chain,
+    run_leashed,
     snapshot,
     uncommitted,
+    workspace_tree,
 )
 from prefscan.errors import UserError
 
@@ -61,10 +67,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(repository: Path, attempts: int = 1, patience: float = 0, **changes: Any) -> tuple[Outcome, list[Progress]]:
     cache, remote = cache_and_remote()
     usual = {"clones": repository / "clones", "cache": cache, "state": repository / "state", "remote": remote}
-    place = Place(**usual | {"push": False, "threads": None} | changes)
+    place = Place(**usual | {"marker": None, "threads": None} | changes)
     seen: list[Progress] = []
     chain = Chain("a", ("train@a",))
-    return run_chain(chain, snapshot()[1], place, attempts, patience, seen.append), seen
+    return run_chain(chain, snapshot(workspace_tree()), place, attempts, patience, seen.append), seen
 
 
 def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
@@ -103,7 +109,8 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     Path("out.txt").write_text("ignored\n")
     before = git("status", "--porcelain")
     assert sorted(uncommitted()) == ["code.txt", "new file.txt"]  # what DVC writes is no change of the user's
-    commit, archive = snapshot()
+    tree = workspace_tree()
+    archive = snapshot(tree)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         names = {member.name for member in tar if member.isfile()}
         code = tar.extractfile("code.txt")
@@ -111,9 +118,12 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
         assert code.read() == b"second\n"
     assert names >= {"new file.txt", "dvc.lock", "dvc.yaml", ".dvc/config"}
     assert "out.txt" not in names
-    assert git("rev-parse", f"{commit}^") == git("rev-parse", "HEAD")
-    assert git("branch", "--contains", commit) == ""
+    assert git("log", "--all", "--format=%s") == "Start"
     assert git("status", "--porcelain") == before
+    assert changed_since(tree) == []
+    Path("dvc.lock").write_text("stages: {a: b}\n")
+    Path("code.txt").write_text("third\n")
+    assert changed_since(tree) == ["code.txt"]
 
 
 def test_what_is_no_repository_is_a_sentence(in_tmp: Path) -> None:
@@ -126,7 +136,7 @@ def test_a_chain_runs_in_a_clone_and_the_workspace_restores_it(repository: Path)
     Path("code.txt").write_text("changed and not committed\n")
     outcome, seen = run(repository)
     assert (outcome.name, outcome.error) == ("a", "")
-    assert seen == [Progress("train")]
+    assert seen == [Progress(), Progress("train")]
     assert not Path("out.txt").exists()
     assert not list((repository / "clones").iterdir())
     dvc("repro")
@@ -160,23 +170,26 @@ def test_unfinished_work_and_logs_are_outside_the_clone(repository: Path) -> Non
 
 
 @pytest.mark.parametrize(("patience", "ends_well"), [(60, True), (0, False)])
-def test_a_remote_that_is_gone_is_waited_for(repository: Path, patience: float, ends_well: bool) -> None:
-    """Results go to a folder that is there again after a while; a file stands in its place meanwhile."""
+@pytest.mark.parametrize("gone", ["not mounted", "broken"])
+def test_a_remote_that_is_gone_is_waited_for(repository: Path, gone: str, patience: float, ends_well: bool) -> None:
+    """Not mounted, its folder is empty, and DVC would push to the wrong disk; broken, a push fails."""
     make_repository("echo result > out.txt")
     remote = repository / "remote"
-    remote.write_text("not a folder: the disk is not mounted\n")
+    marker = remote / "marker" if gone == "not mounted" else None
+    remote.mkdir() if marker else remote.write_text("not a folder\n")
     dvc("remote", "add", "--default", "--local", "shared", str(remote))
 
     def come_back() -> None:
-        time.sleep(8)
-        remote.unlink()
+        time.sleep(4)
+        marker.touch() if marker else remote.unlink()
 
     thread = threading.Thread(target=come_back, daemon=True)
     if ends_well:
         thread.start()
-    outcome, seen = run(repository, patience=patience, push=True, cache=repository / "cache")
+    outcome, seen = run(repository, patience=patience, cache=repository / "cache", marker=marker)
     assert (outcome.error == "") == ends_well
     if not ends_well:
+        assert "launch again" in outcome.error
         return
     thread.join()
     assert Progress("push") in seen
@@ -184,6 +197,44 @@ def test_a_remote_that_is_gone_is_waited_for(repository: Path, patience: float, 
     assert Path("out.txt").read_text() == "result\n"
     lines = (repository / "state/.prefscan/launch/a.log").read_text()
     assert lines.count("Running stage 'train@a'") == 1
+
+
+def test_what_has_ended_well_before_a_failure_is_handed_over(repository: Path) -> None:
+    make_repository("echo result > out.txt")
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
+    pipeline["stages"]["mtbench"] = {"foreach": {"a": 1}, "do": {"cmd": "exit 1", "deps": ["out.txt"]}}
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
+    cache, remote = cache_and_remote()
+    place = Place(repository / "clones", repository / "cache", repository / "state", remote, None, None)
+    chain = Chain("a", ("train@a", "mtbench@a"))
+    outcome = run_chain(chain, snapshot(workspace_tree()), place, 1, 0, lambda _: None)
+    assert "failed to reproduce 'mtbench@a'" in outcome.error
+    dvc("repro", "--pull", "train@a")
+    assert not (cache / "nothing").exists()
+    assert Path("out.txt").read_text() == "result\n"
+    assert (repository / "state/.prefscan/launch/a.log").read_text().count("Running stage 'train@a'") == 1
+
+
+def test_a_clone_that_a_process_works_in_is_left_alone(repository: Path) -> None:
+    make_repository("true")
+    place = Place(repository / "clones", repository / "cache", repository / "state", None, None, None)
+    archive = snapshot(workspace_tree())
+    with new_clone("a", archive, place) as used:
+        (repository / "clones/b.left").mkdir()
+        worker = subprocess.Popen(["sleep", "60"], cwd=used)
+        remove_left_clones(place.clones)
+        assert list(place.clones.iterdir()) == [used]
+        worker.kill()
+        worker.wait()
+        remove_left_clones(place.clones)
+        assert list(place.clones.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_ends_the_command(in_tmp: Path) -> None:
+    talks = [sys.executable, "-c", "while True: print('line ' * 1000)"]
+    with pytest.raises(OSError, match="No space left"):
+        run_leashed(talks, in_tmp, dict(os.environ), Path("/dev/full"), lambda _: None)
 
 
 def test_what_another_process_has_locked_is_waited_for(repository: Path) -> None:

@@ -13,7 +13,7 @@ CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
 
 def test_the_display_counts_expects_an_end_and_sums_the_cost() -> None:
     names = ["reference", *CELLS]
-    chains = [Chain(name, (f"train@{name}",)) for name in names]
+    chains = [Chain(name, (name if name == "reference" else f"train@{name}",)) for name in names]
     display = Display(chains, workers=1, usd_per_hour=36.0, console=Console(width=100, force_terminal=True))
     assert display.seconds_left() is None
     display.update({"reference": Progress("reference"), CELLS[0]: Progress("train", "3 of 24", "0.69")})

@@ -1,6 +1,7 @@
 """The launcher on cells that sleep: real DVC, a real Ray on this machine, real processes and signals."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -35,7 +36,11 @@ class Launched:
         self.output = folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "prefscan.launch", *arguments], cwd=folder, stdout=file, stderr=subprocess.STDOUT
+                [sys.executable, "-m", "prefscan.launch", *arguments],
+                cwd=folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self, seconds: float = 300) -> tuple[int, str]:
@@ -164,14 +169,17 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
     """Ctrl-C, kill -9 of the launching process, a second launch beside the first, and the user's own `dvc repro`."""
     work = make_logging(tmp_path / "work", 15)
     begun = [f"Running stage 'train@{key}'" for key in CELLS]
-    first = Launched(work, "--dirty")
-    wait_for(lambda: begun[0] in log(work, CELLS[0]) and begun[1] in log(work, CELLS[1]))
-    first.process.send_signal(signal.SIGINT)
-    code, output = first.wait()
-    assert code == STOPPED
-    assert output.endswith("stopped; the same command goes on\n")
-    assert not left_behind(work)
-    assert ran(work) == [f"train@{key}" for key in CELLS[:2]]
+    for stop in (lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)):
+        stopped = Launched(work, "--dirty")
+        wait_for(lambda: begun[0] in log(work, CELLS[0]) and begun[1] in log(work, CELLS[1]))
+        stop(stopped.process.pid)  # a terminal's Ctrl-C goes to the whole group
+        code, output = stopped.wait()
+        assert code == STOPPED, output
+        assert output.endswith("stopped; the same command goes on\n")
+        assert not left_behind(work)
+        assert ran(work) == [f"train@{key}" for key in CELLS[:2]]
+        for key in CELLS:
+            Path(work, f".prefscan/launch/{key}.log").unlink(missing_ok=True)
 
     second = Launched(work, "--dirty")
     wait_for(lambda: f"Running stage 'answer@{CELLS[0]}'" in log(work, CELLS[0]))
@@ -182,7 +190,7 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
     third = Launched(work, "--dirty")
     wait_for(lambda: "Running stage" in log(work, CELLS[2]))
     code, output = launch(work, "--dirty")
-    assert (code, "another launch runs in this chainspace" in output) == (1, True)
+    assert (code, "another launch runs in this workspace" in output) == (1, True)
     own = dvc(work, "repro", f"train@{CELLS[1]}")
     assert own.returncode == 0, own.stderr
     code, output = third.wait()

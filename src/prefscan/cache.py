@@ -38,7 +38,11 @@ def remove_damaged(cache: Path) -> tuple[int, list[Path]]:
     return len(objects), damaged
 
 
-def main() -> None:
+def check_cache() -> tuple[int, list[Path]]:
+    """Remove the damaged objects of this repository's cache; how many objects there were, and the damaged.
+
+    Raises UserError outside of a DVC repository.
+    """
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
@@ -47,11 +51,16 @@ def main() -> None:
     except NotDvcRepoError:
         raise UserError(f"{Path.cwd()} is in no DVC repository; run it in the repository's root") from None
     with repo:
-        # Where the workspace has a link of a damaged object, it is as damaged: DVC must hash the workspace again too.
-        repo.state.hashes.clear()
         count, damaged = remove_damaged(Path(repo.cache.local.path))
+        if damaged:  # where the workspace has a link of one, it is as damaged: DVC must hash the workspace again too
+            repo.state.hashes.clear()
     for path in damaged:
         print(f"removed {path}: its content has another hash")
+    return count, damaged
+
+
+def main() -> None:
+    count, damaged = check_cache()
     if damaged:
         raise UserError(
             f"{len(damaged)} of {count} objects were damaged and are removed; run `dvc repro` or `dvc pull` to have "

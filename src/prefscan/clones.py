@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
+import psutil
 from dvc.config import Config
 from dvc.repo import Repo
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
@@ -33,7 +34,10 @@ WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no chan
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
 NOT_RUN = "not run"  # the error of a chain whose predecessor has failed
 TAIL = 15  # lines of a failed chain's log that are shown
-KILLED = re.compile(r"exited with (-\d+|137|143)")  # a stage that a signal ended, as the kernel does out of memory
+KILLED = re.compile(
+    r"exited with (-\d+|137|143)|: terminated at update"
+)  # a stage that a signal ended, as the kernel does out of memory
+KILLED_CODES = (-15, -9, 137, 143)  # of dvc itself, and of what holds it
 BUSY = re.compile(r"Unable to acquire lock|it is being blocked by|another process is training")
 BUSY_WAIT = 5.0  # seconds
 STAGE = re.compile(r"(?:Running stage|Stage) '([^'@]+)(?:@[^']*)?'")
@@ -55,13 +59,17 @@ class Chain:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node keeps things. `remote` is DVC's configuration of the default remote, None without one."""
+    """Where a node keeps things.
+
+    On one machine clones share the workspace's own cache, and `remote` is None; else it is DVC's configuration of the
+    default remote. `marker` is a file in a remote that is a folder: without it, the folder is not the remote's.
+    """
 
     clones: Path
     cache: Path
     state: Path
     remote: dict[str, Any] | None
-    push: bool
+    marker: Path | None
     threads: str | None  # OMP_NUM_THREADS where the launch began
 
     def environment(self, folder: Path) -> dict[str, str]:
@@ -109,16 +117,26 @@ def uncommitted() -> list[str]:
     return [entry[3:] for entry in status.split("\0") if entry and not entry[3:].startswith(WRITTEN)]
 
 
-def snapshot() -> tuple[str, bytes]:
-    """The workspace as a commit that is on no branch: its hash and a tar archive, without what git ignores."""
+def workspace_tree() -> str:
+    """The hash of a git tree of the workspace's files as they are, without what git ignores."""
     with TemporaryDirectory() as folder:
         index = f"{folder}/index"
         git("read-tree", "HEAD", index=index)
         git("add", "--all", index=index)
-        tree = git("write-tree", index=index).decode().strip()
+        return git("write-tree", index=index).decode().strip()
+
+
+def snapshot(tree: str) -> bytes:
+    """A tree's files as a tar archive, and in the repository as a commit that is on no branch."""
     author = ("-c", "user.name=prefscan", "-c", "user.email=prefscan@localhost")
     commit = git(*author, "commit-tree", tree, "-p", "HEAD", "-m", "Workspace at prefscan.launch").decode().strip()
-    return commit, git("archive", "--format=tar", commit)
+    return git("archive", "--format=tar", commit)
+
+
+def changed_since(tree: str) -> list[str]:
+    """Files of the workspace that are no longer as in the tree, but for what DVC and the stages write."""
+    names = git("diff-tree", "-r", "-z", "--name-only", tree, workspace_tree()).decode(errors="surrogateescape")
+    return [name for name in names.split("\0") if name and not name.startswith(WRITTEN)]
 
 
 def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
@@ -129,14 +147,20 @@ def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
         return Path(repo.cache.legacy.path).resolve(), remote
 
 
+def remove_left_clones(clones: Path) -> None:
+    """Remove what killed workers have left, but for clones in which a process still works."""
+    used = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
+    for folder in clones.iterdir() if clones.exists() else ():
+        if not any(cwd and Path(cwd).is_relative_to(folder) for cwd in used):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
     """A folder with the snapshot's files that knows its cache, remote and unfinished work; removed after the block.
 
-    Not the folder of an attempt before, in which a process may still be ending; what such attempts left is removed.
+    Never the folder of an attempt before, in which a process may still be saving its work.
     """
-    for left in place.clones.glob(f"{name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
     place.clones.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f"{name}.", dir=place.clones))
     try:
@@ -193,7 +217,8 @@ def run_leashed(
             # Not at once: Ray's way to interrupt a task does not wake it from a wait without end.
             while not wait([reading], timeout=0.2).done:
                 pass
-            return process.wait(), reading.result()
+            output = reading.result()
+            return process.wait(), output
         finally:
             process.terminate()
             process.wait()
@@ -249,25 +274,8 @@ def run_stages(
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
         return run_leashed(command, folder, place.environment(folder), log, seen)
 
-    pull = ["--pull"] if place.remote else []
-    gone_since: float | None = None
-    while True:
-        code, output = dvc("repro", *pull, *chain.targets)
-        if code == 0:
-            break
-        if BUSY.search(output):
-            report(Progress("waits for another process"))
-            time.sleep(BUSY_WAIT)
-        elif KILLED.search(output) and attempts > 1:
-            attempts -= 1
-        elif "failed to reproduce" not in output and place.remote:  # no stage has failed: the remote is gone
-            gone_since = gone_since or time.monotonic()
-            if time.monotonic() - gone_since > patience:
-                return _tail(output)
-            time.sleep(BUSY_WAIT)
-        else:
-            return _tail(output)
-    if place.push:
+    def hand_over(patience: float) -> str:
+        """Push, again and again while it fails; returns the last lines of a push that failed to the end."""
         report(Progress("push"))
         pushes = Retrying(
             stop=stop_after_delay(patience),
@@ -276,8 +284,39 @@ def run_stages(
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else (1, ""),
         )
         code, output = pushes(dvc, "push", "--run-cache", *chain.targets)
-        if code:
-            return f"{_tail(output)}\nnothing is lost: the node's cache has the results; launch again"
+        return _tail(output) if code else ""
+
+    report(progress)
+    gone = await_remote(place, patience)
+    while not gone:
+        code, output = dvc("repro", *(["--pull"] if place.remote else []), *chain.targets)
+        if code == 0:
+            break
+        if BUSY.search(output):
+            report(Progress("waits for another process"))
+            time.sleep(BUSY_WAIT)
+        elif attempts > 1 and (code in KILLED_CODES or KILLED.search(output)):
+            attempts -= 1
+        else:
+            if place.remote:  # what has ended well need not be done again elsewhere
+                hand_over(0)
+            return _tail(output) or f"dvc ended with status {code}"
+    gone = gone or await_remote(place, patience)
+    if place.remote and not gone and (failed := hand_over(patience)):
+        gone = failed
+    return f"{gone}\nnothing is lost: the node's cache has what has run; launch again" if gone else ""
+
+
+def await_remote(place: Place, patience: float) -> str:
+    """Wait for a folder that is gone, as one that is not mounted: DVC would run all anew and push to the wrong disk.
+
+    Returns what is wrong where it is not back in time.
+    """
+    deadline = time.monotonic() + patience
+    while place.marker and not place.marker.exists():
+        if time.monotonic() > deadline:
+            return f"the DVC remote {place.marker.parent} is gone; mount it, or raise launch.patience"
+        time.sleep(1)
     return ""
 
 

@@ -11,13 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from math import ceil
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rich.live import Live
 from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from prefscan.cache import remove_damaged
-from prefscan.clones import NOT_RUN, Chain, Outcome, Place, Progress, run_chain, snapshot
+from prefscan.clones import NOT_RUN, Chain, Outcome, Place, Progress, remove_left_clones, run_chain
 from prefscan.display import Display
 from prefscan.errors import UserError
 from prefscan.leash import GRACE
@@ -30,6 +32,7 @@ except ModuleNotFoundError:
     sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt '.[cluster]'")
 
 LIBRARIES = ("bitsandbytes", "dvc", "peft", "ray", "torch", "transformers", "trl")  # the same on every node
+CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 
 
@@ -51,15 +54,18 @@ def start_ray(launch: Launch, address: str | None) -> None:
     if address:
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--address {address}: no Ray cluster answers there ({error}); `ray start` one") from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--address {address}: no Ray cluster lets us in there ({reason}); `ray start` one"
+            ) from None
     else:
         for attempt in Retrying(stop=stop_after_attempt(3), retry=retry_if_exception_message(match=SLOW), reraise=True):
             with attempt:
                 ray.init(
                     address="local",
-                    # Without GPUs, Ray's CPUs are what limits the cells at once; with them, the GPUs do.
-                    num_cpus=None if launch.num_gpus else ceil(launch.cells * launch.num_cpus),
+                    # Without GPUs, Ray's CPUs are what limits the cells at once; with them, the GPUs alone do.
+                    num_cpus=1000 if launch.num_gpus else ceil(launch.cells * launch.num_cpus),
                     num_gpus=None if launch.num_gpus else 0,
                     object_store_memory=256 * 2**20,  # for the snapshot; a container's /dev/shm may be small
                     include_dashboard=False,
@@ -92,10 +98,19 @@ def key_variables(params: Params) -> list[str]:
     """The environment variables with keys that the stages of these parameters read."""
     server = params.answer.server
     named = [getattr(params.judge, "key_variable", None), server.key_variable if server else None]
+    named += ["WANDB_API_KEY"] if params.train.report_to == "wandb" else []
     return sorted({name for name in named if name})
 
 
-def check_node(place: Place, variables: list[str], versions: dict[str, str]) -> list[str]:
+def token_file(place: Place) -> Path:
+    return place.state / ".prefscan/launch/token"
+
+
+def read_token(place: Place) -> str | None:
+    return token_file(place).read_text() if token_file(place).exists() else None
+
+
+def check_node(place: Place, variables: list[str], versions: dict[str, str], token: str | None) -> list[str]:
     """A Ray task: why the node cannot work, in sentences. Removes what is damaged from its cache, to be made again."""
     complaints = [
         f"{name} is {own} there and {version} here; install constraints.txt"
@@ -112,8 +127,16 @@ def check_node(place: Place, variables: list[str], versions: dict[str, str]) -> 
                 pass
         except OSError as error:
             complaints.append(f"{folder} cannot be written ({error.strerror}); set launch.scratch or launch.state")
+    if place.marker and not place.marker.exists():
+        complaints.append(f"the DVC remote {place.marker.parent} is not there; mount it")
+    if token is not None and token != read_token(place):
+        complaints.append(
+            f"launch.state: {place.state} is not the folder of that name on the launching machine; share it"
+        )
     if not complaints:
-        remove_damaged(place.cache / "files/md5")
+        remove_left_clones(place.clones)
+        if place.remote:  # else the cache is the workspace's, and the launch has checked it
+            remove_damaged(place.cache / "files/md5")
     return complaints
 
 
@@ -128,17 +151,26 @@ def check_nodes(place: Place, params: Params) -> None:
     """Raises UserError with what each node lacks; looks at all nodes at once."""
     task = ray.remote(num_cpus=0)(check_node)
     versions = {name: _version(name) for name in LIBRARIES}
+    token = None
+    if params.launch.state is not None:
+        token = uuid4().hex
+        token_file(place).parent.mkdir(parents=True, exist_ok=True)
+        token_file(place).write_text(token)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     checks = [
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            place, key_variables(params), versions
+            place, key_variables(params), versions, token
         )
         for node in nodes
     ]
+    try:
+        found = ray.get(checks, timeout=CHECKING)
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"a node could not be asked ({str(error).strip().splitlines()[-1]}); is prefscan's environment on each?"
+        ) from None
     complaints = [
-        f"{address}: {complaint}"
-        for address, found in zip(nodes.values(), ray.get(checks), strict=True)
-        for complaint in found
+        f"{address}: {complaint}" for address, own in zip(nodes.values(), found, strict=True) for complaint in own
     ]
     if complaints:
         raise UserError("; ".join(complaints))
@@ -166,11 +198,12 @@ def run_on_node(
     return run_chain(chain, archive, place, attempts, patience, lambda progress: board.put.remote(chain.name, progress))
 
 
-def run_all(chains: list[Chain], params: Params, place: Place) -> list[Outcome]:
+def run_all(chains: list[Chain], params: Params, place: Place, archive: bytes) -> list[Outcome]:
     """Run the chains on the cluster; returns how each ended. Ctrl-C ends them with their checkpoints saved."""
     launch = params.launch
-    _, archive = snapshot()
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # On this node: it is lost with nothing but the launch itself.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
     shipped = ray.put(archive)
     task = ray.remote(run_on_node)
     refs: dict[str, Any] = {}
@@ -182,15 +215,15 @@ def run_all(chains: list[Chain], params: Params, place: Place) -> list[Outcome]:
             chain, shipped, place, launch.attempts, launch.patience, board, *before
         )
     display = Display(chains, room(params), launch.usd_per_hour)
-    names = {ref: name for name, ref in refs.items()}
-    pending = list(names)
+    of_ref = {refs[chain.name]: chain for chain in chains}
+    pending = list(of_ref)
     try:
         with Live(display, console=display.console, transient=True) if display.console.is_terminal else nullcontext():
             while pending:
                 done, pending = ray.wait(pending, timeout=1)
                 display.update(ray.get(board.get.remote()))
                 for ref in done:
-                    display.ended(outcome_of(ref, names[ref]))
+                    display.ended(outcome_of(ref, of_ref[ref], display.outcomes))
     except KeyboardInterrupt:
         print("stopping; what is in training saves a checkpoint", file=sys.stderr, flush=True)
         for ref in pending:
@@ -200,9 +233,13 @@ def run_all(chains: list[Chain], params: Params, place: Place) -> list[Outcome]:
     return [display.outcomes[chain.name] for chain in chains]
 
 
-def outcome_of(ref: Any, name: str) -> Outcome:
+def outcome_of(ref: Any, chain: Chain, others: dict[str, Outcome]) -> Outcome:
     try:
         outcome: Outcome = ray.get(ref)
         return outcome
+    except ray.exceptions.RayTaskError as error:
+        return Outcome(chain.name, 0.0, "", error=str(error))
     except ray.exceptions.RayError as error:
-        return Outcome(name, 0.0, "", error=f"its worker was lost: {str(error).strip().splitlines()[-1]}")
+        if any(others[name].error for name in chain.after if name in others):  # Ray hands the error on
+            return Outcome(chain.name, 0.0, "", error=NOT_RUN)
+        return Outcome(chain.name, 0.0, "", error=f"its worker was lost: {str(error).strip().splitlines()[-1]}")

@@ -37,8 +37,9 @@ class Display:
             )
 
     def seconds_left(self) -> float | None:
-        """By the mean of the cells that have ended well; None before the first has."""
-        ended = [o.seconds for o in self.outcomes.values() if not o.error and o.name not in ("inputs", "reference")]
+        """By the mean of the cells that have been trained and ended well; None before the first has."""
+        trained = {chain.name for chain in self.chains if any(t.startswith("train@") for t in chain.targets)}
+        ended = [o.seconds for o in self.outcomes.values() if not o.error and o.name in trained]
         if not ended:
             return None
         mean, now = sum(ended) / len(ended), time.monotonic()
@@ -48,7 +49,7 @@ class Display:
         return left / self.workers
 
     def usd(self) -> float:
-        """What the judge has cost, and the hours of the chains where a price of an hour is set."""
+        """What the judgements cost, kept ones included, and the chains' hours where a price of an hour is set."""
         running = [name for name in self.began if name not in self.outcomes]
         seconds = sum(outcome.seconds for outcome in self.outcomes.values())
         seconds += sum(time.monotonic() - self.began[name] for name in running)

@@ -10,6 +10,7 @@ everything, with a checkpoint of what is in training, and the same command goes 
 """
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -19,9 +20,11 @@ from collections.abc import Iterable
 from getpass import getuser
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from prefscan.cache import check_cache
 from prefscan.clones import (
     BUSY,
     BUSY_WAIT,
@@ -29,9 +32,13 @@ from prefscan.clones import (
     Chain,
     Outcome,
     Place,
+    await_remote,
     cache_and_remote,
+    changed_since,
     run_leashed,
+    snapshot,
     uncommitted,
+    workspace_tree,
 )
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
@@ -66,28 +73,42 @@ def plan_chains(params: Params, stale: Iterable[str]) -> list[Chain]:
 
 
 def settle_place(params: Params, on_cluster: bool) -> Place:
-    """Where clones, cache and unfinished work are; raises UserError for a cluster without a DVC remote."""
+    """Where clones, cache and unfinished work are; raises UserError where a cluster's nodes could not share them."""
     cache, remote = cache_and_remote()
-    if on_cluster and remote is None:
+    here, launch = Path.cwd(), params.launch
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if not on_cluster:
+        scratch = Path(launch.scratch).absolute() if launch.scratch else here / ".prefscan/launch"
+        state = Path(launch.state).absolute() if launch.state else here
+        return Place(scratch / "clones", cache, state, remote=None, marker=None, threads=threads)
+    if remote is None:
         raise UserError(
             "--address: results travel between machines by a DVC remote, and the repository has no default one; "
             "`dvc remote add --default NAME URL`"
         )
-    here = Path.cwd()
-    launch = params.launch
-    home = Path(tempfile.gettempdir(), f"prefscan-launch-{getuser()}") if on_cluster else here / ".prefscan/launch"
-    scratch = Path(launch.scratch).absolute() if launch.scratch else home
-    return Place(
-        clones=scratch / "clones",
-        cache=scratch / "cache" if on_cluster else cache,
-        state=Path(launch.state).absolute() if launch.state else (scratch if on_cluster else here),
-        remote=remote,
-        push=on_cluster,
-        threads=os.environ.get("OMP_NUM_THREADS"),
-    )
+    if launch.state is None and params.judge.kind == "openai":
+        raise UserError(
+            "launch.state: null, and each node would pay the judge anew and keep a budget of its own; name a folder "
+            "that all nodes see"
+        )
+    # Of this workspace alone: two launches must not take each other's cells for their own.
+    own = f"prefscan-launch-{getuser()}-{hashlib.sha256(str(here).encode()).hexdigest()[:8]}"
+    scratch = Path(launch.scratch).absolute() if launch.scratch else Path(tempfile.gettempdir(), own)
+    state = Path(launch.state).absolute() if launch.state else scratch
+    return Place(scratch / "clones", scratch / "cache", state, remote, marker_of(remote), threads)
 
 
-def run_chains(chains: list[Chain], params: Params, place: Place, address: str | None) -> list[Outcome]:
+def marker_of(remote: dict[str, Any]) -> Path | None:
+    """A new file in a remote that is a folder, by which the nodes know it; None for other kinds of remotes."""
+    if "://" in remote["url"]:
+        return None
+    marker = Path(remote["url"]) / "prefscan-launch"
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    return marker
+
+
+def run_chains(chains: list[Chain], params: Params, place: Place, address: str | None, archive: bytes) -> list[Outcome]:
     """How each chain ended, on the cluster at the address or on a Ray of this machine's own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this software is often used offline
     if address is None:
@@ -96,13 +117,20 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
     from prefscan import cluster  # Ray reads these variables when it is imported
 
     with cluster.connected(params, address):
+        signal.signal(signal.SIGTERM, interrupted)  # Ray has put its own in place
         cluster.check_nodes(place, params)
-        return cluster.run_all(chains, params, place)
+        return cluster.run_all(chains, params, place, archive)
 
 
-def restore(targets: list[str], pull: bool) -> int:
-    """`dvc repro` here, which takes what has run from the cache or the remote; waits for another that runs here."""
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), *targets]
+def restore(targets: list[str], place: Place, patience: float) -> int:
+    """`dvc repro` here, which takes what has run from the cache or the remote; waits for another that runs here.
+
+    Raises UserError where the remote is gone: DVC would run here again what has run elsewhere.
+    """
+    if gone := await_remote(place, patience):
+        raise UserError(f"{gone}, and run `dvc repro --pull`")
+    pull = ["--pull"] if place.remote else []
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
@@ -131,14 +159,26 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
         raise UserError(f"not committed: {listed}; commit, or take the changes along with --dirty")
     place = settle_place(params, address is not None)
     chains = plan_chains(params, stale_stages(missing_data_is_stale=True))
-    outcomes = run_chains(chains, params, place, address) if chains else []
+    if chains and address is None and check_cache()[1]:  # on a cluster, each node checks its own
+        chains = plan_chains(params, stale_stages(missing_data_is_stale=True))
+    tree = workspace_tree()
+    outcomes = run_chains(chains, params, place, address, snapshot(tree)) if chains else []
+    if changes := changed_since(tree):
+        raise UserError(
+            f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "
+            "change and run `dvc repro`"
+        )
     ended = {outcome.name for outcome in outcomes if not outcome.error}
     if len(ended) == len(chains):
-        return restore([], place.remote is not None)
+        return restore([], place, params.launch.patience)
     if targets := [target for chain in chains if chain.name in ended for target in chain.targets]:
-        restore(targets, place.remote is not None)
+        restore(targets, place, params.launch.patience)
     report_failures(outcomes)
     return FAILED
+
+
+def interrupted(*_: int | FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -148,10 +188,6 @@ def main() -> None:
     parser.add_argument("--address", help="of a running Ray cluster, or auto; without it, a Ray of this machine's own")
     parser.add_argument("--dirty", action="store_true", help="take uncommitted changes along")
     arguments = parser.parse_args()
-
-    def interrupted(*_: int | FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     signal.signal(signal.SIGTERM, interrupted)
     Path(".prefscan").mkdir(exist_ok=True)
     try:

@@ -295,6 +295,13 @@ class Launch(Section):
     patience: Annotated[float, Field(ge=0)]
     usd_per_hour: Annotated[float, Field(gt=0)] | None
 
+    @field_validator("num_gpus")
+    @classmethod
+    def whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("above 1, Ray takes whole GPUs alone")
+        return gpus
+
 
 class Params(Section):
     """params.yaml as a whole."""
