@@ -133,7 +133,18 @@ class Losses(Section):
     kto_undesirable_weight: Annotated[float, Field(gt=0)]
 
 
+class Accelerate(Section):
+    """An accelerate configuration; keys that are not here are for accelerate to check, when the train stage starts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    distributed_type: Literal["MULTI_GPU", "FSDP", "DEEPSPEED"]
+    num_processes: Annotated[int, Field(ge=2)]
+    num_machines: Literal[1]
+
+
 class Train(Section):
+    accelerate: Accelerate | None
     engine: Literal["shared", "trl"]
     lora: Lora
     disable_dropout: bool
@@ -151,6 +162,23 @@ class Train(Section):
     activation_checkpointing: bool | Literal["auto"]
     losses: Losses
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
+
+    @model_validator(mode="after")
+    def processes_share_an_update(self) -> "Train":
+        if self.accelerate is None:
+            return self
+        processes = self.accelerate.num_processes
+        if self.accumulation % processes:
+            raise ValueError(
+                f"accumulation {self.accumulation} cannot be shared by accelerate.num_processes {processes}; set "
+                f"accumulation to a multiple of {processes}; with a smaller batch_size an update keeps its pairs"
+            )
+        if self.accelerate.distributed_type != "MULTI_GPU" and self.quantization != "none":
+            raise ValueError(
+                f"accelerate.distributed_type {self.accelerate.distributed_type} shards no base of quantization "
+                f"{self.quantization}; set quantization: none, or accelerate: ddp"
+            )
+        return self
 
 
 class Sweep(Section):
