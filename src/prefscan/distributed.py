@@ -1,8 +1,9 @@
 """One cell in several processes: `accelerate launch` starts them, and they see the data that one process would see.
 
 `train.accumulation` micro-batches make an update, whatever the number of processes: they are dealt round robin, each
-whole, so that a loss which depends on its micro-batch, as kto_pair's does, stays what it is. DDP is tested on CPUs with
-gloo, and the two engines under FSDP2's hooks; **NCCL, FSDP on GPUs and DeepSpeed are not yet run.**
+whole, so that a loss which depends on its micro-batch, as kto_pair's does, stays what it is, and the result differs by
+rounding alone. With dropout on, each number of processes has random masks of its own. DDP is tested on CPUs with gloo,
+and both engines under FSDP2's hooks; **NCCL, FSDP on GPUs and DeepSpeed are not yet run.**
 """
 
 import sys
@@ -31,7 +32,7 @@ def launch(configuration: Accelerate, module: str, *arguments: str) -> None:
     """Run a module of this package under `accelerate launch`; exits with status 1 where one of its processes fails.
 
     SIGTERM goes on to the processes, which are killed where they have not ended 30 seconds later. Raises UserError for
-    a configuration that accelerate refuses.
+    a configuration that accelerate refuses, and without DeepSpeed where it asks for it.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "accelerate.json"
@@ -43,6 +44,8 @@ def launch(configuration: Accelerate, module: str, *arguments: str) -> None:
         command = ["--config_file", str(path), "--module", module, *arguments]
         try:
             launch_command(launch_command_parser().parse_args(command))
+        except ImportError as error:  # DeepSpeed is no dependency
+            raise UserError(f"train.accelerate: {error}") from None
         except (ChildFailedError, SignalException):
             sys.exit(1)  # the process that failed has said why
 

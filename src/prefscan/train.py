@@ -90,10 +90,10 @@ class PairTrainer(TokenisedTrainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """This process's micro-batches of an update, weighted so that an update's empty ones change no mean."""
         batches, items = super().get_batch_samples(*args)
-        real = torch.tensor([batch["weight"] for batch in batches], device=self.args.device)
-        share = self.accelerator.reduce(real.mean(), "mean").item()
+        here = torch.tensor(sum(batch["weight"] for batch in batches), device=self.args.device)
+        filled = self.accelerator.reduce(here, "sum").item()
         for batch in batches:
-            batch["weight"] /= share
+            batch["weight"] *= len(batches) * self.accelerator.num_processes / filled
         return batches, items
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,7 +145,8 @@ class PairTrainer(TokenisedTrainer):
                 "rewards/accuracies": accuracy(logps).mean(),
             }
         for name, value in logged.items():
-            self._metrics["train"][name].append(self.accelerator.gather(inputs["weight"] * value).mean().item())
+            weighted = self.accelerator.gather(inputs["weight"] * value.double())
+            self._metrics["train"][name].append(weighted.mean().item())
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -311,12 +312,9 @@ def terminated(cell: Cell, update: int, updates: int, checkpoints: Path) -> Base
     """What ends a process after SIGTERM: the main one with a sentence, the others without."""
     if not world().is_main_process:
         return SystemExit(1)
-    kept = (
-        "its checkpoint is kept, and `dvc repro` goes on from it"
-        if last_checkpoint(checkpoints)[0]
-        else ("`dvc repro` begins it again")
-    )
-    return UserError(f"{cell.key}: terminated at update {update} of {updates}; {kept}")
+    kept, _ = last_checkpoint(checkpoints)
+    then = "its checkpoint is kept, and `dvc repro` goes on from it" if kept else "`dvc repro` begins it again"
+    return UserError(f"{cell.key}: terminated at update {update} of {updates}; {then}")
 
 
 def train_cell(
