@@ -54,7 +54,7 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     """Stock TRL's trainer after the cell's updates, on the tokens that prepare wrote."""
     from datasets import Dataset
 
-    from prefscan.train import TokenisedTrainer, lora_config, training_arguments, update_count
+    from prefscan.train import TokenisedTrainer, lora_config, training_arguments
     from train_step import ORCA
 
     pairs = read_jsonl(TRAIN_PAIRS)
@@ -62,7 +62,7 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     arguments = training_arguments(
         train,
         cell,
-        update_count(cell.steps, len(pairs), train),
+        train.updates(cell.steps, len(pairs)),
         params.seed,
         recompute=False,  # on a CPU; the activations fit
         checkpoints=Path("runs/study"),

@@ -20,16 +20,14 @@ from safetensors.torch import load_file, save_file
 from prefscan import checkpoints, keys, paths
 from prefscan import train as train_stage
 from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
-from prefscan.engines import load_engine
 from prefscan.errors import UserError
-from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, Lora, load
-from prefscan.reference import reference_rows
-from tiny import write_rows
+from train_data import with_recipe, write_inputs
 
 ROOT = Path(__file__).parents[1]
 CELL = "ipo-0.3-7"
 ADAPTER = paths.ADAPTERS / CELL / "adapter_model.safetensors"
+KEPT = "its checkpoint is kept, and `dvc repro` goes on from it"
 
 
 class Killed(Exception):
@@ -47,16 +45,8 @@ def lay_out(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params:
         lora = Lora(r=4, alpha=8, dropout=0.3, targets=["q_proj", "v_proj", "down_proj"])
         section = {"lora": lora, "disable_dropout": False, "batch_size": 3, "accumulation": 2, "report_to": "none"}
         train = params.train.model_copy(update=section | changes)
-        model = load_model(base, train.dtype, train.quantization).requires_grad_(False)
-        engine, pad = load_engine(train.engine), load_tokenizer(base).pad_token_id
-        shutil.copytree(base, paths.BASE)
-        write_rows(paths.TRAIN_PAIRS, pairs[:16])
-        write_rows(paths.HELDOUT_PAIRS, pairs[16:])
-        write_rows(paths.REFERENCE, list(reference_rows(model, engine, pairs, train.batch_size, pad)))
         recipe = {"loss": "ipo", "beta": 0.3, "steps": steps}
-        grid = params.grid.model_copy(update={name: [value] for name, value in recipe.items()})
-        written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe}).model_dump()
-        Path("params.yaml").write_text(yaml.safe_dump(written))
+        write_inputs(in_tmp, base, pairs[:16], pairs[16:], with_recipe(params, train, seed=11, **recipe))
 
     return write
 
@@ -161,6 +151,79 @@ def test_kill_9_and_run_again(lay_out: Lay) -> None:
     resumed = result(key)
     run(key)
     assert resumed == result(key)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_saves_after_the_update_and_a_second_one_does_not_wait(lay_out: Lay, signals: int) -> None:
+    """Within the first half minute, when no save is due. The update waits for the signals, so that they meet it."""
+    lay_out(steps=9)
+    key = "ipo-0.3-9"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    wait = """
+import sys, time
+from prefscan import train
+from prefscan.errors import run_stage
+held, trainer = [], train.PairTrainer
+compute = trainer._compute_loss
+def hold(self, *arguments):
+    if self.state.global_step == 4 and not held:
+        held.append(print("in update 5", flush=True))
+        sys.stdin.readline()
+    return compute(self, *arguments)
+trainer._compute_loss = hold
+run_stage(train.main)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", wait, key], env=environment, text=True, **pipes) as stage:
+        assert any(line == "in update 5\n" for line in stage.stdout)
+        for _ in range(signals):
+            stage.send_signal(signal.SIGTERM)
+            time.sleep(0.5)  # signals that are pending at once are one
+        if signals == 2:
+            assert stage.wait(timeout=60) == -signal.SIGTERM
+            assert not saved()
+            return
+        _, errors = stage.communicate("\n", timeout=60)
+        assert stage.returncode == 1
+    sentence = (
+        f"prefscan: {key}: terminated at update 5 of 9; its checkpoint is kept, and `dvc repro` goes on from it\n"
+    )
+    assert errors.endswith(sentence)
+    (checkpoint,) = saved()
+    assert checkpoint.name == "checkpoint-5"
+    assert last_checkpoint(checkpoint.parent)[0] == checkpoint
+    assert not (paths.ADAPTERS / key).exists()
+    again = subprocess.run(
+        [sys.executable, "-m", "prefscan.train", key], env=environment, check=True, capture_output=True, text=True
+    )
+    assert f"{key}: going on from {checkpoint}\n" in again.stdout
+    resumed = result(key)
+    run(key)
+    assert resumed == result(key)
+
+
+@pytest.mark.parametrize(
+    ("update", "end"),
+    [(6, "its checkpoint is kept, and `dvc repro` goes on from it"), (7, "`dvc repro` begins it again")],
+)
+def test_sigterm_in_the_last_update_saves_nothing(
+    lay_out: Lay, update: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing left to train from it; and a handler that was there before is there again."""
+    lay_out()
+    before = signal.getsignal(signal.SIGTERM)
+    on_step_end = Saving.on_step_end
+
+    def signalled(self: Saving, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == update:
+            signal.raise_signal(signal.SIGTERM)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Saving, "on_step_end", signalled)
+    with pytest.raises(UserError, match=rf"^{CELL}: terminated at update {update} of 7; {end}$"):
+        run()
+    assert len(saved()) == (update < 7)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_seconds_before_the_kill_count(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 SERVER = {"kind": "vllm", "base_url": None, "key_variable": None, "concurrency": 8, "timeout": 60.0, "attempts": 4}
 
+DDP = {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_machines": 1}
+
 
 @cache
 def composed(*overrides: str) -> str:
@@ -103,6 +105,7 @@ def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
     assert len(keys(params)) == 54
     assert set(keys(params)) == cells
     assert params.train.model_dump() == {
+        "accelerate": None,
         "engine": "shared",
         "lora": {
             "r": 16,
@@ -154,6 +157,20 @@ def test_zephyr_is_the_published_second_half(compose: Any) -> None:
     assert params.model.source.repo == "alignment-handbook/zephyr-7b-sft-full"
     assert params.data.source.repo == "HuggingFaceH4/ultrafeedback_binarized"
     assert params.data.source.heldout == "data/test_prefs-*.parquet"
+
+
+def test_a_cell_in_several_processes_is_another_configuration_of_the_same_training(compose: Any) -> None:
+    alone, together = (compose("+experiment=openhermes", f"train/accelerate={name}") for name in ("none", "ddp"))
+    assert alone == compose("+experiment=openhermes")
+    assert together.train.accelerate.model_dump() == DDP | {"main_process_port": 0}
+    assert together.train.model_copy(update={"accelerate": None}) == alone.train
+
+
+def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
+    with pytest.raises(UserError, match="FSDP shards no base of quantization fp4; set quantization: none, or accele"):
+        compose("train=study", "train/accelerate=fsdp")
+    unquantised = compose("train=study", "train/accelerate=fsdp", "train.quantization=none")
+    assert unquantised.train.accelerate.distributed_type == "FSDP"
 
 
 def test_a_sweep_takes_every_loss_at_the_recipes_beta_and_steps(compose: Any) -> None:
@@ -297,6 +314,28 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         ),
         ("train.lora.r", REMOVE, "train.lora.r: missing; conf/ shows its meaning, `dvc exp run` composes it"),
         ("train.learning_rate", float("inf"), "train.learning_rate: inf is refused: input should be a finite number"),
+        (
+            "train.accelerate",
+            DDP,
+            "train: accumulation 1 cannot be shared by accelerate.num_processes 2; set accumulation to a multiple "
+            "of 2; with a smaller batch_size an update keeps its pairs",
+        ),
+        (
+            "train.accelerate",
+            DDP | {"num_processes": 1},
+            "train.accelerate.num_processes: 1 is refused: input should be greater than or equal to 2",
+        ),
+        (
+            "train.accelerate",
+            DDP | {"num_machines": 2},
+            "train.accelerate.num_machines: 2 is refused: input should be 1",
+        ),
+        (
+            "train.accelerate",
+            DDP | {"distributed_type": "MULTI_CPU"},
+            "train.accelerate.distributed_type: 'MULTI_CPU' is refused: input should be 'MULTI_GPU', 'FSDP' or "
+            "'DEEPSPEED'",
+        ),
         (
             "merge.dtype",
             "bf16",

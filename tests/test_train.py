@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from bitsandbytes.functional import has_avx512bf16
 from datasets import Dataset
 from peft import LoraConfig
@@ -39,10 +37,10 @@ from prefscan.train import (
     curve_csv,
     train_cell,
     training_arguments,
-    update_count,
     with_reference,
 )
-from tiny import plain_logps, sharegpt_rows, write_rows
+from tiny import plain_logps, sharegpt_rows
+from train_data import write_inputs
 
 SRC = Path(__file__).parents[1] / "src"
 TRAINING = 16  # of the 24 pairs; the others are held out
@@ -489,7 +487,7 @@ def test_update_count(
     train: Train, steps: int | str, pairs: int, batch_size: int, accumulation: int, updates: int
 ) -> None:
     section = train.model_copy(update={"batch_size": batch_size, "accumulation": accumulation})
-    assert update_count(steps, pairs, section) == updates
+    assert section.updates(steps, pairs) == updates
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "updates"), [(4, 1, 4), (5, 1, 4), (3, 2, 3)])
@@ -551,17 +549,10 @@ def test_the_log_goes_where_report_to_says(
 
 def lay_out(folder: Path, tiny_model: Path, pairs: list[Any], heldout: list[Any], params: Any, train: Train) -> None:
     """What dvc has put in place before `prefscan.train` runs."""
-    tokenizer = load_tokenizer(tiny_model)
-    model = load_model(tiny_model, "fp32").requires_grad_(False)
-    rows = reference_rows(model, load_engine(train.engine), pairs + heldout, train.batch_size, tokenizer.pad_token_id)
-    shutil.copytree(tiny_model, folder / paths.BASE)
-    write_rows(folder / paths.TRAIN_PAIRS, pairs)
-    write_rows(folder / paths.HELDOUT_PAIRS, heldout)
-    write_rows(folder / paths.REFERENCE, list(rows))
     grid = params.grid.model_copy(update={"loss": ["ipo"], "beta": [0.3], "steps": [3, 4]})
     recipe = {"loss": "ipo", "beta": 0.3, "steps": 3}
-    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe}).model_dump()
-    (folder / "params.yaml").write_text(yaml.safe_dump(written))
+    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe})
+    write_inputs(folder, tiny_model, pairs, heldout, written)
 
 
 def run_stage(folder: Path, key: str, hash_seed: int) -> subprocess.CompletedProcess[str]:
@@ -613,7 +604,7 @@ def test_the_stage_reports_what_it_measured(two_runs: list[Any]) -> None:
         *("pairs", "loss", "accuracy", "base_accuracy", "margin", "reward_margin", "chosen_shift", "rejected_shift")
     }
     cost = json.loads((folder / paths.TRAIN_COST / "ipo-0.3-4.json").read_text())
-    assert set(cost) == {"seconds", "tokens_per_second", "peak_memory_gib"}
+    assert set(cost) == {"seconds", "tokens_per_second", "peak_memory_gib", "processes"}
     assert all(value > 0 for value in cost.values())
     assert (metrics["updates"], metrics["heldout"]["pairs"]) == (4, 8)
     curve = (folder / paths.CURVES / "ipo-0.3-4.csv").read_text().splitlines()

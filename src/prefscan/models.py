@@ -62,7 +62,7 @@ def load_model(
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, **options
     )

@@ -133,7 +133,18 @@ class Losses(Section):
     kto_undesirable_weight: Annotated[float, Field(gt=0)]
 
 
+class Accelerate(Section):
+    """An accelerate configuration; keys that are not here are for accelerate to check, when the train stage starts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    distributed_type: Literal["MULTI_GPU", "FSDP", "DEEPSPEED"]
+    num_processes: Annotated[int, Field(ge=2)]
+    num_machines: Literal[1]
+
+
 class Train(Section):
+    accelerate: Accelerate | None
     engine: Literal["shared", "trl"]
     lora: Lora
     disable_dropout: bool
@@ -155,6 +166,23 @@ class Train(Section):
     def updates(self, steps: Steps, pairs: int) -> int:
         """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
         return -(-pairs // (self.batch_size * self.accumulation)) if steps == "epoch" else int(steps)
+
+    @model_validator(mode="after")
+    def processes_share_an_update(self) -> "Train":
+        if self.accelerate is None:
+            return self
+        processes = self.accelerate.num_processes
+        if self.accumulation % processes:
+            raise ValueError(
+                f"accumulation {self.accumulation} cannot be shared by accelerate.num_processes {processes}; set "
+                f"accumulation to a multiple of {processes}; with a smaller batch_size an update keeps its pairs"
+            )
+        if self.accelerate.distributed_type != "MULTI_GPU" and self.quantization != "none":
+            raise ValueError(
+                f"accelerate.distributed_type {self.accelerate.distributed_type} shards no base of quantization "
+                f"{self.quantization}; set quantization: none, or accelerate: ddp"
+            )
+        return self
 
 
 class Sweep(Section):

@@ -3,7 +3,8 @@
     python -m prefscan.train ipo-0.5-24
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
-losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage.
+losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage. With
+`train.accelerate`, several processes train the cell: distributed.py.
 """
 
 import os
@@ -15,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import _ForwardRedirection
 
 from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
+from prefscan.distributed import WholeRounds, from_main, launch, world
 from prefscan.engines import Engine, load_engine
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
@@ -70,27 +76,52 @@ class PairTrainer(TokenisedTrainer):
         self.options = options
         self.engine = engine
         self.pad_token_id = pad_token_id
+        self.redirect = _ForwardRedirection()
         super().__init__(data_collator=self.collate, **kwargs)
         self.precompute_ref_logps = True
         self.model.get_base_model().prefscan_fused_head = True  # DPOTrainer has just added it
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        batches = WholeRounds(RandomSampler(self.train_dataset), self.args.per_device_train_batch_size)
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        )
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
+        """This process's micro-batches of an update, weighted so that an update's empty ones change no mean."""
+        batches, items = super().get_batch_samples(*args)
+        here = torch.tensor(sum(batch["weight"] for batch in batches), device=self.args.device)
+        filled = self.accelerator.reduce(here, "sum").item()
+        for batch in batches:
+            batch["weight"] *= len(batches) * self.accelerator.num_processes / filled
+        return batches, items
+
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
+        """A micro-batch; an empty one, at the end of an epoch, is computed like others, with one pair and weight 0."""
+        weight = 1.0 if pairs else 0.0
+        pairs = pairs or [self.train_dataset[0]]
+        batch: dict[str, Any] = {"weight": weight}
+        batch |= {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
         batch["pairs"] = self.engine.collate(pairs, self.pad_token_id)
         if LOSSES[self.cell.loss].mismatched:
             batch["mismatched"] = self.engine.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
         return batch
 
+    def pair_logps(self, model: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The engine's, within the forward pass of what wraps the model: there DDP's and FSDP's hooks act."""
+        policy = self.accelerator.unwrap_model(model)
+        return self.redirect(model, policy, lambda batch: self.engine.pair_logps(policy, batch), batch)
+
     @torch.no_grad()
     def kl_logratio(self, model: torch.nn.Module, batch: Any) -> Tensor:
         """Mean log-ratio of the policy against the base over the two mismatched responses of each prompt; `[B]`."""
-        policy = torch.stack(self.engine.pair_logps(model, batch))
+        policy = torch.stack(self.pair_logps(model, batch))
         with self.model.disable_adapter():
-            base = torch.stack(self.engine.pair_logps(model, batch))
+            base = torch.stack(self.pair_logps(model, batch))
         return (policy - base).mean(0)
 
     def logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PairLogps:
-        chosen, rejected = self.engine.pair_logps(model, inputs["pairs"])
+        chosen, rejected = self.pair_logps(model, inputs["pairs"])
         reference = {key: inputs[key].to(chosen.device) for key in REFERENCE_COLUMNS}
         return PairLogps(
             chosen=chosen,
@@ -104,7 +135,7 @@ class PairTrainer(TokenisedTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         logps = self.logps(model, inputs)
-        loss = LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
+        loss = inputs["weight"] * LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
         with torch.no_grad():
             chosen, rejected = self.cell.beta * logps.chosen_logratio, self.cell.beta * logps.rejected_logratio
             logged = {
@@ -114,30 +145,38 @@ class PairTrainer(TokenisedTrainer):
                 "rewards/accuracies": accuracy(logps).mean(),
             }
         for name, value in logged.items():
-            self._metrics["train"][name].append(self.accelerator.gather(value).mean().item())
+            weighted = self.accelerator.gather(inputs["weight"] * value.double())
+            self._metrics["train"][name].append(weighted.mean().item())
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         # Not PEFT's load_adapter, which would turn the bf16 adapter of a 4-bit base into fp32.
         set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
 
     @torch.no_grad()
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
-        """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base."""
+        """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base.
+
+        The micro-batches are dealt to the processes round robin, and every process returns the whole.
+        """
         set_evaluation(self.model)
-        parts = []
-        losses = []
-        for batch in micro_batches(pairs, batch_size):
+        batches = list(micro_batches(pairs, batch_size))
+        parts: list[Tensor] = []
+        while len(parts) < len(batches):
+            mine = min(len(parts) + world().process_index, len(batches) - 1)  # FSDP needs every process in each round
             with self.compute_loss_context_manager():
-                logps = self.logps(self.model, self.collate(batch))
-            losses += LOSSES[self.cell.loss](logps, self.cell.beta, self.options).tolist()
-            parts.append(torch.stack([logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)]))
-        chosen, rejected, accuracies = torch.cat(parts, dim=1).double()
+                logps = self.logps(self.model, self.collate(batches[mine]))
+            loss = LOSSES[self.cell.loss](logps, self.cell.beta, self.options)
+            part = torch.stack([loss, logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)])
+            parts += gather_object([part.cpu()])
+        losses, chosen, rejected, accuracies = torch.cat(parts[: len(batches)], dim=1).double()
         margin, low, high = mean_interval((chosen - rejected).tolist())
         share, share_low, share_high = share_interval(accuracies.sum().item(), len(pairs))
         return {
             "pairs": len(pairs),
-            "loss": sum(losses) / len(losses),
+            "loss": sum(losses.tolist()) / len(losses),
             "accuracy": share,
             "accuracy_low": share_low,
             "accuracy_high": share_high,
@@ -211,7 +250,7 @@ def training_arguments(
         beta=cell.beta,
         max_steps=steps,
         per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation,
+        gradient_accumulation_steps=train.accumulation // world().num_processes,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
         warmup_steps=train.warmup_steps,
@@ -228,6 +267,7 @@ def training_arguments(
         logging_steps=1,
         logging_first_step=True,
         save_strategy="no",  # checkpoints.Saving asks for it
+        ddp_find_unused_parameters=False,  # every pair passes through every adapter
         report_to=[] if train.report_to in ("none", "dvclive") else [train.report_to],
         run_name=cell.key,
         use_cpu=not on_gpu,
@@ -241,18 +281,13 @@ def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
     """
     if train.report_to == "tensorboard":  # which would write beside the checkpoints, and go with them
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RUNS / "tensorboard" / cell.key))
-    if train.report_to != "dvclive":
+    if train.report_to != "dvclive" or not world().is_main_process:
         return []
     from dvclive import Live
     from transformers.integrations import DVCLiveCallback
 
     live = Live(dir=str(RUNS / "dvclive" / cell.key), save_dvc_exp=False, dvcyaml=None, report=None)
     return [DVCLiveCallback(live=live, log_model=False)]
-
-
-def update_count(steps: int | str, pairs: int, train: Train) -> int:
-    """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
-    return -(-pairs // (train.batch_size * train.accumulation)) if steps == "epoch" else int(steps)
 
 
 def curve_csv(history: list[dict[str, Any]]) -> str:
@@ -268,6 +303,15 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def terminated(cell: Cell, update: int, updates: int, checkpoints: Path) -> BaseException:
+    """What ends a process after SIGTERM: the main one with a sentence, the others without."""
+    if not world().is_main_process:
+        return SystemExit(1)
+    kept, _ = last_checkpoint(checkpoints)
+    then = "its checkpoint is kept, and `dvc repro` goes on from it" if kept else "`dvc repro` begins it again"
+    return UserError(f"{cell.key}: terminated at update {update} of {updates}; {then}")
+
+
 def train_cell(
     cell: Cell,
     train: Train,
@@ -281,19 +325,20 @@ def train_cell(
     """Train one cell, from its last checkpoint if there is one.
 
     Returns the trainer and the contents of metrics/train/CELL.json and metrics/cost/train/CELL.json. The cost's seconds
-    include those that went into the checkpoint; the work that a kill lost is not in them, and the memory is this
-    process's.
+    include those that went into the checkpoint; the work that a kill lost is not in them. Speed is that of all
+    processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved.
     """
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
         columns += MISMATCHED.values()
-    updates = update_count(cell.steps, len(pairs), train)
+    updates = train.updates(cell.steps, len(pairs))
     activations = activation_bytes(model.config, longest_batch(pairs, train.batch_size, train.engine), train.dtype)
-    recompute = recomputes(train, activations, free_bytes())
-    checkpoint, seconds = last_checkpoint(checkpoints)
-    if checkpoint:
+    recompute = from_main(lambda: recomputes(train, activations, free_bytes()))
+    checkpoint, seconds = from_main(lambda: last_checkpoint(checkpoints))
+    if checkpoint and world().is_main_process:
         print(f"{cell.key}: going on from {checkpoint}", flush=True)
+    saving = Saving(seconds)
     trainer = PairTrainer(
         cell=cell,
         options=train.losses,
@@ -304,11 +349,13 @@ def train_cell(
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
         peft_config=lora_config(train.lora),
-        callbacks=[*live_logging(train, cell), Saving(seconds)],
+        callbacks=[*live_logging(train, cell), saving],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds += time.perf_counter() - started
+    if saving.terminated:
+        raise terminated(cell, trainer.state.global_step, updates, checkpoints)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
     metrics = {
@@ -321,29 +368,18 @@ def train_cell(
         "seconds": round(seconds, 1),
         # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
         "tokens_per_second": round(tokens * updates * train.batch_size * train.accumulation / seconds, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "peak_memory_gib": round(max(gather_object([peak_memory_gib()])), 2),
+        "processes": world().num_processes,
     }
     return trainer, metrics, cost
 
 
-def main() -> None:
-    params = load()
-    (key,) = sys.argv[1:]
-    cell = params.cell(key)
-    print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
-    reference = {row["id"]: row for row in read_jsonl(REFERENCE)}
-    trainer, metrics, cost = train_cell(
-        cell,
-        params.train,
-        params.seed,
-        with_reference(read_jsonl(TRAIN_PAIRS), reference),
-        with_reference(read_jsonl(HELDOUT_PAIRS), reference),
-        load_base(params.train),
-        load_tokenizer(BASE),
-        checkpoint_folder(cell, params.train, params.seed),
-    )
+def write_cell(key: str, trainer: PairTrainer, metrics: dict[str, Any], cost: dict[str, float]) -> None:
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes: FSDP gathers it
+    if not world().is_main_process:
+        return
     with new_folder(ADAPTERS / key) as folder:
-        trainer.model.save_pretrained(folder)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=weights)
         clean_adapter_config(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
@@ -355,6 +391,30 @@ def main() -> None:
         f"{key}: held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats "
         f"[{held['margin_low']:.2f}, {held['margin_high']:.2f}], {cost['seconds']:.0f} s"
     )
+
+
+def main() -> None:
+    params = load()
+    (key,) = sys.argv[1:]
+    cell = params.cell(key)
+    if not is_torchelastic_launched():
+        print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
+        if params.train.accelerate:
+            return launch(params.train.accelerate, "prefscan.train", key)
+    checkpoints = from_main(lambda: checkpoint_folder(cell, params.train, params.seed))
+    reference = {row["id"]: row for row in read_jsonl(REFERENCE)}
+    trainer, metrics, cost = train_cell(
+        cell,
+        params.train,
+        params.seed,
+        with_reference(read_jsonl(TRAIN_PAIRS), reference),
+        with_reference(read_jsonl(HELDOUT_PAIRS), reference),
+        load_base(params.train),
+        load_tokenizer(BASE),
+        checkpoints,
+    )
+    write_cell(key, trainer, metrics, cost)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

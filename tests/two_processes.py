@@ -1,0 +1,84 @@
+"""What tests run in the two processes of one launch, since starting them takes longer than what they do.
+
+The process that launches them does not import what they do: that would take seconds more.
+
+python -m two_processes train=FOLDER… shard=FOLDER…
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch.distributed import is_torchelastic_launched
+
+from prefscan.distributed import launch, world
+from prefscan.params import Accelerate
+from tiny import random_adapter, random_pairs
+
+DDP = yaml.safe_load((Path(__file__).parents[1] / "conf/train/accelerate/ddp.yaml").read_text())
+
+
+def run_train(folder: str) -> None:
+    """The train stage for the recipe of the folder."""
+    from prefscan import train
+
+    os.chdir(folder)
+    sys.argv = ["train", train.load().recipe.key]
+    train.main()
+
+
+def run_save(folder: str) -> None:
+    """The same with a checkpoint after every update."""
+    from prefscan import checkpoints
+
+    checkpoints.FIRST = checkpoints.WAIT = 0
+    run_train(folder)
+
+
+def run_shard(folder: str) -> None:
+    """Each engine's log-probabilities and gradients on the folder's model, which FSDP2 shards, into ENGINE.pt."""
+    from torch.distributed.fsdp import fully_shard
+
+    from prefscan.models import load_model
+
+    main = world().is_main_process  # and the processes are connected
+    for engine in ("shared", "trl"):
+        policy = random_adapter(load_model(Path(folder), "fp32"))
+        for layer in policy.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(policy)
+        logps, gradients = logps_and_gradients(policy, engine)
+        whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        if main:
+            torch.save((logps, whole), Path(folder) / f"{engine}.pt")
+
+
+def logps_and_gradients(policy: Any, engine: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    """As PairTrainer computes them."""
+    from trl.models.utils import _ForwardRedirection
+
+    from prefscan.engines import load_engine
+    from prefscan.train import PairTrainer
+
+    module = load_engine(engine)
+    trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), redirect=_ForwardRedirection(), engine=module)
+    batch = module.collate(random_pairs([(5, 7, 3), (9, 2, 6)]), 0)
+    chosen, rejected = PairTrainer.pair_logps(trainer, policy, batch)
+    (chosen - 2 * rejected).sum().backward()
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    return torch.stack([chosen, rejected]).detach(), gradients
+
+
+if __name__ == "__main__":
+    if is_torchelastic_launched():
+        Accelerator.end_training = lambda self: None  # it would end the connection, which the next one uses
+        for argument in sys.argv[1:]:
+            name, folder = argument.split("=")
+            globals()[f"run_{name}"](folder)
+    else:
+        launch(Accelerate(**DDP), "two_processes", *sys.argv[1:])
