@@ -203,7 +203,8 @@ def test_training_equals_stock_trl(
     for engine in ("shared", "trl"):
         ours, metrics, _ = fit(loss, 10, beta, seed, engine=engine, batch_size=batch, accumulation=accumulation)
         # The same loss at every step: the same pairs in the same order.
-        assert history(ours, "loss") == pytest.approx(history(stock, "loss"), abs=1e-5)
+        # ipo's begins above 20, where fp32's neighbours are 2e-6 apart.
+        assert history(ours, "loss") == pytest.approx(history(stock, "loss"), rel=1e-6, abs=1e-5)
         assert history(ours, "grad_norm") == pytest.approx(history(stock, "grad_norm"), rel=1e-4)
         assert history(ours, "learning_rate") == history(stock, "learning_rate")
         assert history(ours, "rewards/margins") == pytest.approx(history(stock, "rewards/margins"), abs=1e-5)
@@ -246,7 +247,9 @@ def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
     (shared, shared_metrics, _), (trl, trl_metrics, _) = (fit(loss, 10, engine=engine) for engine in ("shared", "trl"))
     start = history(trl, "loss")[0]  # ipo_sum falls from 25 towards 0, where only the absolute error says something
     assert history(shared, "loss") == pytest.approx(history(trl, "loss"), rel=1e-5, abs=1e-5 * start)
-    assert history(shared, "grad_norm") == pytest.approx(history(trl, "grad_norm"), rel=1e-4)
+    # discopop's passes its local minimum, where the gradient all but vanishes and rounding is what is left of it.
+    largest = max(history(trl, "grad_norm"))
+    assert history(shared, "grad_norm") == pytest.approx(history(trl, "grad_norm"), rel=1e-4, abs=1e-5 * largest)
     assert difference(adapter(shared), adapter(trl)) < 1e-4
     ours, theirs = shared_metrics["heldout"], trl_metrics["heldout"]
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
