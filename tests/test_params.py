@@ -16,7 +16,7 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = {
     group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    for group in ("model", "data", "train", "sweep", "answer", "judge")
+    for group in ("model", "data", "train", "sweep", "answer", "judge", "launch")
 }
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
