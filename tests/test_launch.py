@@ -181,6 +181,7 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(tmp_path: Path) -> None:
     """Ctrl-C, kill -9 of the launching process, a second launch beside the first, and the user's own `dvc repro`."""
     work = make_logging(tmp_path / "work", 15)

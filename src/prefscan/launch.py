@@ -3,6 +3,7 @@
     python -m prefscan.launch                   # this machine: as many cells at once as GPUs, or `launch.cells` on CPUs
     python -m prefscan.launch --address auto    # a running Ray cluster, whose nodes share a DVC remote
     python -m prefscan.launch --dirty           # uncommitted changes go along
+    python -m prefscan.launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml
 
 What cells share runs first, then each cell's chain train → merge → answer → mtbench in a clone of its own; at the end
 `dvc repro` in this workspace restores all of it and makes the report. A chain that fails stops no other. Ctrl-C stops
@@ -42,7 +43,7 @@ from prefscan.clones import (
 )
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
-from prefscan.pipeline import CELL_STAGES, stale_stages
+from prefscan.pipeline import CELL_STAGES, compose, stale_stages
 
 INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
 BASE_STAGES = ("answer-base", "mtbench-base")
@@ -185,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="prefscan.launch", description="Run what is stale of the sweep, side by side."
     )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes them")
     parser.add_argument("--address", help="of a running Ray cluster, or auto; without it, a Ray of this machine's own")
     parser.add_argument("--dirty", action="store_true", help="take uncommitted changes along")
     arguments = parser.parse_args()
@@ -192,6 +194,8 @@ def main() -> None:
     Path(".prefscan").mkdir(exist_ok=True)
     try:
         with FileLock(".prefscan/launch.lock", timeout=0):
+            if arguments.overrides:
+                load(compose(arguments.overrides, Path("params.yaml")))
             code = launch_sweep(arguments.address, arguments.dirty)
     except Timeout:
         raise UserError("another launch runs in this workspace; wait for it, or end it") from None

@@ -1,8 +1,9 @@
-"""Asking DVC, by its command line: what is stale, and running a command whose repository another process has locked."""
+"""Asking DVC: what is stale, and what parameters overrides would make."""
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from prefscan.errors import UserError
 
@@ -23,6 +24,19 @@ def dvc(*arguments: str) -> str:
     if done.returncode:
         raise failed(done)
     return done.stdout
+
+
+def compose(overrides: list[str], path: Path) -> Path:
+    """Write params.yaml as `dvc exp run -S …` would compose it from conf/; raises UserError for a refused override."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
+
+    try:
+        compose_and_dump(path, str(Path("conf").resolve()), None, "config", "", overrides)
+    except (DvcException, HydraException) as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
+    return path
 
 
 def stale_stages(*, missing_data_is_stale: bool) -> list[str]:

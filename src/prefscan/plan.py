@@ -16,9 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from dvc.exceptions import DvcException
-from dvc.utils.hydra import compose_and_dump
-from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -31,6 +28,7 @@ from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
 from prefscan.paths import ANSWERS, judge_store
+from prefscan.pipeline import compose
 from prefscan.revisions import CHOICE
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
@@ -43,17 +41,6 @@ class Files(NamedTuple):
     questions: dict[int, Any]
     templates: dict[str, Any]
     references: dict[int, Any]
-
-
-def compose(overrides: list[str]) -> Params:
-    """params.yaml as Hydra would compose it; raises UserError for an override that it refuses."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "params.yaml"
-        try:
-            compose_and_dump(path, str(Path("conf").resolve()), None, "config", "", overrides)
-        except (DvcException, HydraException) as error:
-            raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
-        return load(path)
 
 
 def read_answers(key: str, folder: Path | None) -> dict[int, Any] | None:
@@ -99,7 +86,9 @@ def main() -> None:
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: one at least")
     workspace = load()
-    params = compose(options.overrides) if options.overrides else workspace
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        params = load(compose(options.overrides, path)) if options.overrides else workspace
     judge = params.judge
     keys = ["base", *(cell.key for cell in params.grid.cells)]
     console = Console()

@@ -1,8 +1,11 @@
 """The launcher's benchmark, on two cells that sleep for a second."""
 
+import pytest
+
 import launch
 
 
+@pytest.mark.slow
 def test_the_figures_are_of_the_cells_that_ran() -> None:
     found = launch.measure(workers=2, cells=2, seconds=1)
     assert found["workers"] == 2

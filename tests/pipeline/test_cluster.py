@@ -101,6 +101,7 @@ def ray_worker(process: psutil.Process) -> psutil.Process:
     return next(parent for parent in process.parents() if parent.name().startswith("ray::"))
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_a_cluster_gives_the_hashes_of_dvc_repro(
     sweep: Workspace, work: Workspace, cluster: Any, tmp_path: Path
 ) -> None:
@@ -134,15 +135,17 @@ def test_without_a_remote_a_cluster_is_refused(fresh: Workspace, tmp_path: Path)
     assert "Traceback" not in output
 
 
-def test_keys_that_are_missing_on_a_node_are_named_before_anything_runs(
+def test_a_paid_judge_needs_a_shared_folder_and_its_key_on_every_node(
     work: Workspace, cluster: Any, tmp_path: Path
 ) -> None:
-    work.run(
-        sys.executable, "-m", "dvc", "exp", "run", "--dry", "-S", "judge=gpt4", "-S", f"launch.scratch={tmp_path}/s"
-    )
-    work.run("git", "commit", "--quiet", "--all", "--message", "Ask GPT-4")
+    """Both are said before anything runs. The parameters are composed as `dvc exp run -S` would."""
+    command = [sys.executable, "-m", "prefscan.launch", "--dirty", "--address", cluster.address, "judge=gpt4"]
+    command += [f"launch.scratch={tmp_path}/scratch"]
+    output = work.run(*command, fails=True)
+    assert "launch.state: null, and each node would pay the judge anew and keep a budget of its own" in output
+    assert yaml.safe_load((work.folder / "params.yaml").read_text())["judge"]["kind"] == "openai"
     assert "OPENAI_API_KEY" not in os.environ
-    output = work.run(sys.executable, "-m", "prefscan.launch", "--address", cluster.address, fails=True)
+    output = work.run(*command, f"launch.state={tmp_path}/state", fails=True)
     assert "127.0.0.1: OPENAI_API_KEY is not set; export it where `ray start` runs" in output
     assert "Traceback" not in output
-    assert not (tmp_path / "s/clones/inputs").exists()
+    assert not list((tmp_path / "scratch/clones").iterdir())

@@ -53,6 +53,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_read_only_folders(sweep: Workspace, tmp_path: Path) -> None:
     """For root, permissions do not count: the folders are file systems that are full, or mounted read-only."""
     work = sweep.copy(tmp_path / "work")
@@ -99,6 +100,7 @@ def kill(work: Workspace, module: str, begun: Callable[[psutil.Process], bool]) 
     return text
 
 
+@pytest.mark.slow
 def test_kill_9_in_train_answer_and_mtbench(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     train, answer, mtbench = (f"{module}@{CELL}" for module in ("train", "answer", "mtbench"))
