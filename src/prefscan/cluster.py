@@ -127,6 +127,8 @@ def check_node(place: Place, variables: list[str], versions: dict[str, str], tok
                 pass
         except OSError as error:
             complaints.append(f"{folder} cannot be written ({error.strerror}); set launch.scratch or launch.state")
+    if place.clones.exists() and place.clones.stat().st_uid != os.getuid():  # code is run from there
+        complaints.append(f"{place.clones} is another user's; set launch.scratch")
     if place.marker and not place.marker.exists():
         complaints.append(f"the DVC remote {place.marker.parent} is not there; mount it")
     if token is not None and token != read_token(place):

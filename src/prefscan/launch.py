@@ -13,6 +13,7 @@ everything, with a checkpoint of what is in training, and the same command goes 
 import argparse
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -195,7 +196,10 @@ def main() -> None:
     try:
         with FileLock(".prefscan/launch.lock", timeout=0):
             if arguments.overrides:
-                load(compose(arguments.overrides, Path("params.yaml")))
+                with tempfile.TemporaryDirectory() as folder:
+                    composed = compose(arguments.overrides, Path(folder) / "params.yaml")
+                    load(composed)  # refuses what is wrong before it replaces what was right
+                    shutil.copyfile(composed, "params.yaml")
             code = launch_sweep(arguments.address, arguments.dirty)
     except Timeout:
         raise UserError("another launch runs in this workspace; wait for it, or end it") from None
