@@ -276,20 +276,20 @@ def test_out_of_memory_is_an_error_and_no_answer(
 ) -> None:
     """In the second batch, when there are answers that could be written."""
     prepare(in_tmp, tiny_model, monkeypatch, "base")
-    forward, prompts = model.forward, []
+    forward, prompts = model.base_model.forward, []
 
     def full(*args: Any, **kwargs: Any) -> Any:
         if kwargs["input_ids"].shape[1] > 1:
             prompts.append(kwargs["input_ids"].shape)
-        if len(prompts) > 2:
+        if len(prompts) > 2 * 4:  # both turns of the first batch are read
             raise error
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", full)
+    monkeypatch.setattr(model.base_model, "forward", full)
     monkeypatch.setattr(answer, "load_model", lambda *_: model)
     with pytest.raises(shown, match=message):
         answer.main()
-    assert len(prompts) == 3
+    assert len(prompts) == 9
     assert not list(in_tmp.rglob("base.json*"))
     (left,) = Path(".prefscan/answers/base").iterdir()
     assert len(left.read_text().splitlines()) == 4  # the first batch, for the next run

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
 
 from prefscan import generation
 from prefscan.errors import UserError
@@ -106,9 +106,11 @@ def test_a_second_turn_from_the_cache_is_the_one_without(model: Any, tokenizer: 
     assert [reply.prompt for reply in reused] == prompts
     for ours, theirs in zip(reused, fresh, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
-    # What the prompts add to the first ones, and no first prompt.
-    assert read[0] <= max(len(prompt) - len(reply.prompt) for prompt, reply in zip(prompts, first, strict=True))
-    assert set(read[1:]) <= {1}
+    # What a prompt adds to the first one but its last token, and no position of padding; then a token at a time.
+    added = [len(prompt) - len(reply.prompt) for prompt, reply in zip(prompts, first, strict=True)]
+    assert all(count < most for count, most in zip(read, added, strict=False))
+    assert len(read) > 3
+    assert set(read[3:]) == {1}
 
 
 def test_what_a_template_says_anew_of_the_past_is_computed_anew(model: Any, tokenizer: Any) -> None:
@@ -121,31 +123,74 @@ def test_what_a_template_says_anew_of_the_past_is_computed_anew(model: Any, toke
     assert [reply.tokens for reply in reused] == [reply.tokens for reply in fresh]
     assert again is not None
     for row, reply in enumerate(reused):  # and the context says what the cache now holds
-        held = again.slots[row][again.mask[row]].tolist()
+        held = again.tokens[row]
         assert held == (reply.prompt + reply.tokens)[: len(held)]
         assert len(held) >= len(reply.prompt) + len(reply.tokens) - 1
+        alone = model(torch.tensor([held])).past_key_values.layers[-1]
+        places = slice(again.starts[row], again.starts[row] + len(held))
+        layer = again.cache.layers[-1]
+        assert torch.allclose(layer.keys[row, :, places], alone.keys[0], atol=1e-5)
+        assert torch.allclose(layer.values[row, :, places], alone.values[0], atol=1e-5)
 
 
-def test_a_cache_that_forgets_is_not_reused(model: Any, tokenizer: Any) -> None:
-    """Under a sliding window the slots of masked tokens would push others out."""
+def by_transformers(model: Any, tokenizer: Any, prompt: list[int], count: int) -> list[int]:
+    """A greedy reply to one prompt, by transformers' own generation and cache."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=generation.end_tokens(model.generation_config, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return list(output[0, len(prompt) :].tolist())
+
+
+def mistral(model: Any, **changes: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": model.config.vocab_size}
-    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
-    sliding = AutoModelForCausalLM.from_config(config).eval()
-    replies, context, _ = first_turn(sliding, tokenizer, [0.0] * 3)
-    assert len(replies) == 3
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, **changes)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("window", [None, 8, 40], ids=["no window", "within a prompt", "within a reply"])
+def test_both_turns_are_those_of_transformers_one_by_one(model: Any, tokenizer: Any, window: int | None) -> None:
+    """In a batch of unlike lengths, and where layers look back over a sliding window only."""
+    other = mistral(model, sliding_window=window)
+    replies, context, prompts = first_turn(other, tokenizer, [0.0] * 3)
+    again, _ = generate(other, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12, context)
+    for reply in [*replies, *again]:
+        assert reply.tokens == by_transformers(other, tokenizer, reply.prompt, 12)
+    if window:  # and the window does count
+        unlimited = mistral(model, sliding_window=None)
+        assert any(r.tokens != by_transformers(unlimited, tokenizer, r.prompt, 12) for r in [*replies, *again])
+
+
+def test_a_model_with_a_state_of_another_kind_answers_without_the_cache(model: Any, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": model.config.vocab_size}
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**sizes, initializer_range=0.5)).eval()
+    replies, context, prompts = first_turn(mamba, tokenizer, [0.0] * 3)
     assert context is None
+    again, _ = generate(mamba, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12, context)
+    for reply in [*replies, *again]:
+        assert reply.tokens == by_transformers(mamba, tokenizer, reply.prompt, 12)
 
 
 def test_the_cache_takes_the_bytes_that_the_arithmetic_says(model: Any, tokenizer: Any) -> None:
     _, context, _ = first_turn(model, tokenizer, [0.0] * 3)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
-    assert held == context.slots.numel() * cache_bytes(model)
+    slots = context.cache.get_seq_length()
+    assert held == len(QUESTIONS) * slots * cache_bytes(model)
+    # The memory that was set aside is what the rows can come to.
+    whole = sum(memory.nbytes for layer in context.cache.layers for memory in layer.memory)
+    longest = max(len(tokens) + start for tokens, start in zip(context.tokens, context.starts, strict=True))
+    assert slots == longest
+    assert held <= whole
 
 
 @pytest.mark.parametrize(
     ("batch_size", "free", "rows"),
-    [("auto", 1.0, 1), ("auto", 2.5, 1), ("auto", 12.6, 5), ("auto", 1e6, 32), (3, 3.0, 3), (64, 64.0, 64)],
+    [("auto", 1.0, 1), ("auto", 2.5, 1), ("auto", 12.6, 5), ("auto", 1e6, 40), (3, 3.0, 3), (64, 64.0, 64)],
 )
 def test_as_many_conversations_as_fit(
     model: Any, monkeypatch: pytest.MonkeyPatch, batch_size: int | str, free: float, rows: int

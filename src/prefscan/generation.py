@@ -28,10 +28,10 @@ from prefscan.memory import free_bytes
 
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
 REPEATED = 4  # tokens of the n-grams whose repetition is counted
-# Of the free memory, for the cache of keys and values, which doubles for a moment when a layer of it grows.
+# Of the free memory, for the cache of keys and values, which is there twice for a moment when a turn begins.
 SHARE = 0.4
-# More rows speed a CPU up no further (benchmarks/answers.py), and a killed stage loses the batch it was at.
-MOST_ROWS = 32
+# MT-Bench in two batches: more rows gain little (docs/performance.md), and a killed stage loses the batch it was at.
+MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -91,46 +91,79 @@ class SeededSampling(LogitsProcessor):
         return scores
 
 
-@dataclass(frozen=True)
-class Context:
-    """Keys and values of a batch's conversations so far, and which token stands in each slot.
+class RoomyLayer(DynamicLayer):
+    """Keys and values in memory of their final size, where DynamicLayer copies all that it holds for every new token.
 
-    `slots` and `mask` have the shape `[rows, slots]`; a slot that is not in the mask is padding.
+    `keys` and `values` have the shape `[rows, heads, slots, size]` and are views of what is filled.
     """
 
+    def __init__(self, rows: list[tuple[Tensor, Tensor]], slots: int, room: int) -> None:
+        """From keys and values of one row each, `[1, heads, tokens, size]`, which then end at `slots` of `room`."""
+        super().__init__()
+        self.lazy_initialization(*rows[0])
+        self.memory = []
+        for kind in zip(*rows, strict=True):
+            _, heads, _, size = kind[0].shape
+            memory = kind[0].new_zeros(len(rows), heads, room, size)  # a padding slot's weight of 0 must meet no NaN
+            for row, states in enumerate(kind):
+                memory[row, :, slots - states.shape[2] : slots] = states[0]
+            self.memory.append(memory)
+        self.fill(slots)
+
+    def fill(self, slots: int) -> None:
+        self.keys, self.values = (memory[:, :, :slots] for memory in self.memory)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+            memory[:, :, start:end] = states
+        self.fill(end)
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of a batch's conversations so far: row `i` has those of `tokens[i]`, from slot `starts[i]` on."""
+
     cache: Cache
-    slots: Tensor
-    mask: Tensor
+    tokens: list[list[int]]
+    starts: list[int]
 
-    def continued(self, prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-        """The slots and mask for these prompts: what a row's prompt shares with its past stays, the rest is appended.
-
-        At least a prompt's last token is computed anew, since the model's prediction there is not in the cache.
-        """
-        mask = self.mask.clone()
-        rest = []
-        for row, prompt in enumerate(prompts):
-            places = mask[row].nonzero()[:, 0]
-            past = self.slots[row, places].tolist()
-            shared = next((i for i, (a, b) in enumerate(zip(past, prompt[:-1], strict=False)) if a != b), None)
-            shared = min(len(past), len(prompt) - 1) if shared is None else shared
-            mask[row, places[shared:]] = False
-            rest.append(prompt[shared:])
-        slots, appended = left_padded(rest, pad, self.slots.device)
-        return torch.cat([self.slots, slots], dim=1), torch.cat([mask, appended], dim=1)
+    def shared(self, row: int, prompt: list[int]) -> DynamicCache:
+        """A cache of what the prompt shares with the row's past; at most all but its last token."""
+        past = self.tokens[row]
+        most = min(len(past), len(prompt) - 1)
+        count = next((i for i in range(most) if past[i] != prompt[i]), most)
+        places = slice(self.starts[row], self.starts[row] + count)
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[row : row + 1, :, places], layer.values[row : row + 1, :, places], i)
+        return cache
 
 
-def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, shape `[rows, longest]`."""
-    width = max(map(len, rows))
-    slots = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-    return slots, mask
+def keeps_all(model: PreTrainedModel) -> bool:
+    """Whether the model's layers read keys and values of all past tokens, or of the last ones, and nothing else.
+
+    Not so a layer with a state that each token changes.
+    """
+    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
 
 
-def reusable(cache: Any) -> bool:
-    """Whether rows of a cache can be masked: not where a layer forgets, as under a sliding window."""
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+def read_prompts(model: PreTrainedModel, prompts: list[list[int]], new: int, context: Context | None) -> Cache:
+    """A cache of all but each prompt's last token, with room for that one and `new` more.
+
+    Each prompt is read by itself, so no position is padding. All end in the same slot, so distances between slots are
+    those between tokens, as sliding windows count them.
+    """
+    read = []
+    for row, prompt in enumerate(prompts):
+        own = context.shared(row, prompt) if context else DynamicCache()
+        if rest := prompt[own.get_seq_length() : -1]:
+            model.base_model(input_ids=torch.tensor([rest], device=model.device), past_key_values=own)
+        read.append([(layer.keys, layer.values) for layer in own.layers])
+    slots = max(map(len, prompts)) - 1
+    return Cache(layers=[RoomyLayer(list(rows), slots, slots + 1 + new) for rows in zip(*read, strict=True)])
 
 
 @torch.no_grad()
@@ -142,22 +175,23 @@ def generate(
     max_new_tokens: int,
     context: Context | None = None,
 ) -> tuple[list[Reply], Context | None]:
-    """The reply to each prompt, and the context for the next turn where the model's cache can be reused.
+    """The reply to each prompt, of two tokens or more, and the context for the next turn.
 
-    A `context` is used up: its cache grows in place. An out-of-memory error is an error and never an answer: it leaves
-    this function as it is.
+    There is no context where the model's layers keep something else than keys and values: transformers reads such a
+    model's prompts, padded. An out-of-memory error is an error and never an answer: it leaves this function as it is.
     """
     pad: Any = tokenizer.pad_token_id
-    if context:
-        slots, mask = context.continued(prompts, pad)
-    else:
-        slots, mask = left_padded(prompts, pad, model.device)
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    slots = [[pad] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]
     ends = end_tokens(model.generation_config, tokenizer)
     started = time.perf_counter()
+    cache = read_prompts(model, prompts, max_new_tokens, context) if keeps_all(model) else None
     output: Any = model.generate(
-        input_ids=slots,
-        attention_mask=mask.long(),
-        past_key_values=context and context.cache,
+        input_ids=torch.tensor(slots, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([sampling]),
@@ -168,21 +202,18 @@ def generate(
     seconds = (time.perf_counter() - started) / len(prompts)
     replies = []
     logprobs = torch.stack(sampling.logprobs, dim=1)
-    said = output.sequences[:, slots.shape[1] :]
+    said = output.sequences[:, width:]
     for row, prompt in enumerate(prompts):
         tokens = said[row].tolist()
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         tokens = tokens if end is None else tokens[: end + 1]
         text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         replies.append(Reply(text, prompt, tokens, logprobs[row, : len(tokens)].tolist(), end is None, seconds))
-    cache = output.past_key_values
-    if not reusable(cache):
+    if cache is None:
         return replies, None
     # The last token was chosen and not read, and what follows an end token was read and not said.
-    width = said.shape[1] - 1
-    lengths = torch.tensor([[len(reply.tokens)] for reply in replies], device=said.device)
-    read = torch.arange(width, device=said.device) < lengths
-    return replies, Context(cache, output.sequences[:, :-1], torch.cat([mask, read], dim=1))
+    read = said.shape[1] - 1
+    return replies, Context(cache, [reply.prompt + reply.tokens[:read] for reply in replies], padding)
 
 
 def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
