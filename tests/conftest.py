@@ -23,6 +23,29 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
 )
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+# The files that take longest, so that pytest's two workers end together; those of the pipeline apart, since the first
+# makes the sweep that the others copy.
+FIRST = (
+    "pipeline/test_repro.py",
+    "benchmarks/test_train_step.py",
+    "test_train.py",
+    "test_serving.py",
+    "test_launch.py",
+    "pipeline/test_review.py",
+    "pipeline/test_faults.py",
+    "test_checkpoints.py",
+    "pipeline/test_declared.py",
+    "test_asking.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

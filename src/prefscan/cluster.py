@@ -10,6 +10,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -102,23 +104,38 @@ def key_variables(params: Params) -> list[str]:
     return sorted({name for name in named if name})
 
 
-def token_file(place: Place) -> Path:
-    return place.state / ".prefscan/launch/token"
+@dataclass(frozen=True)
+class Needs:
+    """What every node must have: versions of libraries, environment variables, and a file in a shared state folder."""
+
+    versions: dict[str, str]
+    variables: list[str]
+    token: Path | None
 
 
-def read_token(place: Place) -> str | None:
-    return token_file(place).read_text() if token_file(place).exists() else None
+@contextmanager
+def needed(place: Place, params: Params) -> Iterator[Needs]:
+    """What nodes need while the `with` block runs."""
+    token = place.state / f".prefscan/launch/{uuid4().hex}.token" if params.launch.state else None
+    if token:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    try:
+        yield Needs({name: _version(name) for name in LIBRARIES}, key_variables(params), token)
+    finally:
+        if token:
+            token.unlink(missing_ok=True)
 
 
-def check_node(place: Place, variables: list[str], versions: dict[str, str], token: str | None) -> list[str]:
-    """A Ray task: why the node cannot work, in sentences. Removes what is damaged from its cache, to be made again."""
+def complaints_of(place: Place, needs: Needs) -> list[str]:
+    """Why this node cannot work, in sentences."""
     complaints = [
         f"{name} is {own} there and {version} here; install constraints.txt"
-        for name, version in versions.items()
+        for name, version in needs.versions.items()
         if (own := _version(name)) != version
     ]
     complaints += [
-        f"{name} is not set; export it where `ray start` runs" for name in variables if not os.environ.get(name)
+        f"{name} is not set; export it where `ray start` runs" for name in needs.variables if not os.environ.get(name)
     ]
     for folder in (place.clones, place.cache, place.state):
         try:
@@ -129,12 +146,18 @@ def check_node(place: Place, variables: list[str], versions: dict[str, str], tok
             complaints.append(f"{folder} cannot be written ({error.strerror}); set launch.scratch or launch.state")
     if place.clones.exists() and place.clones.stat().st_uid != os.getuid():  # code is run from there
         complaints.append(f"{place.clones} is another user's; set launch.scratch")
-    if place.marker and not place.marker.exists():
-        complaints.append(f"the DVC remote {place.marker.parent} is not there; mount it")
-    if token is not None and token != read_token(place):
+    if needs.token and not needs.token.exists():
         complaints.append(
             f"launch.state: {place.state} is not the folder of that name on the launching machine; share it"
         )
+    return complaints
+
+
+def check_node(place: Place, needs: Needs) -> list[str]:
+    """A Ray task: why the node cannot work. Removes what is damaged from its cache, to be made again."""
+    complaints = complaints_of(place, needs)
+    if place.marker and not place.marker.exists():
+        complaints.append(f"the DVC remote {place.marker.parent} is not there; mount it")
     if not complaints:
         remove_left_clones(place.clones)
         if place.remote:  # else the cache is the workspace's, and the launch has checked it
@@ -149,20 +172,12 @@ def _version(name: str) -> str:
         return "missing"
 
 
-def check_nodes(place: Place, params: Params) -> None:
-    """Raises UserError with what each node lacks; looks at all nodes at once."""
+def check_nodes(place: Place, needs: Needs) -> None:
+    """Raises UserError with what each node lacks; looks at all of them at once."""
     task = ray.remote(num_cpus=0)(check_node)
-    versions = {name: _version(name) for name in LIBRARIES}
-    token = None
-    if params.launch.state is not None:
-        token = uuid4().hex
-        token_file(place).parent.mkdir(parents=True, exist_ok=True)
-        token_file(place).write_text(token)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     checks = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            place, key_variables(params), versions, token
-        )
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(place, needs)
         for node in nodes
     ]
     try:
@@ -192,15 +207,18 @@ class Board:
 
 
 def run_on_node(
-    chain: Chain, archive: bytes, place: Place, attempts: int, patience: float, board: Any, *before: Outcome
+    chain: Chain, archive: bytes, place: Place, needs: Needs, launch: Launch, board: Any, *before: Outcome
 ) -> Outcome:
-    """A Ray task: the chain, unless one that it waits for has failed."""
+    """A Ray task: the chain, unless one that it waits for has failed, or the node joined later and is not fit."""
     if any(outcome.error for outcome in before):
         return Outcome(chain.name, 0.0, "", error=NOT_RUN)
-    return run_chain(chain, archive, place, attempts, patience, lambda progress: board.put.remote(chain.name, progress))
+    if complaints := complaints_of(place, needs):
+        return Outcome(chain.name, 0.0, os.uname().nodename, error="\n".join(complaints))
+    report = partial(board.put.remote, chain.name)
+    return run_chain(chain, archive, place, launch.attempts, launch.patience, report)
 
 
-def run_all(chains: list[Chain], params: Params, place: Place, archive: bytes) -> list[Outcome]:
+def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, archive: bytes) -> list[Outcome]:
     """Run the chains on the cluster; returns how each ended. Ctrl-C ends them with their checkpoints saved."""
     launch = params.launch
     # On this node: it is lost with nothing but the launch itself.
@@ -214,7 +232,7 @@ def run_all(chains: list[Chain], params: Params, place: Place, archive: bytes) -
         options = {"num_cpus": launch.num_cpus, "num_gpus": gpus, "max_retries": launch.attempts - 1}
         before = [refs[name] for name in chain.after]
         refs[chain.name] = task.options(name=chain.name, **options).remote(
-            chain, shipped, place, launch.attempts, launch.patience, board, *before
+            chain, shipped, place, needs, launch, board, *before
         )
     display = Display(chains, room(params), launch.usd_per_hour)
     of_ref = {refs[chain.name]: chain for chain in chains}

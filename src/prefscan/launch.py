@@ -118,10 +118,10 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from prefscan import cluster  # Ray reads these variables when it is imported
 
-    with cluster.connected(params, address):
+    with cluster.connected(params, address), cluster.needed(place, params) as needs:
         signal.signal(signal.SIGTERM, interrupted)  # Ray has put its own in place
-        cluster.check_nodes(place, params)
-        return cluster.run_all(chains, params, place, archive)
+        cluster.check_nodes(place, needs)
+        return cluster.run_all(chains, params, place, needs, archive)
 
 
 def restore(targets: list[str], place: Place, patience: float) -> int:

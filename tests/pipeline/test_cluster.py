@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.workspace import ROOT, Workspace
+from prefscan.clones import Chain, Place
 
 
 @pytest.fixture
@@ -149,3 +150,21 @@ def test_a_paid_judge_needs_a_shared_folder_and_its_key_on_every_node(
     assert "127.0.0.1: OPENAI_API_KEY is not set; export it where `ray start` runs" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "scratch/clones").iterdir())
+
+
+def test_a_node_that_joined_later_and_is_not_fit_runs_no_cell(tmp_path: Path, params: Any) -> None:
+    """The nodes that are there at the start are asked before; this is the task that Ray gives to any of them."""
+    from prefscan.cluster import Needs, run_on_node
+
+    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path, remote={}, marker=None, threads=None)
+    needs = Needs({"dvc": "0.1", "no-such-library": "2"}, ["PREFSCAN_TEST_KEY"], tmp_path / "0.token")
+    chain = Chain("base", ("answer-base",), ())
+    outcome = run_on_node(chain, b"no archive: it would not be unpacked", place, needs, params.launch, None)
+    assert re.sub(r"^dvc is \S+", "dvc is X", outcome.error).splitlines() == [
+        "dvc is X there and 0.1 here; install constraints.txt",
+        "no-such-library is missing there and 2 here; install constraints.txt",
+        "PREFSCAN_TEST_KEY is not set; export it where `ray start` runs",
+        f"launch.state: {tmp_path} is not the folder of that name on the launching machine; share it",
+    ]
+    assert outcome.node == os.uname().nodename
+    assert not list(place.clones.iterdir())

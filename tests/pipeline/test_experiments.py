@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.workspace import Workspace
 
 
+@pytest.mark.slow
 def test_an_experiment_with_another_seed_is_compared_with_its_branch(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     work.dvc("exp", "run", "-S", "seed=1", "-S", "sweep=none", "--name", "seed1")

@@ -77,6 +77,7 @@ def test_the_study_is_54_train_stages(sweep: Workspace, tmp_path: Path) -> None:
     assert len({stage for stage in planned if stage.startswith("train@")}) == 54
 
 
+@pytest.mark.slow
 def test_one_cell_alone_in_another_clone_is_bit_identical(sweep: Workspace, tmp_path: Path) -> None:
     clone = sweep.clone(tmp_path / "clone")
     ran = stages_run(clone.dvc("repro", "train@kto_pair-0.1-3"))
