@@ -276,7 +276,7 @@ def test_out_of_memory_is_an_error_and_no_answer(
 ) -> None:
     """In the second batch, when there are answers that could be written."""
     prepare(in_tmp, tiny_model, monkeypatch, "base")
-    forward, prompts = model.base_model.forward, []
+    forward, prompts = model.forward, []
 
     def full(*args: Any, **kwargs: Any) -> Any:
         if kwargs["input_ids"].shape[1] > 1:
@@ -285,7 +285,7 @@ def test_out_of_memory_is_an_error_and_no_answer(
             raise error
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model.base_model, "forward", full)
+    monkeypatch.setattr(model, "forward", full)
     monkeypatch.setattr(answer, "load_model", lambda *_: model)
     with pytest.raises(shown, match=message):
         answer.main()

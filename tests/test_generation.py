@@ -1,11 +1,12 @@
 """Generation: exact seeded sampling, a second turn from the first one's cache, and batches that fit into memory."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, MistralConfig
 
 from prefscan import generation
 from prefscan.errors import UserError
@@ -165,19 +166,47 @@ def test_both_turns_are_those_of_transformers_one_by_one(model: Any, tokenizer: 
         assert any(r.tokens != by_transformers(unlimited, tokenizer, r.prompt, 12) for r in [*replies, *again])
 
 
-def test_a_model_with_a_state_of_another_kind_answers_without_the_cache(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "setting", [{"use_cache": False}, {"cache_implementation": "static"}], ids=lambda setting: next(iter(setting))
+)
+def test_a_models_own_way_to_cache_does_not_count(model: Any, tokenizer: Any, setting: dict[str, Any]) -> None:
+    """As the generation configs of some fine-tuned models have it."""
+    expected = [reply.tokens for reply in first_turn(model, tokenizer, [0.0] * 3)[0]]
+    model.generation_config.update(**setting)
+    replies, context, _ = first_turn(model, tokenizer, [0.0] * 3)
+    assert [reply.tokens for reply in replies] == expected
+    assert context is not None
+
+
+STATES = {
+    "a state alone": MambaConfig(state_size=4),
+    "a state beside keys and values": FalconH1Config(
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_model_with_a_state_answers_without_the_cache(model: Any, tokenizer: Any, kind: str) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": model.config.vocab_size}
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(**sizes, initializer_range=0.5)).eval()
-    replies, context, prompts = first_turn(mamba, tokenizer, [0.0] * 3)
+    config = deepcopy(STATES[kind])
+    config.update({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": model.config.vocab_size})
+    other = AutoModelForCausalLM.from_config(config).eval()
+    replies, context, prompts = first_turn(other, tokenizer, [0.0] * 3)
     assert context is None
-    again, _ = generate(mamba, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12, context)
+    again, _ = generate(other, tokenizer, prompts, SeededSampling(["1", "2", "3"], [0.0] * 3), 12, context)
     for reply in [*replies, *again]:
-        assert reply.tokens == by_transformers(mamba, tokenizer, reply.prompt, 12)
+        assert reply.tokens == by_transformers(other, tokenizer, reply.prompt, 12)
 
 
 def test_the_cache_takes_the_bytes_that_the_arithmetic_says(model: Any, tokenizer: Any) -> None:
-    _, context, _ = first_turn(model, tokenizer, [0.0] * 3)
+    replies, context, _ = first_turn(model, tokenizer, [0.0] * 3)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
     slots = context.cache.get_seq_length()
     assert held == len(QUESTIONS) * slots * cache_bytes(model)
@@ -185,7 +214,7 @@ def test_the_cache_takes_the_bytes_that_the_arithmetic_says(model: Any, tokenize
     whole = sum(memory.nbytes for layer in context.cache.layers for memory in layer.memory)
     longest = max(len(tokens) + start for tokens, start in zip(context.tokens, context.starts, strict=True))
     assert slots == longest
-    assert held <= whole
+    assert (held == whole) == any(reply.cut for reply in replies)  # the limit of new tokens fills all of it
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -144,9 +145,9 @@ def complaints_of(place: Place, needs: Needs) -> list[str]:
                 pass
         except OSError as error:
             complaints.append(f"{folder} cannot be written ({error.strerror}); set launch.scratch or launch.state")
-    if place.clones.exists() and place.clones.stat().st_uid != os.getuid():  # code is run from there
+    if os.path.exists(place.clones) and place.clones.stat().st_uid != os.getuid():  # code is run from there
         complaints.append(f"{place.clones} is another user's; set launch.scratch")
-    if needs.token and not needs.token.exists():
+    if needs.token and not os.path.exists(needs.token):  # Path.exists raises for a folder that may not be looked into
         complaints.append(
             f"launch.state: {place.state} is not the folder of that name on the launching machine; share it"
         )
@@ -209,12 +210,19 @@ class Board:
 def run_on_node(
     chain: Chain, archive: bytes, place: Place, needs: Needs, launch: Launch, board: Any, *before: Outcome
 ) -> Outcome:
-    """A Ray task: the chain, unless one that it waits for has failed, or the node joined later and is not fit."""
+    """A Ray task: the chain, unless one that it waits for has failed, or the node joined later and is not fit.
+
+    An unfit node keeps its chain for `launch.patience` seconds: failing at once, it would take one after the other.
+    """
     if any(outcome.error for outcome in before):
         return Outcome(chain.name, 0.0, "", error=NOT_RUN)
-    if complaints := complaints_of(place, needs):
-        return Outcome(chain.name, 0.0, os.uname().nodename, error="\n".join(complaints))
     report = partial(board.put.remote, chain.name)
+    deadline = time.monotonic() + launch.patience
+    while complaints := complaints_of(place, needs):
+        if time.monotonic() > deadline:
+            return Outcome(chain.name, launch.patience, os.uname().nodename, error="\n".join(complaints))
+        report(Progress("node not fit"))
+        time.sleep(1)
     return run_chain(chain, archive, place, launch.attempts, launch.patience, report)
 
 

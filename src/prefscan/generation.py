@@ -22,13 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from prefscan.errors import UserError
 from prefscan.memory import free_bytes
 
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
 REPEATED = 4  # tokens of the n-grams whose repetition is counted
-# Of the free memory, for the cache of keys and values, which is there twice for a moment when a turn begins.
+# Of the free memory, for the cache of keys and values, which is there twice while the second turn's prompts are read.
 SHARE = 0.4
 # MT-Bench in two batches: more rows gain little (docs/performance.md), and a killed stage loses the batch it was at.
 MOST_ROWS = 40
@@ -97,18 +98,20 @@ class RoomyLayer(DynamicLayer):
     `keys` and `values` have the shape `[rows, heads, slots, size]` and are views of what is filled.
     """
 
-    def __init__(self, rows: list[tuple[Tensor, Tensor]], slots: int, room: int) -> None:
-        """From keys and values of one row each, `[1, heads, tokens, size]`, which then end at `slots` of `room`."""
+    def __init__(self, like: DynamicLayer, rows: int, slots: int, room: int) -> None:
+        """`slots` of `room` are filled with zeros: the weight of 0 that a padding slot has must meet no NaN."""
         super().__init__()
-        self.lazy_initialization(*rows[0])
-        self.memory = []
-        for kind in zip(*rows, strict=True):
-            _, heads, _, size = kind[0].shape
-            memory = kind[0].new_zeros(len(rows), heads, room, size)  # a padding slot's weight of 0 must meet no NaN
-            for row, states in enumerate(kind):
-                memory[row, :, slots - states.shape[2] : slots] = states[0]
-            self.memory.append(memory)
+        self.lazy_initialization(like.keys, like.values)
+        self.memory = [
+            states.new_zeros(rows, states.shape[1], room, states.shape[3]) for states in (like.keys, like.values)
+        ]
         self.fill(slots)
+
+    def put(self, row: int, layer: DynamicLayer) -> None:
+        """A row's own keys and values, to end where the filled slots end."""
+        start = self.get_seq_length() - layer.get_seq_length()
+        self.keys[row, :, start:] = layer.keys[0]
+        self.values[row, :, start:] = layer.values[0]
 
     def fill(self, slots: int) -> None:
         self.keys, self.values = (memory[:, :, :slots] for memory in self.memory)
@@ -147,23 +150,29 @@ def keeps_all(model: PreTrainedModel) -> bool:
 
     Not so a layer with a state that each token changes.
     """
-    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def read_prompts(model: PreTrainedModel, prompts: list[list[int]], new: int, context: Context | None) -> Cache:
-    """A cache of all but each prompt's last token, with room for that one and `new` more.
+    """A cache of all but each prompt's last token, with room for that one and the `new` ones but their last.
 
     Each prompt is read by itself, so no position is padding. All end in the same slot, so distances between slots are
-    those between tokens, as sliding windows count them.
+    those between tokens, as sliding windows count them. The context's own cache is emptied.
     """
-    read = []
+    slots = max(map(len, prompts)) - 1
+    layers: list[RoomyLayer] = []
     for row, prompt in enumerate(prompts):
         own = context.shared(row, prompt) if context else DynamicCache()
         if rest := prompt[own.get_seq_length() : -1]:
-            model.base_model(input_ids=torch.tensor([rest], device=model.device), past_key_values=own)
-        read.append([(layer.keys, layer.values) for layer in own.layers])
-    slots = max(map(len, prompts)) - 1
-    return Cache(layers=[RoomyLayer(list(rows), slots, slots + 1 + new) for rows in zip(*read, strict=True)])
+            ids = torch.tensor([rest], device=model.device)
+            model(input_ids=ids, past_key_values=own, use_cache=True, logits_to_keep=1)
+        layers = layers or [RoomyLayer(layer, len(prompts), slots, slots + new) for layer in own.layers]
+        for layer, filled in zip(layers, own.layers, strict=True):
+            layer.put(row, filled)
+    if context:
+        context.cache.layers.clear()
+    return Cache(layers=layers)
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def generate(
     max_new_tokens: int,
     context: Context | None = None,
 ) -> tuple[list[Reply], Context | None]:
-    """The reply to each prompt, of two tokens or more, and the context for the next turn.
+    """The reply to each prompt, of two tokens or more, and the context for the next turn; `context` is used up.
 
     There is no context where the model's layers keep something else than keys and values: transformers reads such a
     model's prompts, padded. An out-of-memory error is an error and never an answer: it leaves this function as it is.
@@ -188,21 +197,22 @@ def generate(
     ends = end_tokens(model.generation_config, tokenizer)
     started = time.perf_counter()
     cache = read_prompts(model, prompts, max_new_tokens, context) if keeps_all(model) else None
-    output: Any = model.generate(
+    sequences: Any = model.generate(
         input_ids=torch.tensor(slots, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         past_key_values=cache,
+        use_cache=True,
+        cache_implementation=None,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([sampling]),
         pad_token_id=pad,
         eos_token_id=ends,
-        return_dict_in_generate=True,
     )
     seconds = (time.perf_counter() - started) / len(prompts)
     replies = []
     logprobs = torch.stack(sampling.logprobs, dim=1)
-    said = output.sequences[:, width:]
+    said = sequences[:, width:]
     for row, prompt in enumerate(prompts):
         tokens = said[row].tolist()
         end = next((i for i, token in enumerate(tokens) if token in ends), None)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -159,7 +160,11 @@ def test_a_node_that_joined_later_and_is_not_fit_runs_no_cell(tmp_path: Path, pa
     place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path, remote={}, marker=None, threads=None)
     needs = Needs({"dvc": "0.1", "no-such-library": "2"}, ["PREFSCAN_TEST_KEY"], tmp_path / "0.token")
     chain = Chain("base", ("answer-base",), ())
-    outcome = run_on_node(chain, b"no archive: it would not be unpacked", place, needs, params.launch, None)
+    shown = []
+    board = SimpleNamespace(put=SimpleNamespace(remote=lambda name, progress: shown.append((name, progress.stage))))
+    launch = params.launch.model_copy(update={"patience": 1})
+    outcome = run_on_node(chain, b"no archive: it would not be unpacked", place, needs, launch, board)
+    assert set(shown) == {("base", "node not fit")}
     assert re.sub(r"^dvc is \S+", "dvc is X", outcome.error).splitlines() == [
         "dvc is X there and 0.1 here; install constraints.txt",
         "no-such-library is missing there and 2 here; install constraints.txt",
