@@ -88,7 +88,9 @@ def test_a_server_that_is_never_healthy_is_stopped(in_tmp: Path, monkeypatch: py
     assert all(ended(process, 5) for process in left)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_server_does_not_outlive_its_stage(in_tmp: Path, tiny_model: Path, number: signal.Signals) -> None:
     script = (
         "import sys, time; from pathlib import Path; from prefscan.serving import running_server\n"

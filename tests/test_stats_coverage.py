@@ -111,6 +111,7 @@ def test_intervals_cover_in_few_studies(questions: int, spread: float) -> None:
     assert_as_documented(count(6, questions, spread, studies=150), spread, studies=150)
 
 
+@pytest.mark.slow
 def test_the_simulation_sees_what_is_not_corrected() -> None:
     """With 54 cells of equal truth, the interval of the best-looking and unadjusted tests fail the same bounds."""
     counts = count(54, 8, 0.0, studies=200)

@@ -116,6 +116,7 @@ def test_kill_9_in_train_answer_and_mtbench(sweep: Workspace, tmp_path: Path) ->
     assert locked(work) == locked(sweep)
 
 
+@pytest.mark.slow
 def test_the_remote_is_gone_for_a_while(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     remote, away = tmp_path / "remote", tmp_path / "away"
@@ -149,6 +150,7 @@ def damage(path: Path, content: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_damaged_objects_of_the_cache(sweep: Workspace, tmp_path: Path) -> None:
     """A truncated base and an adapter with wrong bytes, in a new clone that shares the cache."""
     work = sweep.copy(tmp_path / "work")

@@ -58,6 +58,7 @@ def test_the_plan_knows_what_is_left_and_by_what_speed(sweep: Workspace, tmp_pat
     assert "On 2 workers: " in planned
 
 
+@pytest.mark.slow
 def test_sweep_none_runs_one_cell(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     ran = stages_run(work.dvc("exp", "run", "-S", "sweep=none", "-S", "loss=ipo"))
