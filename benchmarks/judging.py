@@ -3,16 +3,18 @@
     PYTHONPATH=src python benchmarks/judging.py
 
 The server is a process of its own on the loopback interface and answers every request after the latency, as many at
-once as come. Both sides go through the real client, `judge.concurrency` alone differs; each turn is a prompt of its own
-and no store is used. The client and connections are made anew for each side, within its time.
+once as come. Both sides go through the real client, `judge.concurrency` alone differs; each turn is its own prompt.
+The client, its connections and its store of replies are made anew for each side, within its time.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
 import socket
+import tempfile
 import time
 from typing import Any
 
@@ -40,10 +42,11 @@ def serve(listening: socket.socket, latency: float) -> None:
 
 
 def seconds(settings: OpenAIJudge, turns: int) -> float:
-    """For all turns; raises UserError when one has no score."""
-    started = time.perf_counter()
-    verdicts = dict(load_judge(settings).verdicts(Prompt("You judge.", f"Turn {i}.") for i in range(turns)))
-    taken = time.perf_counter() - started
+    """For all turns, none of which is in a store; raises UserError when one has no score."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        started = time.perf_counter()
+        verdicts = dict(load_judge(settings).verdicts(Prompt("You judge.", f"Turn {i}.") for i in range(turns)))
+        taken = time.perf_counter() - started
     if sum(verdict.score == 5 for verdict in verdicts.values()) != turns:
         raise UserError("a turn has no score; the benchmark's own server failed")
     return taken
