@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # as prefscan.launch sets it: a Ray that listens on loopback alone
 )
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# A script's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest, so that pytest's two workers end together; those of the pipeline apart, since the first
 # makes the sweep that the others copy.

@@ -219,6 +219,7 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_200_cells_finish_with_flat_memory_and_no_handle_left_open(tmp_path: Path) -> None:
     """Of the launching process and of Ray's, between a quarter of the cells and the last; about half an hour."""
     cells = 200
@@ -229,8 +230,8 @@ def test_200_cells_finish_with_flat_memory_and_no_handle_left_open(tmp_path: Pat
 
     def measure() -> None:
         done = launched.output.read_text().count(": done in")
-        processes = [launching, *(p for p in launching.children(recursive=True) if "ray" in p.name())]
         with contextlib.suppress(psutil.NoSuchProcess):
+            processes = [launching, *(p for p in launching.children(recursive=True) if "ray" in p.name())]
             sizes = [(p.memory_info().rss, p.num_fds()) for p in processes]
             measured.append((done, sum(rss for rss, _ in sizes), sum(files for _, files in sizes)))
 
