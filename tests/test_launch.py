@@ -180,6 +180,14 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     assert (work / "report.txt").exists()
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
 
+    # What the launch took over, and wrote into dvc.lock at once, is what `dvc repro` takes over stage by stage.
+    assert output.count("Updating lock file") == len(("the chains' stages", "report"))
+    taken = lock_of(work)
+    (work / "dvc.lock").unlink()
+    again = dvc(work, "repro")
+    assert again.stdout.count("is cached - skipping run") == len(taken), again.stdout + again.stderr
+    assert (lock_of(work), ran(work)) == (taken, [])
+
 
 @pytest.mark.slow
 def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
     python -m prefscan.launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml
 
 What cells share runs first, then each cell's chain train → merge → answer → mtbench in a clone of its own; at the end
-`dvc repro` in this workspace restores all of it and makes the report. A chain that fails stops no other. Ctrl-C stops
+this workspace takes all of it over, and `dvc repro` makes the report. A chain that fails stops no other. Ctrl-C stops
 everything, with a checkpoint of what is in training, and the same command goes on. docs/cluster.md has recipes.
 """
 
@@ -19,11 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dvc.exceptions import ReproductionError
+from dvc.repo import Repo
+from dvc.stage import Stage
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
@@ -124,13 +128,38 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         return cluster.run_all(chains, params, place, needs, archive)
 
 
-def restore(targets: list[str], place: Place, patience: float) -> int:
-    """`dvc repro` here, which takes what has run from the cache or the remote; waits for another that runs here.
+def take_over(targets: list[str], pull: bool) -> None:
+    """Take stages that have run elsewhere from the cache or the remote; none may stand before one that it needs.
+
+    `dvc repro` would do the same, but writes dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it
+    is written once. What fails is left to the `dvc repro` that follows, which says what it was.
+    """
+    taken: list[Stage] = []
+
+    def take(stage: Stage, **options: Any) -> Stage | None:
+        if stage.reproduce(**options):
+            taken.append(stage)
+        return None  # or DVC would part the stages with empty lines
+
+    with Repo(_wait_for_lock=True) as repo:
+        try:
+            with suppress(ReproductionError):
+                repo.reproduce(targets, single_item=True, pull=pull, repro_fn=take)
+        finally:
+            if taken:
+                with repo.lock:
+                    taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
+
+
+def restore(made: list[str], targets: list[str], place: Place, patience: float) -> int:
+    """Take over the stages that were made, and `dvc repro` the targets, or all; waits for another that runs here.
 
     Raises UserError where the remote is gone: DVC would run here again what has run elsewhere.
     """
     if gone := await_remote(place, patience):
         raise UserError(f"{gone}, and run `dvc repro --pull`")
+    if made:
+        take_over(made, pull=place.remote is not None)
     pull = ["--pull"] if place.remote else []
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")
@@ -171,10 +200,11 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
             "change and run `dvc repro`"
         )
     ended = {outcome.name for outcome in outcomes if not outcome.error}
+    made = [target for chain in chains if chain.name in ended for target in chain.targets]
     if len(ended) == len(chains):
-        return restore([], place, params.launch.patience)
-    if targets := [target for chain in chains if chain.name in ended for target in chain.targets]:
-        restore(targets, place, params.launch.patience)
+        return restore(made, [], place, params.launch.patience)
+    if made:
+        restore(made, made, place, params.launch.patience)
     report_failures(outcomes)
     return FAILED
 
