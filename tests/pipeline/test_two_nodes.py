@@ -12,6 +12,7 @@ from prefscan.files import read_json
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # two sweeps, one after the other
 def test_two_nodes_make_what_dvc_repro_makes(fresh: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = fresh.copy(tmp_path / "origin")
     (origin.folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0"}))
