@@ -128,8 +128,8 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         return cluster.run_all(chains, params, place, needs, archive)
 
 
-def take_over(targets: list[str], pull: bool) -> None:
-    """Take stages that have run elsewhere from the cache or the remote; none may stand before one that it needs.
+def take_over(made: list[str], pull: bool) -> None:
+    """Take stages that have run elsewhere from the cache or the remote.
 
     `dvc repro` would do the same, but writes dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it
     is written once. What fails is left to the `dvc repro` that follows, which says what it was.
@@ -137,14 +137,14 @@ def take_over(targets: list[str], pull: bool) -> None:
     taken: list[Stage] = []
 
     def take(stage: Stage, **options: Any) -> Stage | None:
-        if stage.reproduce(**options):
+        if stage.addressing in made and stage.reproduce(**options):
             taken.append(stage)
         return None  # or DVC would part the stages with empty lines
 
     with Repo(_wait_for_lock=True) as repo:
         try:
             with suppress(ReproductionError):
-                repo.reproduce(targets, single_item=True, pull=pull, repro_fn=take)
+                repo.reproduce(pull=pull, repro_fn=take)
         finally:
             if taken:
                 with repo.lock:
