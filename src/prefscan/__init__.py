@@ -1,5 +1,6 @@
 """prefscan: which preference-tuning loss, at which β and how many steps, makes the better chat model?"""
 
+import gc
 import os
 
 # Read when torch loads OpenMP and first allocates, hence here. Threads that spin while they wait turned a 13 s training
@@ -9,5 +10,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Huge pages: the page faults of fresh activations were a tenth to a fifth of a training step (docs/performance.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# torch, transformers and trl make so many objects when imported that Python's collector, which walks them again and
+# again, took a third of a stage's start (docs/performance.md).
+gc.set_threshold(100_000, 20, 20)
 
 __version__ = "0.1.0"

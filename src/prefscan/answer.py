@@ -25,8 +25,6 @@ import torch
 from rich.progress import Progress
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.asking import ask_questions
-from prefscan.chat import make_client
 from prefscan.errors import UserError, run_stage
 from prefscan.files import BAD_JSON, write_json, write_jsonl
 from prefscan.generation import Reply, SeededSampling, end_tokens, generate, prompt_ids, settled_batch_size
@@ -46,7 +44,6 @@ from prefscan.paths import (
     UNFINISHED_ANSWERS,
 )
 from prefscan.records import Question, read_records
-from prefscan.serving import running_server
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
 TEMPERATURES = {
@@ -266,6 +263,11 @@ def answers_of_server(
 
     A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
     """
+    # Here, since the openai client takes seconds to import.
+    from prefscan.asking import ask_questions
+    from prefscan.chat import make_client
+    from prefscan.serving import running_server
+
     answer, server = params.answer, params.answer.server
     assert server  # by the schema
     model, adapter = (BASE, None) if key == "base" else parts_of_cell(MERGED / key)

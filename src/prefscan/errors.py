@@ -1,6 +1,7 @@
 """The one exception whose text is meant for the user, and how a stage ends with it."""
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ class UserError(Exception):
 
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's `main`; end with one sentence on standard error and exit status 1 where the user can mend it."""
+    gc.freeze()  # what was imported stays, and is walked neither by the collector nor at the interpreter's end
     try:
         main()
     except UserError as error:
