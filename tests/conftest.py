@@ -23,6 +23,8 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # as prefscan.launch sets it: a Ray that listens on loopback alone
 )
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Stages leave bytecode beside their code, as they do for a user.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A script's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
