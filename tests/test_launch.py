@@ -32,7 +32,7 @@ def of_cell(key: str) -> tuple[str, ...]:
 class Launched:
     """A launch in a folder, its output in a file."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, background: bool = False) -> None:
         self.output = folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
@@ -41,6 +41,8 @@ class Launched:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # As a script's shell does with what it starts by `&`.
+                preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if background else None,
             )
 
     def wait(self, seconds: float = 300) -> tuple[int, str]:
@@ -194,11 +196,14 @@ def test_stopped_and_killed_launches_leave_nothing_running_and_the_next_goes_on(
     """Ctrl-C, kill -9 of the launching process, a second launch beside the first, and the user's own `dvc repro`."""
     work = make_logging(tmp_path / "work", 15)
     begun = [f"Running stage 'train@{key}'" for key in CELLS]
-    for stop in (lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)):
-        stopped = Launched(work, "--dirty")
+    for background, stop in (
+        (False, lambda pid: os.killpg(pid, signal.SIGINT)),  # a terminal's Ctrl-C goes to the whole group
+        (True, lambda pid: os.kill(pid, signal.SIGTERM)),
+    ):
+        stopped = Launched(work, "--dirty", background=background)
         wait_for(lambda: begun[0] in log(work, CELLS[0]) and begun[1] in log(work, CELLS[1]))
-        stop(stopped.process.pid)  # a terminal's Ctrl-C goes to the whole group
-        code, output = stopped.wait()
+        stop(stopped.process.pid)
+        code, output = stopped.wait(60)  # not when Ray's workers are killed, GRACE seconds later
         assert code == STOPPED, output
         assert output.endswith("stopped; the same command goes on\n")
         assert not left_behind(work)

@@ -6,6 +6,7 @@ room, and again where a worker or a node is lost.
 
 import importlib.metadata
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -52,6 +53,16 @@ def connected(params: Params, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def interruptible_children() -> Iterator[None]:
+    """Ray stops a task by SIGINT, which a script's background job ignores, with every process that it starts."""
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
 def start_ray(launch: Launch, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address:
@@ -64,7 +75,7 @@ def start_ray(launch: Launch, address: str | None) -> None:
             ) from None
     else:
         for attempt in Retrying(stop=stop_after_attempt(3), retry=retry_if_exception_message(match=SLOW), reraise=True):
-            with attempt:
+            with attempt, interruptible_children():
                 ray.init(
                     address="local",
                     # Without GPUs, Ray's CPUs are what limits the cells at once; with them, the GPUs alone do.
