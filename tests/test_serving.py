@@ -37,11 +37,6 @@ def ended(process: psutil.Process, seconds: float = 30) -> bool:
     return False
 
 
-def hear_interrupts() -> None:
-    """In a child: a shell starts background jobs, as these tests may be, with SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_server_is_healthy_within_the_block_and_gone_after_it(in_tmp: Path, tiny_model: Path, fails: bool) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -103,7 +98,6 @@ def test_a_server_does_not_outlive_its_stage(in_tmp: Path, tiny_model: Path, num
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        preexec_fn=hear_interrupts,
     )
     assert stage.stdout
     url = stage.stdout.readline().strip()
@@ -181,7 +175,6 @@ def test_one_server_serves_the_base_and_every_cell(trained: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_interrupts,
     )
     assert serving.stdout
     assert serving.stdout.readline() == (
