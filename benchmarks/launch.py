@@ -45,6 +45,7 @@ def sleeping_stages(seconds: float, judge_against: str) -> dict[str, Any]:
     asked = ["data/questions.txt", "conf/start.txt"]
     inputs = ["model", "pairs", "questions"]
     judged = [f"data/answers/{judge_against}.txt"]
+    judge = stage("metrics/judge.txt", ["data/model.txt", "data/questions.txt"])
     nap = {name: share * seconds for name, share in SHARE.items()}
     return {
         "check": stage("data/checked.txt", ["conf/start.txt"], params=("grid",)),
@@ -57,7 +58,12 @@ def sleeping_stages(seconds: float, judge_against: str) -> dict[str, Any]:
         "answer": cells | stage("data/answers/${key}.txt", ["models/merged/${key}.txt", *asked], nap["answer"]),
         "mtbench-base": stage("data/judged/base.txt", ["data/answers/base.txt"]),
         "mtbench": cells | stage("data/judged/${key}.txt", ["data/answers/${key}.txt", *judged], nap["mtbench"]),
-        "report": {"cmd": "cat data/judged/* > report.txt", "deps": ["data/judged"], "outs": ["report.txt"]},
+        "judge-check": judge | {"outs": [], "metrics": [{"metrics/judge.txt": {"cache": False}}]},
+        "report": {
+            "cmd": "cat data/judged/* metrics/judge.txt > report.txt",
+            "deps": ["data/judged", "metrics/judge.txt"],
+            "outs": ["report.txt"],
+        },
     }
 
 

@@ -18,7 +18,7 @@ import yaml
 from launch import make_sleeping
 from prefscan.clones import Chain
 from prefscan.launch import FAILED, STOPPED, plan_chains
-from prefscan.params import Params
+from prefscan.params import Agreement, Params
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
@@ -94,27 +94,38 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
     keys = [cell.key for cell in params.grid.cells]
     everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", "reference", "answer-base"]
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
-    chains = plan_chains(params, everything)
-    assert [chain.name for chain in chains] == ["inputs", "reference", "base", *keys]
+    chains = plan_chains(params, everything, remote=False)
+    assert [chain.name for chain in chains] == ["inputs", "reference", "base", "judge-check", *keys]
     after = {chain.name: chain.after for chain in chains}
     assert after["base"] == ("inputs",)
     assert all(after[key] == ("inputs", "reference", "base") for key in keys)
     assert chains[-1].targets == of_cell(keys[-1])
-    # judge-check and report are made where the launch began, at its end.
-    assert {t for chain in chains for t in chain.targets} == {*everything} - {"judge-check", "report"}
-    only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"])
+    assert after["judge-check"] == ("inputs",)
+    # The report is made where the launch began, at its end.
+    assert {t for chain in chains for t in chain.targets} == {*everything} - {"report"}
+    only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"], False)
     assert only == [
         Chain("base", ("mtbench-base",)),
         Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1]), after=("base",)),
     ]
-    assert plan_chains(params, ["report"]) == []
+    assert plan_chains(params, ["report"], remote=False) == []
+
+
+def test_a_judge_check_that_no_clone_could_make_or_hand_over_is_left_to_the_workspace(params: Params) -> None:
+    """Its files may be in the workspace alone, and no remote gets its result."""
+    stale = ["judge-check", "mtbench-base", "report"]
+    agreement = Agreement(judgements="people.jsonl", answers="answers.jsonl")
+    compared = params.model_copy(update={"agreement": agreement})
+    base = Chain("base", ("mtbench-base",))
+    assert plan_chains(params, stale, remote=False) == [base, Chain("judge-check", ("judge-check",))]
+    assert plan_chains(compared, stale, remote=False) == plan_chains(params, stale, remote=True) == [base]
 
 
 def test_the_model_that_the_others_are_judged_against_goes_first(params: Params) -> None:
     keys = [cell.key for cell in params.grid.cells]
     paired = params.model_copy(update={"judge": params.judge.model_copy(update={"against": keys[2]})})
     chains = plan_chains(
-        paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))]
+        paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))], remote=False
     )
     assert [chain.name for chain in chains][:3] == ["reference", keys[2], "base"]
     assert {chain.after for chain in chains[2:]} == {("reference", keys[2])}
@@ -169,7 +180,11 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     assert re.search(rf"{CELLS[1]} failed on \S+:\n(.*\n)*  prefscan: a fault\n", output)
     assert "Traceback" not in output
     assert ran(work) == sorted([*of_cell(CELLS[0]), f"train@{CELLS[1]}", *of_cell(CELLS[2])])
-    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), "reference", "mtbench-base"} <= set(lock_of(work))
+    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), "reference", "mtbench-base", "judge-check"} <= set(lock_of(work))
+    # What git keeps and DVC's cache does not is taken over as well.
+    assert "Running stage 'judge-check'" in log(work, "judge-check")
+    assert "Running stage 'judge-check'" not in output
+    assert (work / "metrics/judge.txt").exists()
     assert not {*of_cell(CELLS[1]), "report"} & set(lock_of(work))
 
     (tmp_path / "fault.txt").write_text("")

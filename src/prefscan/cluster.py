@@ -246,8 +246,9 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
     shipped = ray.put(archive)
     task = ray.remote(run_on_node)
     refs: dict[str, Any] = {}
+    no_gpu = {"inputs", "judge-check"} if params.judge.kind == "openai" else {"inputs"}
     for chain in chains:
-        gpus = 0 if chain.name == "inputs" else launch.num_gpus
+        gpus = 0 if chain.name in no_gpu else launch.num_gpus
         options = {"num_cpus": launch.num_cpus, "num_gpus": gpus, "max_retries": launch.attempts - 1}
         before = [refs[name] for name in chain.after]
         refs[chain.name] = task.options(name=chain.name, **options).remote(

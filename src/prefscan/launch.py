@@ -5,9 +5,10 @@
     python -m prefscan.launch --dirty           # uncommitted changes go along
     python -m prefscan.launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml
 
-What cells share runs first, then each cell's chain train → merge → answer → mtbench in a clone of its own; at the end
-this workspace takes all of it over, and `dvc repro` makes the report. A chain that fails stops no other. Ctrl-C stops
-everything, with a checkpoint of what is in training, and the same command goes on. docs/cluster.md has recipes.
+What cells share runs first, then each cell's chain train → merge → answer → mtbench in a clone of its own, and on one
+machine the judge check beside them; at the end this workspace takes all of it over, and `dvc repro` makes the report.
+A chain that fails stops no other. Ctrl-C stops everything, with a checkpoint of what is in training, and the same
+command goes on. docs/cluster.md has recipes.
 """
 
 import argparse
@@ -56,18 +57,26 @@ FAILED = 1
 STOPPED = 130
 
 
-def plan_chains(params: Params, stale: Iterable[str]) -> list[Chain]:
+def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chain]:
     """The stale stages as chains, in an order in which none stands before what it waits for.
 
-    Every mtbench stage reads the answers of `judge.against`, so that model's chain goes before all others.
+    Every mtbench stage reads the answers of `judge.against`, so that model's chain goes before all others. The judge
+    check goes beside the cells. It is left to the workspace where `agreement` names files, which may be there alone,
+    and where results travel by a `remote`: `dvc push` leaves out what git keeps, as the check's metrics.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
         cell.key: tuple(f"{stage}@{cell.key}" for stage in CELL_STAGES) for cell in params.grid.cells
     }
     first = params.judge.against
-    stages = {"inputs": INPUTS, "reference": ("reference",), first: models.pop(first), **models}
-    after = {"inputs": [], "reference": ["inputs"], first: ["inputs"] if first == "base" else ["inputs", "reference"]}
+    check = {} if params.agreement or remote else {"judge-check": ("judge-check",)}
+    stages = {"inputs": INPUTS, "reference": ("reference",), first: models.pop(first), **check, **models}
+    after = {
+        "inputs": [],
+        "reference": ["inputs"],
+        first: ["inputs"] if first == "base" else ["inputs", "reference"],
+        "judge-check": ["inputs"],
+    }
     found: list[Chain] = []
     for name, names in stages.items():
         targets = tuple(stage for stage in names if stage in stale)
@@ -189,9 +198,9 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
         listed = ", ".join(changes[:10]) + (f" and {len(changes) - 10} more" if len(changes) > 10 else "")
         raise UserError(f"not committed: {listed}; commit, or take the changes along with --dirty")
     place = settle_place(params, address is not None)
-    chains = plan_chains(params, stale_stages(missing_data_is_stale=True))
+    chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
     if chains and address is None and check_cache()[1]:  # on a cluster, each node checks its own
-        chains = plan_chains(params, stale_stages(missing_data_is_stale=True))
+        chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
     tree = workspace_tree()
     outcomes = run_chains(chains, params, place, address, snapshot(tree)) if chains else []
     if changes := changed_since(tree):
