@@ -34,9 +34,13 @@ def error(status: int, message: str = "no") -> Reply:
 
 @dataclass
 class ChatServer:
-    """`answer` gets a request's JSON and its number, from 0; `requests` and `keys` record what came."""
+    """`answer` gets a request's JSON and its number, from 0; `requests` and `keys` record what came.
+
+    `models` are the names that it lists; with None it has no list.
+    """
 
     answer: Callable[[dict[str, Any], int], Reply]
+    models: list[str] | None = None
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -45,10 +49,22 @@ class ChatServer:
 
 
 @contextmanager
-def chat_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[ChatServer]:
-    served = ChatServer(answer)
+def chat_server(
+    answer: Callable[[dict[str, Any], int], Reply], models: list[str] | None = None
+) -> Iterator[ChatServer]:
+    served = ChatServer(answer, models)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listed = served.models is not None and self.path == "/v1/models"
+            data = [{"id": name, "object": "model"} for name in served.models or ()]
+            body = json.dumps({"object": "list", "data": data} if listed else {}).encode()
+            self.send_response(200 if listed else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with served.lock:

@@ -336,6 +336,18 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
     assert results() == whole
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_kept_answers_may_hold_every_sign(tmp_path: Path, sign: str) -> None:
+    """Signs that str.splitlines takes for a line's end, and JSON does not."""
+    rows = [{"record": {"question_id": number, "text": f"one{sign}two"}} for number in (81, 82)]
+    path = tmp_path / "kept.jsonl"
+    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(whole + '{"record": {"ques', encoding="utf-8")
+    assert list(answer.read_finished(path).values()) == rows
+    assert path.read_text(encoding="utf-8") == whole
+    assert list(answer.read_finished(path).values()) == rows
+
+
 @pytest.mark.parametrize("change", ["seed", "answer", "questions", "weights"])
 def test_answers_of_another_result_are_not_used(
     in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, change: str

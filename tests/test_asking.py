@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from chat_server import Reply, chat_server, completion, error
 from mtbench_data import CATEGORIES, make_questions, openai_judge, write_params, write_questions
 from prefscan import answer, mtbench
 from prefscan.answer import TEMPERATURES
-from prefscan.asking import request_body, request_seed
+from prefscan.asking import ask_question, request_body, request_seed
+from prefscan.chat import make_client
 from prefscan.errors import UserError
+from prefscan.files import write_json
+from prefscan.models import load_model, manifest
 from prefscan.params import Server
-from prefscan.serving import running_server
-from tiny import make_parrot
+from prefscan.serving import free_port, running_server, served_name
+from tiny import make_parrot, random_adapter
 
 KEY = "sk-very-secret"
 GREEDY = [category for category in CATEGORIES if TEMPERATURES[category] == 0]
@@ -199,7 +203,108 @@ def test_each_kind_of_server_is_asked_for_plain_sampling_in_its_words() -> None:
     }
     for temperature, samples in ((0.7, True), (0.0, False)):
         configuration = json.loads(body("transformers", temperature)["extra_body"]["generation_config"])
-        assert configuration == {"do_sample": samples, "top_k": 0, "eos_token_id": [2, 7], "pad_token_id": 2}
+        assert configuration == {
+            **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0},
+            **{"do_sample": samples, "top_k": 0, "eos_token_id": [2, 7], "pad_token_id": 2},
+        }
+
+
+@pytest.mark.parametrize(("ends", "last"), [([0, 2], 2), ([0, 1], 0)], ids=["the tokenizer's", "the first"])
+def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer: Any, ends: list[int], last: int) -> None:
+    """Qwen2.5's <|endoftext|> has a lower number than its <|im_end|>."""
+    assert tokenizer.eos_token_id == 2
+
+    def reply(request: dict[str, Any], _: int) -> Reply:
+        return completion("abc" if len(request["messages"]) == 1 else "")
+
+    (question,) = make_questions(1, ["math"])
+    with chat_server(reply) as server:
+        settings = Server.model_validate(served(base_url=server.url)["server"])
+        client = make_client(server.url, None, 60.0, "answer.server")
+        replies = ask_question(client, settings, "base", tokenizer, question, 0.0, 6, 0, ends)
+    said = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    assert [found.tokens for found in replies] == [[*said, last], [last]]
+
+
+CELL = "ipo-0.1-8"
+
+
+@pytest.fixture
+def trained(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Trains CELL with a seed: its adapter, and merge's manifest of it."""
+    prepare(in_tmp, tiny_model, monkeypatch, served("vllm", "http://127.0.0.1:9/v1"))
+
+    def train(seed: int) -> None:
+        random_adapter(load_model(tiny_model, "fp32"), seed=seed).save_pretrained(f"models/adapters/{CELL}")
+        parts = manifest(Path("models/base"), Path("models/adapters", CELL))
+        write_json(Path("models/merged", CELL, "manifest.json"), parts)
+
+    train(0)
+    return train
+
+
+def ask_cell(root: Path, monkeypatch: pytest.MonkeyPatch, url: str, key: str = CELL) -> None:
+    grid = {"loss": ["ipo"], "beta": [0.1], "steps": [8]}
+    write_params(root, answer=served("vllm", url), loss="ipo", beta=0.1, steps=8, grid=grid)
+    monkeypatch.setattr(sys, "argv", ["answer", key])
+    answer.main()
+
+
+def test_a_server_with_weights_of_before_is_not_asked(
+    in_tmp: Path, trained: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prefscan.serving's names are of the weights that it loaded; a cell that is trained again has another."""
+    with chat_server(lambda *_: completion("fine"), [served_name("base"), served_name(CELL)]) as server:
+        for key in ("base", CELL):
+            ask_cell(in_tmp, monkeypatch, server.url, key)
+            assert {request["model"] for request in server.requests} == {served_name(key)}
+            rows = map(json.loads, Path(f"data/mt_bench/model_answer/{key}.jsonl").read_text().splitlines())
+            assert {row["model_id"] for row in rows} == {key}
+            server.requests.clear()
+        trained(1)
+        Path(f"data/mt_bench/model_answer/{CELL}.jsonl").unlink()  # as DVC does before a stage
+        with pytest.raises(
+            UserError, match=rf"^answer\.server\.base_url: .* does not serve {CELL}@.*; restart `python -m pref"
+        ):
+            ask_cell(in_tmp, monkeypatch, server.url)
+        assert not server.requests
+        assert not Path(f"data/mt_bench/model_answer/{CELL}.jsonl").exists()
+        server.models = [served_name("base"), served_name(CELL)]  # restarted
+        ask_cell(in_tmp, monkeypatch, server.url)
+        assert {request["model"] for request in server.requests} == {served_name(CELL)}
+
+
+@pytest.mark.parametrize("models", [None, [], ["base", CELL], ["llama@main"]], ids=str)
+def test_a_server_of_another_kind_is_asked_for_the_key(
+    in_tmp: Path,
+    trained: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    models: list[str] | None,
+) -> None:
+    with chat_server(lambda *_: completion("fine"), models) as server:
+        ask_cell(in_tmp, monkeypatch, server.url)
+        assert {request["model"] for request in server.requests} == {CELL}
+
+
+def test_a_server_that_cannot_be_reached_is_named(
+    in_tmp: Path, trained: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(UserError, match=rf"^answer\.server\.base_url: {url} cannot be reached \(APIConnectionError\)"):
+        ask_cell(in_tmp, monkeypatch, url)
+
+
+def test_a_stage_stopped_after_its_last_answer_needs_no_server(
+    in_tmp: Path, trained: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with chat_server(lambda *_: completion("fine")) as server:
+        with monkeypatch.context() as stopped:
+            stopped.setattr(answer, "with_logprobs", lambda *_: sys.exit(1))
+            with pytest.raises(SystemExit):
+                ask_cell(in_tmp, monkeypatch, server.url)
+        url = server.url
+    ask_cell(in_tmp, monkeypatch, url)
+    assert Path(f"data/mt_bench/model_answer/{CELL}.jsonl").exists()
 
 
 def test_seeds_differ_by_question_turn_and_seed_and_fit_every_server() -> None:

@@ -126,6 +126,23 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     assert changed_since(tree) == ["code.txt"]
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_clone_is_unpacked_by_every_python_3_11(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """Before 3.11.4, as Debian 12 has it, tarfile knows no filters: extractall takes no such argument."""
+    if old:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        unpack = tarfile.TarFile.extractall
+        monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: unpack(self, path))
+    make_repository("true")
+    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path / "state", remote=None, marker=None, threads=None)
+    with new_clone("cell", snapshot(workspace_tree()), place) as clone:
+        assert (clone / "code.txt").read_text() == Path("code.txt").read_text()
+        assert (clone / "runs").resolve() == tmp_path / "state/runs"
+    assert not clone.exists()
+
+
 def test_what_is_no_repository_is_a_sentence(in_tmp: Path) -> None:
     with pytest.raises(UserError, match="not a git repository"):
         uncommitted()

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from prefscan import effort
 from prefscan.effort import Speed, cell_seconds, cells_left, hours_on, measured_speed, sentences
 from prefscan.files import write_json
 from prefscan.params import Cell, Params
@@ -22,12 +21,14 @@ def finish(cell: Cell, seconds: float, updates: int, answers: float, size: int) 
 
 
 def test_speed_and_size_are_means_over_finished_cells(in_tmp: Path, params: Params) -> None:
-    assert measured_speed(params) is None
+    assert measured_speed(params, ()) is None
     first, second, third = params.grid.cells[:3]
     finish(first, seconds=100, updates=20, answers=30, size=1000)
     finish(second, seconds=60, updates=20, answers=50, size=3000)
     write_json(Path(f"metrics/cost/train/{third.key}.json"), {"seconds": 1.0})  # its answers are not there yet
-    assert measured_speed(params) == Speed(cells=2, update=4.0, answers=40.0, size=4000.0)
+    assert measured_speed(params, ()) == Speed(cells=2, update=4.0, answers=40.0, size=4000.0)
+    stale = [f"answer@{second.key}", f"train@{third.key}"]
+    assert measured_speed(params, stale) == Speed(cells=1, update=5.0, answers=30.0, size=2000.0)
 
 
 @pytest.mark.parametrize(
@@ -46,16 +47,15 @@ def test_an_epoch_is_one_pass_over_the_training_pairs(in_tmp: Path, params: Para
 
 
 def test_a_cell_is_left_when_one_of_its_stages_is_stale_or_it_is_new(
-    params: Params, monkeypatch: pytest.MonkeyPatch
+    params: Params,
 ) -> None:
     first, second, *others = params.grid.cells
     fewer = params.model_copy(update={"grid": params.grid.model_copy(update={"loss": [first.loss]})})
-    monkeypatch.setattr(effort, "stale_stages", lambda **_: ["report", f"mtbench@{second.key}"])
-    left = cells_left(params, fewer, same=True)
+    left = cells_left(params, fewer, ["report", f"mtbench@{second.key}"])
     assert first not in left
     assert second in left
     assert [cell for cell in others if cell.loss != first.loss] == [cell for cell in left if cell.loss != first.loss]
-    assert cells_left(params, params, same=False) == params.grid.cells
+    assert cells_left(params, params, None) == params.grid.cells
 
 
 def test_sentences_say_what_is_known(params: Params) -> None:

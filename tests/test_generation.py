@@ -1,6 +1,7 @@
 """Generation: exact seeded sampling, a second turn from the first one's cache, and batches that fit into memory."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, Mist
 from prefscan import generation
 from prefscan.errors import UserError
 from prefscan.generation import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
+from tiny import random_adapter
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
@@ -176,6 +178,45 @@ def test_a_models_own_way_to_cache_does_not_count(model: Any, tokenizer: Any, se
     replies, context, _ = first_turn(model, tokenizer, [0.0] * 3)
     assert [reply.tokens for reply in replies] == expected
     assert context is not None
+
+
+OWN: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "encoder_repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "min_length": 1000,
+    "min_new_tokens": 12,
+    "suppress_tokens": "likely",
+    "bad_words_ids": "likely",
+    "num_beams": 2,
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_models_own_settings_for_sampling_do_not_count(model: Any, tokenizer: Any, tuned: bool, name: str) -> None:
+    """Neither tokens nor log-probabilities of both turns are others, and the model keeps what it had."""
+    if tuned:
+        model = random_adapter(model).eval()
+
+    def both_turns() -> list[Reply]:
+        temperatures = [0.7, 1.5, 0.0]
+        first, context, prompts = first_turn(model, tokenizer, temperatures)
+        second, _ = generate(model, tokenizer, prompts, SeededSampling(["1", "2", "3"], temperatures), 12, context)
+        return [replace(reply, seconds=0.0) for reply in [*first, *second]]
+
+    ended = both_turns()[2].tokens[4]  # with the model's own end token, before the limit
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ended]
+    expected = both_turns()
+    assert not expected[2].cut
+    likely = [reply.tokens[0] for reply in expected]
+    value = {"suppress_tokens": likely, "bad_words_ids": [[token] for token in likely]}.get(name, OWN[name])
+    model.generation_config.update(**{name: value})
+    before = model.generation_config.to_dict()
+    assert before[name] == value
+    assert both_turns() == expected
+    assert model.generation_config.to_dict() == before
 
 
 STATES = {

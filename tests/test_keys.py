@@ -49,7 +49,7 @@ def test_the_key_knows_the_named_code_alone(data: Path, monkeypatch: pytest.Monk
     assert key_of(data) != before
 
 
-def test_the_key_knows_libraries_and_threads(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_knows_libraries_threads_and_the_processor(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {key_of(data)}
     with monkeypatch.context() as patch:
         patch.setattr(keys, "version", lambda name: "0" if name == "torch" else metadata.version(name))
@@ -57,4 +57,12 @@ def test_the_key_knows_libraries_and_threads(data: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     found.add(key_of(data))
-    assert len(found) == 3
+    monkeypatch.setattr(keys, "processor", lambda: ["model\t\t: 17"])
+    found.add(key_of(data))
+    assert len(found) == 4
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo")
+def test_the_processor_is_named_without_what_changes() -> None:
+    assert keys.processor() == keys.processor() != []
+    assert not any("MHz" in line for line in keys.processor())

@@ -1,25 +1,28 @@
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefscan import merge as merge_stage
 from prefscan import paths
-from prefscan.engines import load_engine
 from prefscan.errors import UserError
 from prefscan.files import sha256
 from prefscan.merge import merge_cell
-from prefscan.models import load_cell, load_model
-from prefscan.params import Merge
+from prefscan.models import DTYPES, load_cell, load_model, set_evaluation
+from prefscan.params import Merge, Train, load
 from tiny import plain_logps, random_adapter, write_rows
 
+ROOT = Path(__file__).parents[1]
 KEY = "sigmoid-0.1-8"
 ADAPTER = paths.ADAPTERS / KEY
 MERGED = paths.MERGED / KEY
@@ -29,6 +32,10 @@ TUNED = ("self_attn", "mlp")  # the adapter's weights; embeddings, head and norm
 
 def section(dtype: str = "fp32", format: str = "model") -> Merge:
     return Merge(dtype=dtype, format=format, check_pairs=8)
+
+
+def training(**update: Any) -> Train:
+    return load(ROOT / "params.yaml").train.model_copy(update={"engine": "shared", "quantization": "none"} | update)
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def mean_margin(policy: Any, base: Any, pairs: list[Any]) -> float:
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
 def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any], engine: str) -> None:
-    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), load_engine(engine))
+    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), training(engine=engine))
     expected = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:8])
     assert abs(expected) > 0.1
     assert metrics["margin_adapter"] == pytest.approx(expected, abs=1e-4)
@@ -97,7 +104,7 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
     for scale in (1.0, 1e-4):
         save_adapter(scale)
         for dtype in ("fp32", "fp16"):
-            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), load_engine("shared"))
+            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), training())
             assert metrics["margin_adapter"] != 0
             kept[scale, dtype], changed[scale, dtype] = metrics["margin_kept"], metrics["weights_changed"]
     assert kept[1.0, "fp32"] == pytest.approx(1, abs=1e-3)
@@ -112,10 +119,103 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
 def test_a_zero_adapter_has_no_margin_to_keep_and_changes_no_weight(policy: Any, pairs: list[Any], dtype: str) -> None:
     """The tiny base's weights are no fp16 numbers: rounding the base is not the adapter's doing."""
     save_adapter(scale=0.0)
-    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), load_engine("shared"))
+    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), training())
     assert metrics["margin_adapter"] == 0
     assert metrics["margin_kept"] is None
     assert metrics["weights_changed"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("targets", [["up_proj"], ["up_proj", "lm_head"], ["up_proj", "embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_weights_are_merged_and_counted_as_with_a_second_base(
+    policy: Any, pairs: list[Any], dtype: str, tied: bool, targets: list[str]
+) -> None:
+    """Tied embeddings and head are one parameter, counted once."""
+    base = load_model(paths.BASE, "fp32")
+    base.config.tie_word_embeddings = tied
+    base.tie_weights()
+    base.save_pretrained(paths.BASE)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    get_peft_model(load_model(paths.BASE, "fp32"), config).save_pretrained(ADAPTER)
+    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:2], section(dtype), training(engine="trl"))
+    assert merged.config.tie_word_embeddings == tied
+    expected: Any = PeftModel.from_pretrained(load_model(paths.BASE, "fp32"), ADAPTER).merge_and_unload()
+    after, before = (
+        {name: weight.to(DTYPES[dtype]).float() for name, weight in model.named_parameters()}
+        for model in (expected, load_model(paths.BASE, "fp32"))
+    )
+    weights = dict(merged.named_parameters())
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weight, after[name]) for name, weight in weights.items())
+    changed = sum(int((after[name] != weight).sum()) for name, weight in before.items())
+    assert 0 < metrics["weights_changed"] == changed / sum(weight.numel() for weight in before.values())
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_one_fp32_model_is_loaded_and_on_a_gpu_only_where_it_fits(
+    policy: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    """A GPU that is none: what `load_model` loads would be there, and transformers loads to the CPU."""
+    expected = merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training())[1]
+    loaded = []
+
+    def recorded(place: str, call: Any) -> Any:
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            loaded.append(place)
+            return call(*args, **kwargs)
+
+        return calling
+
+    monkeypatch.setattr(merge_stage, "load_model", recorded("gpu", load_model))
+    cpu = SimpleNamespace(from_pretrained=recorded("cpu", AutoModelForCausalLM.from_pretrained))
+    monkeypatch.setattr(merge_stage, "AutoModelForCausalLM", cpu)
+    monkeypatch.setattr(merge_stage, "device", lambda: torch.device("cuda"))
+    size = sum(4 * weight.numel() for weight in load_file(paths.BASE / "model.safetensors").values())
+    monkeypatch.setattr(merge_stage, "free_bytes", lambda: size + merge_stage.ROOM - (not fits))
+    assert merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training())[1] == expected
+    assert loaded == ["gpu" if fits else "cpu"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_the_margin_to_keep_is_that_of_the_4_bit_base_the_adapter_was_trained_on(
+    in_tmp: Path, wide_model: Path, pairs: list[Any], quantization: str
+) -> None:
+    shutil.copytree(wide_model, paths.BASE)
+    base = load_model(paths.BASE, "fp32", quantization)
+    policy = random_adapter(load_model(paths.BASE, "fp32", quantization), scale=0.1)
+    set_evaluation(policy)
+    policy.save_pretrained(ADAPTER)
+    section_4_bit = training(quantization=quantization, dtype="fp32")
+    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), section_4_bit)
+    trained = mean_margin(policy, base, pairs[:8])
+    assert metrics["margin_adapter"] == pytest.approx(trained, abs=1e-4)
+    _, unquantized = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), training())
+    assert abs(unquantized["margin_adapter"] - trained) > 0.01
+    assert metrics["margin_merged"] == unquantized["margin_merged"]  # of the base as published, in both
+    assert metrics["margin_kept"] == metrics["margin_merged"] / metrics["margin_adapter"]
+    assert metrics["weights_changed"] == unquantized["weights_changed"]
+    assert not getattr(merged, "is_loaded_in_4bit", False)
+
+
+def test_the_4_bit_base_is_freed_before_the_fp32_one_is_loaded(
+    in_tmp: Path, wide_model: Path, pairs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(wide_model, paths.BASE)
+    save_adapter(scale=0.1)
+    alive: list[weakref.ref[Any]] = []
+    loads = []
+
+    def load_and_watch(folder: Path, dtype: str, *others: Any) -> Any:
+        loads.append((dtype, *others, [ref() is not None for ref in alive]))
+        model = load_model(folder, dtype, *others)
+        alive.extend(weakref.ref(layer) for layer in (model, model.model.layers[0].mlp.up_proj))
+        return model
+
+    monkeypatch.setattr(merge_stage, "load_model", load_and_watch)
+    merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training(quantization="nf4", dtype="bf16"))
+    assert loads == [("bf16", "nf4", False, []), ("fp32", [False, False])]
 
 
 @pytest.mark.parametrize(

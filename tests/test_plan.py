@@ -47,7 +47,7 @@ def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, li
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left to run needs a DVC repository: tests/test_effort.py and tests/pipeline/test_repro.py have that."""
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(plan, "cells_left", lambda *_: [])
+    monkeypatch.setattr(plan, "stale_stages", lambda **_: [])
 
 
 @pytest.mark.parametrize("mode", ["single", "pair"])
@@ -80,7 +80,7 @@ def test_what_is_judged_is_no_longer_planned(
 def test_a_plan_before_any_answer_bounds_what_is_then_asked(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With other parameters of the answers, those in the workspace do not count."""
+    """With other parameters of the answers, those in the workspace do not count, nor do stale ones."""
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch)
     nothing = planned(capsys)
     assert nothing["all"][0] == "32"
@@ -88,6 +88,9 @@ def test_a_plan_before_any_answer_bounds_what_is_then_asked(
     write_lines(in_tmp / "data/mt_bench/model_answer/base.jsonl", make_answers(QUESTIONS))
     there = planned(capsys)
     assert int(there["base"][1]) < int(nothing["base"][1]) == int(there[CELL][1])
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "stale_stages", lambda **_: ["answer-base", "mtbench-base"])
+        assert planned(capsys) == nothing
     params = yaml.safe_load(Path("params.yaml").read_text())
     composed = planned(capsys, "judge=gpt4", f"answer.max_new_tokens={params['answer']['max_new_tokens'] + 1}")
     assert composed["base"][0] == "16"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mtbench_data import ROOT, shown_by_fastchat
+from mtbench_data import ROOT, local_judge, shown_by_fastchat
 from prefscan import report
 from prefscan.errors import UserError
 from prefscan.stats import LengthControlledDifference, length_controlled_difference
@@ -43,6 +43,26 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
     assert Path("metrics/summary.json").exists()
     assert Path("data/mt_bench/model_judgment/tiny_single.jsonl").exists()
     assert contents(in_tmp) == contents(reported)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_judged_in_pairs_is_reported(in_tmp: Path) -> None:
+    write_sweep(in_tmp, judge=local_judge("models/base") | {"mode": "pair"})
+    check = json.loads(Path("metrics/judge.json").read_text())
+    for figures in check["without_reference"].values():
+        for name in ("margin", "margin_low", "margin_high"):
+            del figures[name]  # as judge_check.pair_discrimination has it
+    Path("metrics/judge.json").write_text(json.dumps(check))
+    for path in Path("data/mt_bench/model_judgment/cells").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            words = row.pop("judgment")
+            row |= {"g1_winner": "tie", "g2_winner": "tie", "g1_judgment": words, "g2_judgment": words}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main()
+    assert "| without reference | swapped | 0.53 | 0.44 | 0.61 | – | – | – |" in Path("reports/report.md").read_text()
+    assert "[in the other order]" in Path("reports/answers.html").read_text()
+    assert Path("data/mt_bench/model_judgment/tiny_pair.jsonl").exists()
 
 
 def chunks(png: bytes) -> dict[bytes, bytes]:

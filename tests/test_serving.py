@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from mtbench_data import ROOT, write_params
 from prefscan.errors import UserError
 from prefscan.files import write_json
 from prefscan.models import load_model, manifest
-from prefscan.serving import command, free_port, healthy, running_server
+from prefscan.serving import command, free_port, healthy, running_server, served_name
 from prefscan.serving import main as serving_main
-from tiny import random_adapter
+from tiny import make_tiny_model, random_adapter
 
 
 def port_of(url: str) -> int:
@@ -131,7 +132,9 @@ def test_vllm_serves_the_base_and_the_adapters_by_their_names(in_tmp: Path, monk
 
 
 def test_what_cannot_be_served_is_refused_with_a_remedy(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"no adapters and merge\.format is adapter; set merge\.format: merged"):
+    with pytest.raises(
+        UserError, match=r"no adapters and merge\.format is adapter; set merge\.format: model, or take vllm$"
+    ):
         command("transformers", Path("models/base"), {"ipo-0.1-8": Path("adapter")}, "fp32", 8000)
     monkeypatch.setenv("PATH", str(in_tmp))
     with pytest.raises(UserError, match=r"^answer\.server\.kind: vllm, .* no program vllm on the PATH; install"):
@@ -183,11 +186,38 @@ def test_one_server_serves_the_base_and_every_cell(trained: Path) -> None:
     assert healthy(port)
     told = json.loads((trained / "runs/server/all.log").read_text().splitlines()[0])
     assert told[:2] == ["serve", "models/base"]
-    modules = [f"{key}=models/adapters/{key}" for key in ("ipo-0.1-8", "sigmoid-0.1-8")]
+    assert told[told.index("--served-model-name") + 1] == served_name("base")
+    modules = [f"{served_name(key)}=models/adapters/{key}" for key in ("ipo-0.1-8", "sigmoid-0.1-8")]
     assert told[told.index("--lora-modules") + 1 :] == modules
     serving.send_signal(signal.SIGINT)
     assert serving.wait(60) == 0
     assert not healthy(port)
+
+
+def test_a_name_is_that_of_the_weights(trained: Path) -> None:
+    first, second = "ipo-0.1-8", "sigmoid-0.1-8"
+    names = {key: served_name(key) for key in ("base", first, second)}
+    for key, name in names.items():
+        assert re.fullmatch(rf"{re.escape(key)}@[0-9a-f]{{12}}", name)
+        assert served_name(key) == name
+
+    def train(key: str, seed: int) -> None:
+        random_adapter(load_model(Path("models/base"), "fp32"), seed=seed).save_pretrained(f"models/adapters/{key}")
+        write_json(
+            Path("models/merged", key, "manifest.json"), manifest(Path("models/base"), Path("models/adapters", key))
+        )
+
+    train(first, 1)
+    assert served_name(first) != names[first]
+    assert served_name(second) == names[second]
+    train(first, 0)
+    assert served_name(first) == names[first]
+    # Another base is another model to an adapter, too.
+    Path("models/base").unlink()
+    make_tiny_model(Path("models/base"), seed=1)
+    train(second, 0)
+    assert served_name("base") != names["base"]
+    assert served_name(second) != names[second]
 
 
 def test_merged_cells_are_not_served_by_one_server(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from prefscan.tables import spread
+from prefscan.judge_check import pair_discrimination
+from prefscan.tables import judge_check, spread
 
 
 def judgements(scores: np.ndarray) -> list[dict[str, float | int]]:
@@ -32,3 +33,12 @@ def test_a_judge_that_was_asked_once_or_judged_pairs_has_no_such_table() -> None
     assert spread(("base",), {"base": once}) == []
     pairs = [{"question_id": 81, "turn": 1, "g1_winner": "model_1"}]
     assert spread(("base",), {"base": pairs}) == []
+
+
+def test_the_check_of_a_judge_of_pairs_has_no_margin() -> None:
+    """It is drawn all the same: in every cell of the table there is a value or a dash."""
+    scores = [1.0, 0.0, 0.5, 0.5] * 3  # of three questions: a win over the swapped answer, a tie with the truncated
+    table = judge_check({"without_reference": pair_discrimination(scores)})
+    assert list(table.data.columns) == list(table.columns)
+    assert list(table.data["auc"]) == [1.0, 0.5]
+    assert table.data["margin"].isna().all()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -37,6 +38,7 @@ from prefscan.train import (
     curve_csv,
     train_cell,
     training_arguments,
+    with_mismatched,
     with_reference,
 )
 from tiny import plain_logps, sharegpt_rows
@@ -234,9 +236,39 @@ def test_the_kl_of_kto_is_that_of_the_next_pairs_responses(fit: Fit, engine: str
     assert logps.kl_logratio.abs().max() > 1e-2
 
 
-def test_kto_of_a_single_pair_is_refused(fit: Fit) -> None:
-    with pytest.raises(UserError, match="kto estimates its KL from the responses of another prompt and there is one"):
+@pytest.mark.parametrize(("prompts", "others"), [("abc", "120"), ("aabb", "2200"), ("abba", "1331"), ("aab", "220")])
+def test_mismatched_responses_are_of_another_prompt(prompts: str, others: str) -> None:
+    """Of the next pair that has one: prepare puts the pairs of a prompt side by side."""
+    pairs = [
+        {"prompt_ids": [ord(prompt)], "chosen_ids": [i], "rejected_ids": [i, i]} for i, prompt in enumerate(prompts)
+    ]
+    found = with_mismatched(pairs)
+    assert [pair["chosen_ids"] for pair in found] == [[i] for i in range(len(pairs))]
+    assert [pair["other_chosen_ids"] for pair in found] == [[int(other)] for other in others]
+    assert [pair["other_rejected_ids"] for pair in found] == [[int(other)] * 2 for other in others]
+
+
+def test_kto_of_a_single_prompt_is_refused(fit: Fit) -> None:
+    with pytest.raises(UserError, match="kto estimates its KL from the responses of another prompt, and the 1 pairs"):
         fit("kto", 1, count=1)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_training_that_diverges_ends_with_a_sentence(fit: Fit, steps: int) -> None:
+    """In the held-out pairs after the last update, or in the next; transformers would log 0 for it, and go on."""
+    with pytest.raises(UserError) as error:
+        fit("sigmoid", steps, learning_rate=1e30, warmup_steps=0)
+    assert str(error.value) == (
+        f"sigmoid-0.1-{steps}: a loss is not finite, after 1 updates; lower train.learning_rate 1e+30, or set "
+        "train.dtype to bf16 or fp32"
+    )
+
+
+def test_a_lora_target_that_the_model_lacks_is_refused(fit: Fit, train: Train) -> None:
+    """PEFT trains the others without a word."""
+    lora = train.lora.model_copy(update={"targets": ["q_proj", "w_proj"]})
+    with pytest.raises(UserError, match=r"train\.lora\.targets: the model has no w_proj; it has down_proj, .*, v_proj"):
+        fit("sigmoid", 1, lora=lora)
 
 
 # Between engines.
@@ -434,15 +466,21 @@ def test_evaluation_leaves_a_4_bit_bases_gradients_alone(
 ) -> None:
     tokenizer = load_tokenizer(wide_model)
     section = four_bit.model_copy(update={"disable_dropout": True})
-    runs = []
+    runs: list[Any] = []
+    training = (
+        set()
+    )  # whether a layer was in training mode when it computed: bitsandbytes repacks on some machines only
     for evaluate in (True, False):
         model = load_model(wide_model, "fp32", quantization).requires_grad_(False)
         assert model.is_loaded_in_4bit
+        for layer in (module for module in model.modules() if isinstance(module, Linear4bit)):
+            layer.register_forward_pre_hook(lambda module, _: training.add(module.training))
         runs.append(four_bit_training(model, tokenizer, section, pairs[:TRAINING], heldout, evaluate))
     (evaluated, gradients), (alone, expected) = runs
     assert history(evaluated, "loss") == history(alone, "loss")
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
     assert all(gradient.norm() > 0 for gradient in expected.values())
+    assert training == {True}
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not has_avx512bf16(), reason="bitsandbytes repacks nothing here")

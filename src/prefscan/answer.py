@@ -214,11 +214,12 @@ def answers_file(key: str, answer: Answer, seed: int) -> Path:
 def read_finished(path: Path) -> dict[int, dict[str, Any]]:
     """The rows of an interrupted stage by question; a last line that was cut short is taken off the file."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except BAD_JSON:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+        if line:
+            try:
+                rows.append(json.loads(line))
+            except BAD_JSON:
+                break
     write_jsonl(path, rows)
     return {row["record"]["question_id"]: row for row in rows}
 
@@ -264,7 +265,7 @@ def answers_of_server(
     A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
     """
     # Here, since the openai client takes seconds to import.
-    from prefscan.asking import ask_questions
+    from prefscan.asking import ask_questions, name_at_server
     from prefscan.chat import make_client
     from prefscan.serving import running_server
 
@@ -272,10 +273,12 @@ def answers_of_server(
     assert server  # by the schema
     model, adapter = (BASE, None) if key == "base" else parts_of_cell(MERGED / key)
     missing = [(q, TEMPERATURES.get(q["category"], 0.7)) for q in questions if q["question_id"] not in rows]
+    if not missing:  # a stage that was stopped while it computed the log-probabilities
+        return
     ends = end_tokens(GenerationConfig.from_pretrained(BASE), tokenizer)
     with ExitStack() as stack:
         if server.base_url is not None:
-            url, name = server.base_url, key
+            url, name = server.base_url, None
         else:
             assert server.kind != "other"  # by the schema
             adapters = {key: adapter} if adapter else {}
@@ -283,6 +286,7 @@ def answers_of_server(
             url = stack.enter_context(running_server(server.kind, model, adapters, answer.dtype, log))
             name = str(model) if server.kind == "transformers" else (key if adapter else "base")
         client = stack.enter_context(make_client(url, server.key_variable, server.timeout, "answer.server"))
+        name = name or name_at_server(client, server, key)
         started = time.perf_counter()
         for question, both in ask_questions(
             client, server, name, tokenizer, missing, answer.max_new_tokens, params.seed, ends

@@ -20,6 +20,7 @@ from prefscan.chat import NoReply, complete
 from prefscan.errors import UserError
 from prefscan.generation import GREEDY_BELOW, Reply, prompt_ids
 from prefscan.params import Server
+from prefscan.serving import served_name
 
 
 def request_seed(seed: int, question: int, turn: int) -> int:
@@ -53,9 +54,45 @@ def request_body(
     if server.kind == "vllm":
         body["extra_body"] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": ends}
     elif server.kind == "transformers":
-        plain = {"do_sample": not greedy, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[0]}
+        # What is left out it takes from the model's own generation config.
+        plain: dict[str, Any] = {
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "min_new_tokens": 0,
+        }
+        plain |= {"do_sample": not greedy, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[0]}
         body["extra_body"] = {"generation_config": json.dumps(plain)}
     return body
+
+
+def name_at_server(client: openai.OpenAI, server: Server, key: str) -> str:
+    """The name under which a server that the stage did not start has these weights.
+
+    That is `served_name` at one of prefscan.serving, which the list of its models shows, and the key at any other.
+    Raises UserError when the server cannot be reached, and when it is prefscan.serving's and has other weights.
+    """
+    if server.kind == "transformers":  # it lists what it finds in the hub's cache
+        return key
+    try:
+        models = client.with_options(max_retries=server.attempts - 1).models.list()
+        served = {str(getattr(model, "id", "")) for model in getattr(models, "data", None) or ()}
+    except openai.APIConnectionError as error:
+        raise UserError(
+            f"answer.server.base_url: {server.base_url} cannot be reached ({type(error).__name__}); start the server, "
+            "or correct the address"
+        ) from None
+    except (openai.APIError, ValueError):  # none of ours: it has no list, or one of another kind
+        served = set()
+    wanted = served_name(key)
+    if wanted in served:
+        return wanted
+    if any(name.startswith("base@") for name in served):
+        raise UserError(
+            f"answer.server.base_url: {server.base_url} does not serve {wanted}, the weights as they are now: "
+            "it was started before they changed; restart `python -m prefscan.serving`"
+        )
+    return key
 
 
 def ask_question(
@@ -72,6 +109,8 @@ def ask_question(
     """The replies of both turns; raises UserError where the server gives none, for no fault may become an answer."""
     conversation: list[dict[str, str]] = []
     replies = []
+    # A server does not say which end token it met. The tokenizer's is the one that its template ends a turn with.
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id in ends else ends[:1]
     for turn, text in enumerate(question["turns"]):
         conversation.append({"role": "user", "content": text})
         number = request_seed(seed, question["question_id"], turn)
@@ -90,10 +129,10 @@ def ask_question(
                 f"{found.finish!r}, which is neither an end nor answer.max_new_tokens; see to the server"
             )
         cut = found.finish == "length"
-        tokens = tokenizer(found.text, add_special_tokens=False)["input_ids"] + ([] if cut else ends[:1])
+        tokens = tokenizer(found.text, add_special_tokens=False)["input_ids"] + ([] if cut else end)
         prompt = prompt_ids(tokenizer, conversation)
         said = found.text.strip()
-        replies.append(Reply(said, prompt, tokens or ends[:1], [], cut, time.perf_counter() - started))
+        replies.append(Reply(said, prompt, tokens or end, [], cut, time.perf_counter() - started))
         conversation.append({"role": "assistant", "content": said})
     return replies
 

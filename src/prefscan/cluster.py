@@ -33,7 +33,7 @@ try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ModuleNotFoundError:
-    sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt '.[cluster]'")
+    sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt -e '.[cluster]'")
 
 LIBRARIES = ("bitsandbytes", "dvc", "peft", "ray", "torch", "transformers", "trl")  # the same on every node
 CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte

@@ -17,7 +17,15 @@ from prefscan import charts
 from prefscan.errors import UserError, run_stage
 from prefscan.intervals import mean_interval
 from prefscan.pages import Figure, Table, write_report
-from prefscan.revisions import Revision, changed, read_revision, settings, shared_models, shared_questions
+from prefscan.revisions import (
+    VERSIONS_NOTE,
+    Revision,
+    changed,
+    read_revision,
+    settings,
+    shared_models,
+    shared_questions,
+)
 from prefscan.stats import clustered_mean, holm, paired_difference, variance_components
 from prefscan.tables import span, spanned, with_interval
 
@@ -160,7 +168,7 @@ def tables_of(
         Table("Scores", "Intervals and tests are over the shared questions.", table, scores),
         Table(
             "What differs",
-            "Parameters but for the choice of cells, and the versions pinned in constraints.txt.",
+            f"Parameters but for the choice of cells, and the versions pinned in constraints.txt. {VERSIONS_NOTE}",
             differing,
             {name: (name, "{}") for name in differing.columns},
         ),

@@ -1,5 +1,6 @@
 """What the cells that are left to run would take, by the measured speed and size of those that have finished."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from statistics import fmean
 from prefscan.files import read_json
 from prefscan.params import Cell, Params, Train
 from prefscan.paths import ADAPTERS, ANSWER_COST, MERGED, PREPARE_METRICS, TRAIN_COST, TRAIN_METRICS
-from prefscan.pipeline import CELL_STAGES, stale_stages
+from prefscan.pipeline import CELL_STAGES
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class Speed:
     size: float
 
 
-def cells_left(params: Params, workspace: Params, same: bool) -> list[Cell]:
-    """The cells of which `dvc repro` would run a stage; all of them where other parameters than the grid differ."""
-    if not same:
+def cells_left(params: Params, workspace: Params, stale: Collection[str] | None) -> list[Cell]:
+    """The cells of which `dvc repro` would run a stage, by the workspace's stale stages; all of them with None."""
+    if stale is None:
         return params.grid.cells
-    stale, known = set(stale_stages(missing_data_is_stale=True)), {cell.key for cell in workspace.grid.cells}
+    known = {cell.key for cell in workspace.grid.cells}
     return [
         cell
         for cell in params.grid.cells
@@ -33,12 +34,12 @@ def cells_left(params: Params, workspace: Params, same: bool) -> list[Cell]:
     ]
 
 
-def measured_speed(workspace: Params) -> Speed | None:
-    """By the cells of the workspace's grid whose metrics are there; None where there are none."""
+def measured_speed(workspace: Params, stale: Collection[str]) -> Speed | None:
+    """By the cells of the workspace's grid that are trained and answered, and not stale; None where there are none."""
     updates, answers, sizes = [], [], []
     for key in (cell.key for cell in workspace.grid.cells):
         files = [TRAIN_COST / f"{key}.json", TRAIN_METRICS / f"{key}.json", ANSWER_COST / f"{key}.json"]
-        if all(file.exists() for file in files):
+        if f"answer@{key}" not in stale and all(file.exists() for file in files):
             cost, metrics, answered = map(read_json, files)
             updates.append(cost["seconds"] / metrics["updates"])
             answers.append(answered["seconds"])

@@ -6,7 +6,8 @@ Sampling draws from the softmax by its inverse distribution function, with one n
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +176,22 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]], new: int, con
     return Cache(layers=layers)
 
 
+@contextmanager
+def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model's own generation config sets nothing.
+
+    transformers takes from it whatever a call leaves unset, and no value for a list such as `suppress_tokens` stands
+    for none. Emptied in place, since PEFT's wrapper and the model within hold the same config.
+    """
+    config = model.generation_config
+    own = vars(config)
+    config.__dict__ = vars(GenerationConfig())
+    try:
+        yield
+    finally:
+        config.__dict__ = own
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -197,18 +214,18 @@ def generate(
     ends = end_tokens(model.generation_config, tokenizer)
     started = time.perf_counter()
     cache = read_prompts(model, prompts, max_new_tokens, context) if keeps_all(model) else None
-    sequences: Any = model.generate(
-        input_ids=torch.tensor(slots, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        cache_implementation=None,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([sampling]),
-        pad_token_id=pad,
-        eos_token_id=ends,
-    )
+    with plain_decoding(model):
+        sequences: Any = model.generate(
+            input_ids=torch.tensor(slots, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([sampling]),
+            pad_token_id=pad,
+            eos_token_id=ends,
+        )
     seconds = (time.perf_counter() - started) / len(prompts)
     replies = []
     logprobs = torch.stack(sampling.logprobs, dim=1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from prefscan.files import sha256
 
+PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
 
 
@@ -28,9 +30,18 @@ def result_key(parameters: dict[str, Any], inputs: Iterable[Path], code: Sequenc
         # Another processor, or another number of threads, may add in another order.
         "machine": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        else [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *processor()],
     }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def processor() -> list[str]:
+    """What the system calls its first processor: maker, family and model, where /proc/cpuinfo has them."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    return [line for line in first if line.split(":")[0].strip() in PROCESSOR]
 
 
 def files(paths: Iterable[Path], pattern: str) -> list[Path]:

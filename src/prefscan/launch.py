@@ -1,6 +1,6 @@
 """The sweep on several processors or machines at once: DVC says what is stale, Ray runs it.
 
-    python -m prefscan.launch                   # this machine: as many cells at once as GPUs, or `launch.cells` on CPUs
+    python -m prefscan.launch                   # this machine: `launch.cells` at once; with launch=gpu, a cell a GPU
     python -m prefscan.launch --address auto    # a running Ray cluster, whose nodes share a DVC remote
     python -m prefscan.launch --dirty           # uncommitted changes go along
     python -m prefscan.launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml

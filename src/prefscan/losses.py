@@ -11,6 +11,9 @@ Notation, for a micro-batch of B pairs, all tensors of shape `[B]`, in nats:
 The *log-ratio* of a response is h = log π(y|x) − log π_ref(y|x), h_w of the chosen and h_l of the rejected; its
 *reward* is β·h. A bar divides by the response's own tokens: p̄_w = p_w / n_w, h̄_l = h_l / n_l. σ is the logistic
 function. A loss returns one value a pair, shape `[B]`; the trainer takes the mean.
+
+A loss that needs no reference trains without one. The cell's reward margins and held-out metrics are against the base
+all the same, so its train stage reads what the reference stage wrote, as every other does.
 """
 
 import math

@@ -2,27 +2,38 @@
 
     python -m prefscan.merge ipo-0.5-24
 
-Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So the stage compares the
-held-out margin of the merged weights with that of base + adapter in fp32, and counts the weights that changed at all.
+Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So can another base: one
+trained on a 4-bit base is merged into the base as published. So the stage compares the held-out margin of the merged
+weights with that of base + adapter, the 4-bit base as trained or else the base in fp32, and counts the weights that
+changed at all. One fp32 model is in memory at a time.
 With `merge.format: adapter` it writes a manifest of hashes instead of a model, and later stages apply the adapter.
 """
 
+import gc
+import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.progress import track
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefscan.engines import Engine, load_engine
 from prefscan.errors import run_stage
 from prefscan.files import new_folder, read_jsonl, write_json
-from prefscan.models import DTYPES, MANIFEST, load_model, load_tokenizer, manifest
-from prefscan.params import Merge, load
+from prefscan.memory import free_bytes
+from prefscan.models import DTYPES, MANIFEST, device, load_model, load_tokenizer, manifest, set_evaluation
+from prefscan.params import Merge, Train, load
 from prefscan.paths import ADAPTERS, BASE, HELDOUT_PAIRS, MERGE_METRICS, MERGED
+
+# Bytes on the GPU beside the fp32 weights: the adapter, copies of the weight being merged, a pair's activations.
+ROOM = 4 * 2**30
 
 
 @torch.no_grad()
@@ -35,39 +46,108 @@ def margins(model: nn.Module, engine: Engine, pairs: list[Any], description: str
     return torch.cat(rows)
 
 
-def round_weights(model: nn.Module, dtype: str) -> None:
-    """Round every weight to the dtype it will be saved in, and keep computing in fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype]).to(parameter.dtype)
+def fp32_bytes(folder: Path) -> int:
+    """Size of a model's weights in fp32, from the headers of its files."""
+    sizes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            sizes += [4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    return sum(sizes)
+
+
+def load_fp32(base: Path) -> PreTrainedModel:
+    """The base in fp32, frozen and in evaluation mode: on the GPU where it fits, else on the CPU."""
+    needed, free = fp32_bytes(base) + ROOM, free_bytes()
+    if device().type == "cpu" or needed <= free:
+        return load_model(base, "fp32").requires_grad_(False)
+    print(
+        f"merging on the CPU: fp32 takes up to {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} GiB free",
+        flush=True,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    )
+    return model.requires_grad_(False).eval()
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    policy = PeftModel.from_pretrained(model, adapter, torch_device=model.device.type)
+    set_evaluation(policy)  # PEFT has called eval() for all layers
+    return policy
+
+
+def base_margins(policy: PeftModel, engine: Engine, pairs: list[Any]) -> torch.Tensor:
+    with policy.disable_adapter():
+        return margins(policy, engine, pairs, "base")
+
+
+def margin_on_4_bit(
+    base: Path, adapter: Path, pairs: list[Any], engine: Engine, dtype: str, quantization: str, double: bool
+) -> float:
+    """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; both are freed again."""
+    policy = with_adapter(load_model(base, dtype, quantization, double).requires_grad_(False), adapter)
+    before = base_margins(policy, engine, pairs)
+    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - before).mean().item()
+    del policy
+    gc.collect()  # modules and their hooks refer to each other
+    torch.cuda.empty_cache()
+    return margin
+
+
+def rounded(weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The values that a weight will be saved with, in the dtype that it is computed in."""
+    return weight.to(DTYPES[dtype]).to(weight.dtype)
+
+
+def merge_weights(policy: PeftModel, dtype: str) -> int:
+    """Merge each adapted weight where it stands, and count the values that differ after rounding.
+
+    Both sides are rounded, or values that only rounding changed would count as the adapter's.
+    """
+    layers = defaultdict(list)
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[module.get_base_layer().weight].append(module)  # more than one where embeddings and head are tied
+    changed = 0
+    for weight, adapted in layers.items():
+        before = weight.data
+        for layer in adapted:
+            layer.merge(safe_merge=True)  # gives the weight a new tensor: `before` stays as it is
+        changed += int((rounded(weight.data, dtype) != rounded(before, dtype)).sum())
+    return changed
 
 
 def merge_cell(
-    base: Path, adapter: Path, pairs: list[Any], merge: Merge, engine: Engine
+    base: Path, adapter: Path, pairs: list[Any], merge: Merge, train: Train
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The merged model, in fp32 holding values of `merge.dtype`, and what the merge kept.
 
-    `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs.
+    `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs. For an
+    adapter trained on a 4-bit base, `margin_adapter` is measured on that base and against it: what the training made.
     """
-    model = PeftModel.from_pretrained(load_model(base, "fp32").requires_grad_(False), adapter).eval()
-    with model.disable_adapter():
-        before = margins(model, engine, pairs, "base")
-    with_adapter = (margins(model, engine, pairs, "base + adapter") - before).mean().item()
-    rounded_base = load_model(base, "fp32")
-    round_weights(rounded_base, merge.dtype)  # or weights that only rounding changed would count as the adapter's
-    original = dict(rounded_base.named_parameters())
-    merged: Any = model.merge_and_unload(safe_merge=True)
-    round_weights(merged, merge.dtype)
+    engine = load_engine(train.engine)
+    loading = train.dtype, train.quantization, train.double_quantization
+    quantized = train.quantization != "none"
+    margin_adapter = margin_on_4_bit(base, adapter, pairs, engine, *loading) if quantized else None
+    model = load_fp32(base)
+    size = sum(weight.numel() for weight in model.parameters())
+    policy = with_adapter(model, adapter)
+    before = base_margins(policy, engine, pairs)
+    if margin_adapter is None:
+        margin_adapter = (margins(policy, engine, pairs, "base + adapter") - before).mean().item()
+    changed = merge_weights(policy, merge.dtype)
+    merged: Any = policy.unload()
+    for weight in merged.parameters():
+        weight.data = rounded(weight.data, merge.dtype)
     after = (margins(merged, engine, pairs, "merged") - before).mean().item()
-    weights = {name: weight for name, weight in merged.named_parameters() if name in original}
-    changed = sum(int((weight != original[name]).sum()) for name, weight in weights.items())
     metrics = {
         "dtype": merge.dtype,
         "format": merge.format,
         "pairs": len(pairs),
-        "margin_adapter": with_adapter,
+        "margin_adapter": margin_adapter,
         "margin_merged": after,
-        "margin_kept": after / with_adapter if with_adapter else None,
-        "weights_changed": changed / sum(weight.numel() for weight in weights.values()),
+        "margin_kept": after / margin_adapter if margin_adapter else None,
+        "weights_changed": changed / size,
     }
     return merged, metrics
 
@@ -77,7 +157,7 @@ def main() -> None:
     (key,) = sys.argv[1:]
     params.cell(key)
     pairs = read_jsonl(HELDOUT_PAIRS)[: params.merge.check_pairs]
-    merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs, params.merge, load_engine(params.train.engine))
+    merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs, params.merge, params.train)
     with new_folder(MERGED / key) as folder:
         if params.merge.format == "adapter":
             write_json(folder / MANIFEST, manifest(BASE, ADAPTERS / key))

@@ -26,6 +26,21 @@ from prefscan.files import read_text
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal[  # those of transformers that the packages here bring; bitsandbytes' need a GPU
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw_bnb_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+]
 
 
 class Section(BaseModel):
@@ -153,7 +168,7 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
     accumulation: Positive
-    optimizer: str
+    optimizer: Optimizer
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     dtype: DType
@@ -337,7 +352,7 @@ class Params(Section):
     loss: Loss
     beta: Beta
     steps: Steps
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's bound
     sweep: Sweep
     grid: Grid
     model: Model

@@ -5,9 +5,9 @@
     python -m prefscan.plan judge=gpt4 +experiment=zephyr    # of what `dvc exp run -S …` would compose
 
 Where a model's answers are in the workspace, its prompts are built and looked up among the kept replies; where they are
-not, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to their limit.
-Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The judge check's calls and
-reminders are not counted. Hours go by what finished cells took.
+not, or are stale, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to
+their limit. Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The judge
+check's calls and reminders are not counted. Hours go by what finished cells took.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
 from prefscan.paths import ANSWERS, judge_store
-from prefscan.pipeline import compose
+from prefscan.pipeline import compose, stale_stages
 from prefscan.revisions import CHOICE
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
@@ -41,6 +41,10 @@ class Files(NamedTuple):
     questions: dict[int, Any]
     templates: dict[str, Any]
     references: dict[int, Any]
+
+
+def answer_stage(key: str) -> str:
+    return "answer-base" if key == "base" else f"answer@{key}"
 
 
 def read_answers(key: str, folder: Path | None) -> dict[int, Any] | None:
@@ -97,10 +101,13 @@ def main() -> None:
         f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
     same = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
-    cells = cells_left(params, workspace, same)
-    speed = measured_speed(workspace) if same else None
+    stale = stale_stages(missing_data_is_stale=True) if same else None
+    cells = cells_left(params, workspace, stale)
+    speed = None if stale is None else measured_speed(workspace, stale)
     for sentence in sentences(cells, params, speed, options.workers or params.launch.cells):
         console.print(sentence, highlight=False)
+    if params.judge != workspace.judge:
+        console.print("The judge is another than in params.yaml: every model is judged anew.")
     if not isinstance(judge, OpenAIJudge):
         console.print(f"The judge {judge.name} runs on this machine and costs nothing.")
         return
@@ -109,7 +116,9 @@ def main() -> None:
     table = Table(Column("model", no_wrap=True), *numbers, title="Judging, at most")
     total = [0, 0, 0, 0.0]
     for key in keys:
-        calls, tokens = calls_left(key, params, asker, files, ANSWERS if same else None)
+        read = (key, judge.against) if judge.mode == "pair" else (key,)
+        made = stale is not None and not any(answer_stage(model) in stale for model in read)
+        calls, tokens = calls_left(key, params, asker, files, ANSWERS if made else None)
         row = [calls, tokens, calls * judge.max_tokens, price(judge.prices, tokens, calls * judge.max_tokens)]
         total = [a + b for a, b in zip(total, row, strict=True)]
         table.add_row(key, *_printed(row, judge))

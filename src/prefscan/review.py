@@ -12,7 +12,15 @@ import sys
 from prefscan.errors import UserError, run_stage
 from prefscan.paths import REPORTS, SUMMARY
 from prefscan.pipeline import dvc, stale_stages
-from prefscan.revisions import Revision, changed, read_revision, settings, shared_models, shared_questions
+from prefscan.revisions import (
+    VERSIONS_NOTE,
+    Revision,
+    changed,
+    read_revision,
+    settings,
+    shared_models,
+    shared_questions,
+)
 from prefscan.stats import paired_difference
 
 STALE = 3
@@ -61,6 +69,8 @@ def difference_section(before: Revision, after: Revision) -> str:
     if others:
         listed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in others.items())
         lines.append(f"Not the recipe alone changed, and the difference is of all: {listed}.")
+    if before.pins != after.pins:
+        lines.append(VERSIONS_NOTE)
     both = shared_models([before, after])
     moved = [model for model in both if not before.scores.loc[shared, model].equals(after.scores.loc[shared, model])]
     lines.append(

@@ -89,6 +89,13 @@ def shared_questions(revisions: list[Revision]) -> pd.Index:
     return shared
 
 
+# DVC knows files and parameters: what is installed makes no stage stale.
+VERSIONS_NOTE = (
+    "Another version of a library makes no stage stale: the numbers are those of the versions that computed them, and "
+    "`dvc repro --force` computes them anew."
+)
+
+
 def pins(constraints: str) -> Iterator[tuple[str, str]]:
     for line in constraints.splitlines():
         name, _, version = line.partition("==")

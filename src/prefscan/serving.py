@@ -2,12 +2,14 @@
 
     python -m prefscan.serving      # or one vLLM with the base and all cells of the grid, until Ctrl-C
 
+That one loads the weights at its start and names them by their hash: after a new training it has to be restarted.
 vLLM serves the base with a cell's adapter on it; `transformers serve` has no adapters and serves merged models. Both
 listen on the loopback interface alone. A server ends with its stage: on success, error, Ctrl-C and SIGTERM it is
 stopped here, and after kill -9 by the kernel, where util-linux's setpriv is there to ask it to.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +27,8 @@ from types import FrameType
 from typing import Literal
 
 from prefscan.errors import UserError, run_stage
-from prefscan.models import parts_of_cell
+from prefscan.files import read_json, sha256
+from prefscan.models import MANIFEST, parts_of_cell
 from prefscan.params import load
 from prefscan.paths import BASE, MERGED, RUNS
 
@@ -49,23 +52,37 @@ def executable(name: str) -> str:
     return found
 
 
-def command(kind: Kind, model: Path, adapters: dict[str, Path], dtype: str, port: int) -> list[str]:
-    """The server's command line; vLLM serves the model as `base` and each adapter under its name."""
+def served_name(key: str) -> str:
+    """A model's name at a server that outlives stages: `KEY@` and 12 digits of a SHA-256 of its weights.
+
+    A server that was started before the weights changed does not know the new name, where under the bare key it would
+    answer with the old ones.
+    """
+    folder = BASE if key == "base" else MERGED / key
+    if (folder / MANIFEST).exists():  # has the hashes already, which parts_of_cell compares with the files
+        weights = [part["sha256"] for _, part in sorted(read_json(folder / MANIFEST).items())]
+    else:
+        weights = [{path.name: sha256(path) for path in folder.glob("*.safetensors")}]
+    return f"{key}@{hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def command(kind: Kind, model: Path, adapters: dict[str, Path], dtype: str, port: int, name: str = "base") -> list[str]:
+    """The server's command line; vLLM serves the model as `name` and each adapter under its own name."""
     common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPES[dtype]]
     if kind == "transformers":
         if adapters:
             raise UserError(
                 "answer.server.kind: transformers serve has no adapters and merge.format is adapter; set merge.format: "
-                "merged, or take vllm"
+                "model, or take vllm"
             )
         return [executable("transformers"), "serve", str(model), *common]
     # Without --generation-config vllm, the model's own file would change the sampling that MT-Bench prescribes.
-    line = [executable("vllm"), "serve", str(model), *common, "--served-model-name", "base"]
+    line = [executable("vllm"), "serve", str(model), *common, "--served-model-name", name]
     line += ["--generation-config", "vllm"]
     if adapters:
         rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters.values())
         line += ["--enable-lora", "--max-lora-rank", str(next(r for r in LORA_RANKS if r >= rank))]
-        line += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+        line += ["--lora-modules", *(f"{adapter}={folder}" for adapter, folder in adapters.items())]
     return line
 
 
@@ -121,16 +138,17 @@ def running_server(
     log: Path,
     startup: float = STARTUP,
     port: int | None = None,
+    name: str = "base",
 ) -> Iterator[str]:
     """The base URL of a healthy server, which is stopped when the block ends; its output goes to `log`.
 
-    It listens at `port`, or at a free one.
+    It listens at `port`, or at a free one, and vLLM serves the model as `name`.
 
     Raises UserError when the program is missing, when it ends before it is healthy, and when it is not after `startup`
     seconds. To be used in the main thread, since SIGTERM becomes an exit that passes through the block's end.
     """
     port = port or free_port()
-    line = command(kind, model, adapters, dtype, port)
+    line = command(kind, model, adapters, dtype, port, name)
     if setpriv := shutil.which("setpriv"):
         line = [setpriv, "--pdeathsig", "KILL", "--", *line]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +178,9 @@ def main() -> None:
                 f"{MERGED / cell.key} holds no adapter's manifest, and one server serves adapters alone; run "
                 "`dvc repro merge` with merge.format: adapter"
             )
-        adapters[cell.key] = adapter
-    with running_server("vllm", BASE, adapters, params.answer.dtype, RUNS / "server/all.log", port=port) as url:
+        adapters[served_name(cell.key)] = adapter
+    log = RUNS / "server/all.log"
+    with running_server("vllm", BASE, adapters, params.answer.dtype, log, port=port, name=served_name("base")) as url:
         print(f"base and {len(adapters)} cells: dvc repro, with answer.server.base_url: {url}", flush=True)
         try:
             signal.pause()

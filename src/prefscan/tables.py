@@ -274,7 +274,8 @@ def judge_check(judge: dict[str, Any]) -> Table:
         "Good answers are the references; the bad ones are another question's reference (swapped) and a reference's "
         "first quarter (truncated). 0.5 is chance."
     )
-    return Table("Judge check", reading, pd.DataFrame(rows), columns)
+    # A judge of pairs gives no margin.
+    return Table("Judge check", reading, pd.DataFrame(rows, columns=list(columns)), columns)
 
 
 def spread(keys: tuple[str, ...], judgements: dict[str, list[Any]]) -> list[Table]:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -107,20 +107,20 @@ class PairTrainer(TokenisedTrainer):
             batch["mismatched"] = self.engine.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
         return batch
 
-    def pair_logps(self, model: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def pair_logps(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The engine's, within the forward pass of what wraps the model: there DDP's and FSDP's hooks act."""
         policy = self.accelerator.unwrap_model(model)
         return self.redirect(model, policy, lambda batch: self.engine.pair_logps(policy, batch), batch)
 
     @torch.no_grad()
-    def kl_logratio(self, model: torch.nn.Module, batch: Any) -> Tensor:
+    def kl_logratio(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean log-ratio of the policy against the base over the two mismatched responses of each prompt; `[B]`."""
         policy = torch.stack(self.pair_logps(model, batch))
         with self.model.disable_adapter():
             base = torch.stack(self.pair_logps(model, batch))
         return (policy - base).mean(0)
 
-    def logps(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PairLogps:
+    def logps(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogps:
         chosen, rejected = self.pair_logps(model, inputs["pairs"])
         reference = {key: inputs[key].to(chosen.device) for key in REFERENCE_COLUMNS}
         return PairLogps(
@@ -133,9 +133,18 @@ class PairTrainer(TokenisedTrainer):
             kl_logratio=self.kl_logratio(model, inputs["mismatched"]) if "mismatched" in inputs else None,
         )
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
+    def refuse_divergence(self, values: Tensor) -> None:
+        """Raises UserError for a loss or log-ratio that is not finite: whatever follows would be NaN."""
+        if not values.isfinite().all():
+            raise UserError(
+                f"{self.cell.key}: a loss is not finite, after {self.state.global_step} updates; lower "
+                f"train.learning_rate {self.args.learning_rate:g}, or set train.dtype to bf16 or fp32"
+            )
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         logps = self.logps(model, inputs)
         loss = inputs["weight"] * LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
+        self.refuse_divergence(loss.detach())
         with torch.no_grad():
             chosen, rejected = self.cell.beta * logps.chosen_logratio, self.cell.beta * logps.rejected_logratio
             logged = {
@@ -172,6 +181,7 @@ class PairTrainer(TokenisedTrainer):
             part = torch.stack([loss, logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)])
             parts += gather_object([part.cpu()])
         losses, chosen, rejected, accuracies = torch.cat(parts[: len(batches)], dim=1).double()
+        self.refuse_divergence(torch.cat([losses, chosen, rejected]))
         margin, low, high = mean_interval((chosen - rejected).tolist())
         share, share_low, share_high = share_interval(accuracies.sum().item(), len(pairs))
         return {
@@ -210,23 +220,39 @@ MISMATCHED = {"chosen_ids": "other_chosen_ids", "rejected_ids": "other_rejected_
 
 
 def with_mismatched(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs with the responses of the next one in the list, the last with those of the first.
+    """The pairs with the responses of the next one in the list that has another prompt; after the last comes the first.
 
     As in the KTO paper (arXiv 2402.01306, section 4.1), which takes them from the micro-batch; taken from the list,
-    they do not depend on the micro-batch, which may be a single pair. Raises UserError for a single pair in all.
+    they do not depend on the micro-batch, which may be a single pair. Raises UserError where all have one prompt.
     """
-    if len(pairs) == 1:
-        raise UserError("kto estimates its KL from the responses of another prompt and there is one pair; add pairs")
-    following = [*pairs[1:], *pairs[:1]]
-    return [
-        pair | {column: other[key] for key, column in MISMATCHED.items()}
-        for pair, other in zip(pairs, following, strict=True)
-    ]
+    other = next((pair for pair in pairs if pair["prompt_ids"] != pairs[-1]["prompt_ids"]), None)
+    if other is None:
+        raise UserError(
+            f"kto estimates its KL from the responses of another prompt, and the {len(pairs)} pairs of a side have one "
+            "prompt; add pairs of others"
+        )
+    following, found = pairs[0], []
+    for pair in reversed(pairs):
+        other = other if following["prompt_ids"] == pair["prompt_ids"] else following
+        found.append(pair | {column: other[key] for key, column in MISMATCHED.items()})
+        following = pair
+    return found[::-1]
 
 
 def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
     """The prompt of a pair with the responses of another, as a pair."""
     return {"prompt_ids": pair["prompt_ids"]} | {key: pair[column] for key, column in MISMATCHED.items()}
+
+
+def refuse_unknown_targets(model: nn.Module, targets: list[str]) -> None:
+    """Raises UserError for a target that is no module of the model: PEFT does so only where none of them is."""
+    modules = {name for name, _ in model.named_modules()}
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
+    if unknown:
+        linear = sorted(
+            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise UserError(f"train.lora.targets: the model has no {', '.join(unknown)}; it has {', '.join(linear)}")
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -245,7 +271,7 @@ def training_arguments(
 ) -> DPOConfig:
     """TRL's arguments for a cell. Its own `loss_type` is not used: PairTrainer computes the loss."""
     on_gpu = torch.cuda.is_available()
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(checkpoints),
         beta=cell.beta,
         max_steps=steps,
@@ -272,6 +298,8 @@ def training_arguments(
         run_name=cell.key,
         use_cpu=not on_gpu,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that it sees, else nn.DataParallel, which TRL refuses
+    return arguments
 
 
 def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
@@ -326,8 +354,10 @@ def train_cell(
 
     Returns the trainer and the contents of metrics/train/CELL.json and metrics/cost/train/CELL.json. The cost's seconds
     include those that went into the checkpoint; the work that a kill lost is not in them. Speed is that of all
-    processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved.
+    processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved, for a
+    training that diverges, and for a LoRA target that the model lacks.
     """
+    refuse_unknown_targets(model, train.lora.targets)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
@@ -358,6 +388,8 @@ def train_cell(
         raise terminated(cell, trainer.state.global_step, updates, checkpoints)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
+    epochs, rest = divmod(updates, train.updates("epoch", len(pairs)))
+    trained = epochs * len(pairs) + rest * train.batch_size * train.accumulation  # an epoch's last update may be short
     metrics = {
         "loss": sum(losses) / len(losses),
         "last_loss": losses[-1],
@@ -367,7 +399,7 @@ def train_cell(
     cost = {
         "seconds": round(seconds, 1),
         # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
-        "tokens_per_second": round(tokens * updates * train.batch_size * train.accumulation / seconds, 1),
+        "tokens_per_second": round(tokens * trained / seconds, 1),
         "peak_memory_gib": round(max(gather_object([peak_memory_gib()])), 2),
         "processes": world().num_processes,
     }

@@ -168,8 +168,10 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 class _TokenLogps(torch.autograd.Function):
     """Log-probability of each target under a frozen LM head, in chunks.
 
-    For a frozen head the gradient with respect to a hidden state, W[target] − softmax(logits)·W, needs the same
-    logits as the value, so it is taken in the forward pass: nothing is recomputed and no logits are kept.
+    For a frozen head the gradient with respect to a hidden state, (onehot(target) − softmax(logits))·W, needs the same
+    logits as the value, so it is taken in the forward pass: nothing is recomputed and no logits are kept. The
+    difference is taken in fp32 before the product, since W[target] − softmax·W in bf16 is all rounding where the
+    target is nearly certain.
     """
 
     @staticmethod
@@ -181,7 +183,9 @@ class _TokenLogps(torch.autograd.Function):
             logp = F.log_softmax(logits, dim=-1)
             logps.append(logp.gather(1, ids[:, None])[:, 0])
             if needs_grad:
-                slopes.append(weight[ids] - logp.exp_().to(weight.dtype) @ weight)
+                errors = logp.exp_().neg_()
+                errors[torch.arange(len(ids), device=ids.device), ids] += 1
+                slopes.append(errors.to(weight.dtype) @ weight)
         if needs_grad:
             ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)
