@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -274,9 +274,13 @@ def test_an_sdists_members_write_nowhere_else(
     path.write_bytes(gzip.compress(archive.getvalue()))
     source = {"kind": "package", "requirement": "demo==1.0", "archive": "sdist", "sha256": sha256(path)}
     before = written(tmp_path)
-    with pytest.raises(UserError, match=r"^demo==1\.0: pip could not fetch it \(ERROR: "):
+    # Python before 3.11.4 has no tarfile.data_filter, without which pip passes over a hard link to what is outside.
+    link_passed_over = members[0][1] == tarfile.LNKTYPE and not hasattr(tarfile, "data_filter")
+    refused = pytest.raises(UserError, match=r"^demo==1\.0: pip could not fetch it \(ERROR: ")
+    with nullcontext() if link_passed_over else refused:
         fetch_pairs(PackagePairs(**source, train="demo-1.0/pairs.json", heldout=None), tmp_path / "raw")
-    assert written(tmp_path) == before
+    new = {"raw", "raw/train", "raw/train/pairs.json"} if link_passed_over else set()
+    assert written(tmp_path) == before | new
     assert (tmp_path / "own.txt").read_text() == "the user's own"
 
 
