@@ -2,14 +2,15 @@ import json
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from transformers.training_args import OptimizerNames
 
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES
-from prefscan.params import Cell, Params, load
+from prefscan.params import Cell, Optimizer, Params, load
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
@@ -198,6 +199,23 @@ def test_a_new_recipe_adds_its_cells_and_loses_none(override: str, key: str, mor
     assert after.recipe.key == key
     assert set(keys(after)) == {*before, *more}
     assert len(keys(after)) == len(before) + len(more)
+
+
+def test_every_optimizer_is_one_of_transformers() -> None:
+    assert set(get_args(Optimizer)) <= {name.value for name in OptimizerNames}
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("train.optimizer=adamw", r"train\.optimizer: .*'adamw_torch'"),
+        ("seed=4294967296", r"seed: .*4294967296"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_at_once(override: str, complaint: str, compose: Any) -> None:
+    with pytest.raises(UserError, match=complaint):
+        compose(override)
+    assert compose("seed=4294967295").seed == 2**32 - 1
 
 
 @pytest.mark.parametrize("steps", ["8", "epoch"])

@@ -9,6 +9,7 @@ from scipy import stats
 
 from pipeline.workspace import Workspace
 from prefscan.review import STALE
+from prefscan.revisions import VERSIONS_NOTE
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,7 @@ def test_other_changes_than_the_recipe_are_named(clone: Workspace) -> None:
     pins.write_text(re.sub(r"(?m)^trl==.*$", "trl==9.9.9", pins.read_text()))
     text = review(clone, fails=True)  # the seed makes the lock stale
     assert re.search(r"the difference is of all: train\.learning_rate .*, seed 0 → 10, trl \S+ → 9\.9\.9\.", text)
+    assert VERSIONS_NOTE in text
 
 
 def test_a_base_without_the_scores_gets_the_rest(clone: Workspace) -> None:
