@@ -544,6 +544,15 @@ def test_fewer_pairs_than_a_batch_train(fit: Fit) -> None:
     assert history(trainer, "rewards/margins")[-1] > 0
 
 
+def test_the_speed_counts_the_pairs_that_were_trained(fit: Fit, pairs: list[Any]) -> None:
+    """Ten passes over 5 pairs, in updates of 4 and of 1."""
+    _, metrics, cost = fit("sigmoid", 20, count=5, batch_size=4, accumulation=1)
+    assert metrics["updates"] == 20
+    once = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs[:5])
+    # The product of two rounded numbers; by updates of 4 alone it would be 1.6 times as much.
+    assert cost["tokens_per_second"] * cost["seconds"] == pytest.approx(10 * once, rel=0.25)
+
+
 def test_the_curve_has_a_row_a_step(fit: Fit) -> None:
     trainer, metrics, _ = fit("sigmoid", 6)
     rows = list(csv.DictReader(curve_csv(trainer.state.log_history).splitlines()))
