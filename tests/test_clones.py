@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,7 @@ from prefscan.clones import (
     workspace_tree,
 )
 from prefscan.errors import UserError
+from prefscan.pipeline import lost_stages
 
 AUTHOR = ["-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
 
@@ -67,10 +69,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(repository: Path, attempts: int = 1, patience: float = 0, **changes: Any) -> tuple[Outcome, list[Progress]]:
     cache, remote = cache_and_remote()
     usual = {"clones": repository / "clones", "cache": cache, "state": repository / "state", "remote": remote}
-    place = Place(**usual | {"marker": None, "threads": None} | changes)
+    place = Place(**usual | {"marker": None} | changes)
     seen: list[Progress] = []
     chain = Chain("a", ("train@a",))
-    return run_chain(chain, snapshot(workspace_tree()), place, attempts, patience, seen.append), seen
+    return run_chain(chain, snapshot(workspace_tree(), ()), place, attempts, patience, seen.append), seen
 
 
 def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
@@ -103,19 +105,22 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     assert uncommitted() == []
     Path("code.txt").write_text("second\n")
     Path("new file.txt").write_text("new\n")
-    Path("dvc.lock").write_text("stages: {}\n")
+    Path("dvc.lock").write_text("stages: {a: {cmd: b}, c: {cmd: d}}\n")
     Path("metrics").mkdir()
     Path("metrics/summary.json").write_text("{}\n")
     Path("out.txt").write_text("ignored\n")
     before = git("status", "--porcelain")
     assert sorted(uncommitted()) == ["code.txt", "new file.txt"]  # what DVC writes is no change of the user's
     tree = workspace_tree()
-    archive = snapshot(tree)
+    archive = snapshot(tree, {"a", "of no entry"})
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         names = {member.name for member in tar if member.isfile()}
         code = tar.extractfile("code.txt")
         assert code is not None
         assert code.read() == b"second\n"
+        lock = tar.extractfile("dvc.lock")
+        assert lock is not None
+        assert yaml.safe_load(lock) == {"stages": {"c": {"cmd": "d"}}}
     assert names >= {"new file.txt", "dvc.lock", "dvc.yaml", ".dvc/config"}
     assert "out.txt" not in names
     assert git("log", "--all", "--format=%s") == "Start"
@@ -126,19 +131,36 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     assert changed_since(tree) == ["code.txt"]
 
 
+def test_outputs_of_dvc_lock_are_lost_where_neither_the_cache_nor_the_remote_has_them(repository: Path) -> None:
+    make_repository("echo result > out.txt")
+    dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
+    assert lost_stages(["train@a"], remote=True) == {"train@a"}  # it has not run
+    dvc("repro")
+    assert lost_stages(["train@a"], remote=False) == set()
+    dvc("push")
+    shutil.rmtree(".dvc/cache")
+    assert lost_stages(["train@a"], remote=True) == set()
+    assert lost_stages(["train@a"], remote=False) == {"train@a"}
+    assert lost_stages([], remote=False) == set()
+    shutil.rmtree(repository / "remote/files")
+    assert lost_stages(["train@a"], remote=True) == {"train@a"}
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_clone_is_unpacked_by_every_python_3_11(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
 ) -> None:
     """Before 3.11.4, as Debian 12 has it, tarfile knows no filters: extractall takes no such argument."""
     if old:
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+        monkeypatch.delattr(tarfile, "tar_filter", raising=False)
         unpack = tarfile.TarFile.extractall
         monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: unpack(self, path))
     make_repository("true")
-    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path / "state", remote=None, marker=None, threads=None)
-    with new_clone("cell", snapshot(workspace_tree()), place) as clone:
+    Path("elsewhere").symlink_to(tmp_path)
+    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path / "state", remote=None, marker=None)
+    with new_clone("cell", snapshot(workspace_tree(), ()), place) as clone:
         assert (clone / "code.txt").read_text() == Path("code.txt").read_text()
+        assert (clone / "elsewhere").readlink() == tmp_path
         assert (clone / "runs").resolve() == tmp_path / "state/runs"
     assert not clone.exists()
 
@@ -223,9 +245,9 @@ def test_what_has_ended_well_before_a_failure_is_handed_over(repository: Path) -
     Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
     dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
     _, remote = cache_and_remote()
-    place = Place(repository / "clones", repository / "cache", repository / "state", remote, None, None)
+    place = Place(repository / "clones", repository / "cache", repository / "state", remote, None)
     chain = Chain("a", ("train@a", "mtbench@a"))
-    outcome = run_chain(chain, snapshot(workspace_tree()), place, 1, 0, lambda _: None)
+    outcome = run_chain(chain, snapshot(workspace_tree(), ()), place, 1, 0, lambda _: None)
     assert "failed to reproduce 'mtbench@a'" in outcome.error
     dvc("repro", "--pull", "train@a")
     assert Path("out.txt").read_text() == "result\n"
@@ -234,8 +256,8 @@ def test_what_has_ended_well_before_a_failure_is_handed_over(repository: Path) -
 
 def test_a_clone_that_a_process_works_in_is_left_alone(repository: Path) -> None:
     make_repository("true")
-    place = Place(repository / "clones", repository / "cache", repository / "state", None, None, None)
-    archive = snapshot(workspace_tree())
+    place = Place(repository / "clones", repository / "cache", repository / "state", None, None)
+    archive = snapshot(workspace_tree(), ())
     with new_clone("a", archive, place) as used:
         (repository / "clones/b.left").mkdir()
         worker = subprocess.Popen(["sleep", "60"], cwd=used)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,36 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     again = dvc(work, "repro")
     assert again.stdout.count("is cached - skipping run") == len(taken), again.stdout + again.stderr
     assert (lock_of(work), ran(work)) == (taken, [])
+
+
+def test_where_bits_differ_from_those_in_dvc_lock_each_stage_runs_once(tmp_path: Path) -> None:
+    """As in a clone of this repository on another processor: dvc.lock has outputs that no cache has."""
+    work, processor = make_logging(tmp_path / "work", 1), tmp_path / "processor.txt"
+    pipeline = yaml.safe_load((work / "dvc.yaml").read_text())
+    stages = pipeline["stages"]
+    for stage in ("reference", "answer-base"):
+        stages[stage]["cmd"] = f"echo {stage} >> {tmp_path}/ran.txt; {stages[stage]['cmd']}"
+    for stage in ("reference", "answer-base", "train"):
+        body = stages[stage]
+        body["cmd"] += f" && cat {processor} >> {body['outs'][0]}"
+    (work / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    processor.write_text("one\n")
+    code, output = launch(work, "--dirty")
+    assert code == 0, output
+    every = sorted(["reference", "answer-base", *(stage for key in CELLS for stage in of_cell(key))])
+    assert ran(work) == every
+    first = lock_of(work)
+
+    for name in (".dvc/cache", ".dvc/tmp", ".prefscan", "data", "models"):
+        shutil.rmtree(work / name)
+    processor.write_text("two\n")
+    code, output = launch(work, "--dirty")
+    assert code == 0, output
+    assert ran(work) == every
+    again = lock_of(work)
+    assert again.keys() == first.keys()
+    assert again["reference"]["outs"] != first["reference"]["outs"]
+    assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
 
 
 @pytest.mark.slow

@@ -349,7 +349,7 @@ def main() -> None:
     write_jsonl(ANSWERS / f"{key}.jsonl", [row["record"] for row in in_order])
     write_json(ANSWER_METRICS / f"{key}.json", metrics)
     write_json(ANSWER_COST / f"{key}.json", cost)
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)  # another process may have answered for the same model
 
 
 if __name__ == "__main__":

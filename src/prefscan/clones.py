@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import psutil
+import yaml
 from dvc.config import Config
 from dvc.repo import Repo
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from prefscan import leash
 from prefscan.errors import UserError
-from prefscan.files import read_json
+from prefscan.files import read_json, write_text
 from prefscan.paths import MTBENCH_METRICS
 
 WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no change of the user's
@@ -70,18 +71,11 @@ class Place:
     state: Path
     remote: dict[str, Any] | None
     marker: Path | None
-    threads: str | None  # OMP_NUM_THREADS where the launch began
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """For commands in a clone: its own code, this Python's programs, and as many threads as `dvc repro` would have.
-
-        Ray gives its workers as many OpenMP threads as CPUs, and with another number of threads bits differ.
-        """
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = self.threads
+        """For commands in a clone: its own code and this Python's programs."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return environment | {"PATH": path, "PYTHONPATH": str(folder / "src")}
+        return os.environ | {"PATH": path, "PYTHONPATH": str(folder / "src")}
 
 
 @dataclass(frozen=True)
@@ -126,8 +120,21 @@ def workspace_tree() -> str:
         return git("write-tree", index=index).decode().strip()
 
 
-def snapshot(tree: str) -> bytes:
-    """A tree's files as a tar archive, and in the repository as a commit that is on no branch."""
+def snapshot(tree: str, lost: Collection[str]) -> bytes:
+    """A tree's files as a tar archive, and in the repository as a commit that is on no branch.
+
+    Its dvc.lock has no entries of the `lost` stages: pipeline.lost_stages says why.
+    """
+    with TemporaryDirectory() as folder:
+        index, lock = f"{folder}/index", Path(folder, "dvc.lock")
+        git("read-tree", tree, index=index)
+        if git("ls-files", "dvc.lock", index=index):
+            entries = yaml.safe_load(git("show", f"{tree}:dvc.lock"))
+            entries["stages"] = {name: entry for name, entry in entries["stages"].items() if name not in lost}
+            write_text(lock, yaml.safe_dump(entries, sort_keys=False))
+            blob = git("hash-object", "-w", str(lock)).decode().strip()
+            git("update-index", "--cacheinfo", f"100644,{blob},dvc.lock", index=index)
+        tree = git("write-tree", index=index).decode().strip()
     author = ("-c", "user.name=prefscan", "-c", "user.email=prefscan@localhost")
     commit = git(*author, "commit-tree", tree, "-p", "HEAD", "-m", "Workspace at prefscan.launch").decode().strip()
     return git("archive", "--format=tar", commit)
@@ -166,7 +173,8 @@ def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
     try:
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
             # An attribute, since Python 3.11 before 3.11.4 has no such argument, and knows neither filter nor warning.
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            # Not the data filter, which refuses links to absolute paths: a workspace may have them.
+            tar.extraction_filter = getattr(tarfile, "tar_filter", None)
             tar.extractall(folder)  # noqa: S202 - git made the archive, of this repository's own files
         with Config(str(folder / ".dvc")).edit("local") as config:
             config["core"]["no_scm"] = True

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 from dvc.stage import Stage
+from dvc_data.hashfile.hash_info import HashInfo
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
@@ -49,7 +50,7 @@ from prefscan.clones import (
 )
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
-from prefscan.pipeline import CELL_STAGES, compose, stale_stages
+from prefscan.pipeline import CELL_STAGES, compose, lost_stages, stale_stages
 
 INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
 BASE_STAGES = ("answer-base", "mtbench-base")
@@ -91,11 +92,10 @@ def settle_place(params: Params, on_cluster: bool) -> Place:
     """Where clones, cache and unfinished work are; raises UserError where a cluster's nodes could not share them."""
     cache, remote = cache_and_remote()
     here, launch = Path.cwd(), params.launch
-    threads = os.environ.get("OMP_NUM_THREADS")
     if not on_cluster:
         scratch = Path(launch.scratch).absolute() if launch.scratch else here / ".prefscan/launch"
         state = Path(launch.state).absolute() if launch.state else here
-        return Place(scratch / "clones", cache, state, remote=None, marker=None, threads=threads)
+        return Place(scratch / "clones", cache, state, remote=None, marker=None)
     if remote is None:
         raise UserError(
             "--address: results travel between machines by a DVC remote, and the repository has no default one; "
@@ -110,7 +110,7 @@ def settle_place(params: Params, on_cluster: bool) -> Place:
     own = f"prefscan-launch-{getuser()}-{hashlib.sha256(str(here).encode()).hexdigest()[:8]}"
     scratch = Path(launch.scratch).absolute() if launch.scratch else Path(tempfile.gettempdir(), own)
     state = Path(launch.state).absolute() if launch.state else scratch
-    return Place(scratch / "clones", scratch / "cache", state, remote, marker_of(remote), threads)
+    return Place(scratch / "clones", scratch / "cache", state, remote, marker_of(remote))
 
 
 def marker_of(remote: dict[str, Any]) -> Path | None:
@@ -137,8 +137,8 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         return cluster.run_all(chains, params, place, needs, archive)
 
 
-def take_over(made: list[str], pull: bool) -> None:
-    """Take stages that have run elsewhere from the cache or the remote.
+def take_over(made: list[str], lost: Collection[str], pull: bool) -> None:
+    """Take stages that have run elsewhere from the cache or the remote; those that were `lost`, as they are now.
 
     `dvc repro` would do the same, but writes dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it
     is written once. What fails is left to the `dvc repro` that follows, which says what it was.
@@ -146,8 +146,12 @@ def take_over(made: list[str], pull: bool) -> None:
     taken: list[Stage] = []
 
     def take(stage: Stage, **options: Any) -> Stage | None:
-        if stage.addressing in made and stage.reproduce(**options):
-            taken.append(stage)
+        if stage.addressing in made:
+            if stage.addressing in lost:
+                for out in stage.outs:
+                    out.hash_info = HashInfo()  # or DVC would look for what dvc.lock has
+            if stage.reproduce(**options):
+                taken.append(stage)
         return None  # or DVC would part the stages with empty lines
 
     with Repo(_wait_for_lock=True) as repo:
@@ -160,7 +164,7 @@ def take_over(made: list[str], pull: bool) -> None:
                     taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
 
 
-def restore(made: list[str], targets: list[str], place: Place, patience: float) -> int:
+def restore(made: list[str], lost: Collection[str], targets: list[str], place: Place, patience: float) -> int:
     """Take over the stages that were made, and `dvc repro` the targets, or all; waits for another that runs here.
 
     Raises UserError where the remote is gone: DVC would run here again what has run elsewhere.
@@ -168,7 +172,7 @@ def restore(made: list[str], targets: list[str], place: Place, patience: float) 
     if gone := await_remote(place, patience):
         raise UserError(f"{gone}, and run `dvc repro --pull`")
     if made:
-        take_over(made, pull=place.remote is not None)
+        take_over(made, lost, pull=place.remote is not None)
     pull = ["--pull"] if place.remote else []
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")
@@ -201,8 +205,9 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
     if chains and address is None and check_cache()[1]:  # on a cluster, each node checks its own
         chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
+    lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=address is not None)
     tree = workspace_tree()
-    outcomes = run_chains(chains, params, place, address, snapshot(tree)) if chains else []
+    outcomes = run_chains(chains, params, place, address, snapshot(tree, lost)) if chains else []
     if changes := changed_since(tree):
         raise UserError(
             f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "
@@ -211,9 +216,9 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     ended = {outcome.name for outcome in outcomes if not outcome.error}
     made = [target for chain in chains if chain.name in ended for target in chain.targets]
     if len(ended) == len(chains):
-        return restore(made, [], place, params.launch.patience)
+        return restore(made, lost, [], place, params.launch.patience)
     if made:
-        restore(made, made, place, params.launch.patience)
+        restore(made, lost, made, place, params.launch.patience)
     report_failures(outcomes)
     return FAILED
 

@@ -3,7 +3,10 @@
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
+
+from dvc.repo import Repo
 
 from prefscan.errors import UserError
 
@@ -54,3 +57,21 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
     if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
         raise failed(done)
     return sorted(stages)
+
+
+def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
+    """The stale stages whose outputs, as dvc.lock has them, are not in the cache, nor in the default `remote` if asked.
+
+    Where dependencies and command are as in dvc.lock, DVC 3.67 looks for those outputs alone, and runs the stage again
+    though its run-cache may have what it made here (`StageCache.restore`). So it is on another machine than the one
+    that wrote dvc.lock, since another processor rounds otherwise.
+    """
+    with Repo() as repo:
+        gone = {
+            stage.addressing: [out.hash_info.value for out in stage.outs if out.use_cache]
+            for stage in repo.index.stages
+            if stage.addressing in stale and not stage.outs_cached()
+        }
+        wanted = {value for values in gone.values() for value in values if value}
+        there = set(repo.cloud.get_remote_odb().oids_exist(wanted)) if remote and wanted else set()
+        return {name for name, values in gone.items() if not there.issuperset(values)}

@@ -157,7 +157,7 @@ def test_a_node_that_joined_later_and_is_not_fit_runs_no_cell(tmp_path: Path, pa
     """The nodes that are there at the start are asked before; this is the task that Ray gives to any of them."""
     from prefscan.cluster import Needs, run_on_node
 
-    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path, remote={}, marker=None, threads=None)
+    place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path, remote={}, marker=None)
     needs = Needs({"dvc": "0.1", "no-such-library": "2"}, ["PREFSCAN_TEST_KEY"], tmp_path / "0.token")
     chain = Chain("base", ("answer-base",), ())
     shown = []
