@@ -10,6 +10,7 @@ only where a response token is predicted, in chunks, so that the full logits nev
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -107,32 +108,30 @@ def prefix_shared_attention(
         out = flex_attention()(query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    sizes = [size for lengths in pair_lengths for size in lengths]
+    # Splits and not slices: the gradient of a slice is a tensor of the whole row, to be filled with zeros and added.
+    queries, keys, values = (iter(states.split(sizes, dim=2)) for states in (query, key, value))
     outputs = []
-    start = 0
-    for p, c, r in pair_lengths:
-        shared, branch, end = start + p, start + p + c, start + p + c + r
+
+    def attend(queries: Tensor, keys: list[Tensor], values: list[Tensor], mask: Any) -> None:
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, start:branch],
-                key[:, :, start:branch],
-                value[:, :, start:branch],
-                dropout_p=dropout,
-                is_causal=True,
-                scale=scaling,
-            )
-        )
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, branch:end],
-                torch.cat([key[:, :, start:shared], key[:, :, branch:end]], dim=2),
-                torch.cat([value[:, :, start:shared], value[:, :, branch:end]], dim=2),
-                attn_mask=causal_lower_right(r, p + r),
+                queries,
+                repeat_kv(torch.cat(keys, dim=2), groups),
+                repeat_kv(torch.cat(values, dim=2), groups),
+                attn_mask=mask,
                 dropout_p=dropout,
                 scale=scaling,
+                is_causal=mask is None,
             )
         )
-        start = end
+
+    for p, _, r in pair_lengths:
+        (q, q_chosen, q_rejected), (k, k_chosen, k_rejected), (v, v_chosen, v_rejected) = (
+            islice(parts, 3) for parts in (queries, keys, values)
+        )
+        attend(torch.cat([q, q_chosen], dim=2), [k, k_chosen], [v, v_chosen], None)
+        attend(q_rejected, [k, k_rejected], [v, v_rejected], causal_lower_right(r, p + r))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -180,11 +179,15 @@ class _TokenLogps(torch.autograd.Function):
         logps, slopes = [], []
         for states, ids in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
             logits = (states @ weight.T).float()
-            logp = F.log_softmax(logits, dim=-1)
-            logps.append(logp.gather(1, ids[:, None])[:, 0])
+            places = torch.arange(len(ids), device=ids.device), ids
+            # In place: another tensor of this size would take longer to allocate than to compute.
+            logits -= logits.amax(-1, keepdim=True)
+            shifted = logits[places]
+            total = logits.exp_().sum(-1, keepdim=True)
+            logps.append(shifted - total[:, 0].log())
             if needs_grad:
-                errors = logp.exp_().neg_()
-                errors[torch.arange(len(ids), device=ids.device), ids] += 1
+                errors = logits.div_(-total)
+                errors[places] += 1
                 slopes.append(errors.to(weight.dtype) @ weight)
         if needs_grad:
             ctx.save_for_backward(torch.cat(slopes))
