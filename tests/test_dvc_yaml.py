@@ -63,3 +63,10 @@ def test_declared_modules_are_the_imported_ones(name: str) -> None:
     declared = {dep for dep in body(name)["deps"] if dep.startswith("src/")}
     templates = {"src/prefscan/templates"} if name == "report" else set()
     assert declared == closure(SOURCE / f"prefscan/{stage_module(name)}.py") | templates
+
+
+def test_what_computes_has_the_threads_of_the_parameters_in_its_command() -> None:
+    """So that a change of them is a change of the stage."""
+    free = {"check", "fetch", "prepare", "report"}
+    for name in STAGES:
+        assert body(name)["cmd"].startswith("OMP_NUM_THREADS=${threads} ") == (name not in free), name

@@ -353,6 +353,7 @@ class Params(Section):
     beta: Beta
     steps: Steps
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's bound
+    threads: Positive  # dvc.yaml's commands have it
     sweep: Sweep
     grid: Grid
     model: Model
