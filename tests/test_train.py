@@ -36,6 +36,7 @@ from prefscan.train import (
     PairTrainer,
     accuracy,
     curve_csv,
+    refuse_targets,
     train_cell,
     training_arguments,
     with_mismatched,
@@ -264,11 +265,26 @@ def test_a_training_that_diverges_ends_with_a_sentence(fit: Fit, steps: int) -> 
     )
 
 
-def test_a_lora_target_that_the_model_lacks_is_refused(fit: Fit, train: Train) -> None:
-    """PEFT trains the others without a word."""
-    lora = train.lora.model_copy(update={"targets": ["q_proj", "w_proj"]})
-    with pytest.raises(UserError, match=r"train\.lora\.targets: the model has no w_proj; it has down_proj, .*, v_proj"):
-        fit("sigmoid", 1, lora=lora)
+@pytest.mark.parametrize("target", ["w_proj", "lm_head"])
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_a_lora_target_that_the_model_lacks_or_that_is_its_head_is_refused(
+    fit: Fit, train: Train, engine: str, target: str
+) -> None:
+    """PEFT trains the others without a word, and an adapter of the head has no effect on TRL's loss."""
+    lora = train.lora.model_copy(update={"targets": ["q_proj", target]})
+    found = rf"train\.lora\.targets: the model has no {target} to tune; it has down_proj, .*, v_proj$"
+    with pytest.raises(UserError, match=found):
+        fit("sigmoid", 1, lora=lora, engine=engine)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens"])
+def test_embeddings_that_share_the_heads_weight_are_no_lora_target(tiny_model: Path, target: str) -> None:
+    model = load_model(tiny_model, "fp32")
+    refuse_targets(model, ["q_proj", target])
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with pytest.raises(UserError, match=f"the model has no {target} to tune; it has down_proj,"):
+        refuse_targets(model, ["q_proj", target])
 
 
 # Between engines.

@@ -12,7 +12,6 @@ With `merge.format: adapter` it writes a manifest of hashes instead of a model, 
 import gc
 import math
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.progress import track
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefscan.engines import Engine, load_engine
 from prefscan.errors import run_stage
@@ -57,17 +56,12 @@ def fp32_bytes(folder: Path) -> int:
 
 def load_fp32(base: Path) -> PreTrainedModel:
     """The base in fp32, frozen and in evaluation mode: on the GPU where it fits, else on the CPU."""
-    needed, free = fp32_bytes(base) + ROOM, free_bytes()
-    if device().type == "cpu" or needed <= free:
-        return load_model(base, "fp32").requires_grad_(False)
-    print(
-        f"merging on the CPU: fp32 takes up to {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} GiB free",
-        flush=True,
-    )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-    )
-    return model.requires_grad_(False).eval()
+    needed, free, place = fp32_bytes(base) + ROOM, free_bytes(), device()
+    if place.type != "cpu" and needed > free:
+        place = torch.device("cpu")
+        sizes = f"fp32 takes up to {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} GiB free"
+        print(f"merging on the CPU: {sizes}", flush=True)
+    return load_model(base, "fp32", place=place).requires_grad_(False)
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -104,16 +98,13 @@ def merge_weights(policy: PeftModel, dtype: str) -> int:
 
     Both sides are rounded, or values that only rounding changed would count as the adapter's.
     """
-    layers = defaultdict(list)
-    for module in policy.modules():
-        if isinstance(module, BaseTunerLayer):
-            layers[module.get_base_layer().weight].append(module)  # more than one where embeddings and head are tied
     changed = 0
-    for weight, adapted in layers.items():
-        before = weight.data
-        for layer in adapted:
+    for layer in policy.modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            before = weight.data
             layer.merge(safe_merge=True)  # gives the weight a new tensor: `before` stays as it is
-        changed += int((rounded(weight.data, dtype) != rounded(before, dtype)).sum())
+            changed += int((rounded(weight.data, dtype) != rounded(before, dtype)).sum())
     return changed
 
 

@@ -44,9 +44,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    folder: Path, dtype: str, quantization: str = "none", double_quantization: bool = False
+    folder: Path,
+    dtype: str,
+    quantization: str = "none",
+    double_quantization: bool = False,
+    place: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A causal language model on this machine's device, in evaluation mode.
+    """A causal language model in evaluation mode, on this machine's device, or on `place` if it is not quantised.
 
     Raises UserError for a folder without safetensors.
     """
@@ -67,7 +71,7 @@ def load_model(
         folder, trust_remote_code=False, use_safetensors=True, **options
     )
     if quantization == "none":
-        model.to(device())  # type: ignore[arg-type]
+        model.to(place or device())  # type: ignore[arg-type]
     set_evaluation(model)
     return model
 

@@ -26,7 +26,7 @@ from prefscan.files import read_text
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["fp32", "bf16", "fp16"]
-Optimizer = Literal[  # those of transformers that the packages here bring; bitsandbytes' need a GPU
+Optimizer = Literal[  # those of transformers that the packages here bring; on a CPU the paged ones are not paged
     "adamw_torch",
     "adamw_torch_fused",
     "adafactor",

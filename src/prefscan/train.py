@@ -244,15 +244,17 @@ def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
     return {"prompt_ids": pair["prompt_ids"]} | {key: pair[column] for key, column in MISMATCHED.items()}
 
 
-def refuse_unknown_targets(model: nn.Module, targets: list[str]) -> None:
-    """Raises UserError for a target that is no module of the model: PEFT does so only where none of them is."""
-    modules = {name for name, _ in model.named_modules()}
-    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]
-    if unknown:
-        linear = sorted(
-            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        )
-        raise UserError(f"train.lora.targets: the model has no {', '.join(unknown)}; it has {', '.join(linear)}")
+def refuse_targets(model: Any, targets: list[str]) -> None:
+    """Raises UserError for a target that is no module of the model, and for the LM head.
+
+    PEFT refuses an unknown one only where all are. An adapter of the head, or of embeddings that share its weight, is
+    left out of the log-probabilities: the engines compute them from the weight alone.
+    """
+    head = model.get_output_embeddings().weight
+    modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not head}
+    if absent := [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]:
+        linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
+        raise UserError(f"train.lora.targets: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}")
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -357,7 +359,7 @@ def train_cell(
     processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved, for a
     training that diverges, and for a LoRA target that the model lacks.
     """
-    refuse_unknown_targets(model, train.lora.targets)
+    refuse_targets(model, train.lora.targets)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
