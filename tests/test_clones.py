@@ -145,6 +145,14 @@ def test_outputs_of_dvc_lock_are_lost_where_neither_the_cache_nor_the_remote_has
     shutil.rmtree(repository / "remote/files")
     assert lost_stages(["train@a"], remote=True) == {"train@a"}
 
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
+    pipeline["stages"]["train"]["do"]["outs"] = [{"out.txt": {"cache": False}}]  # what git keeps is in no cache
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    dvc("repro")
+    assert lost_stages(["train@a"], remote=True) == set()
+    Path("out.txt").write_text("of another commit\n")
+    assert lost_stages(["train@a"], remote=True) == lost_stages(["train@a"], remote=False) == {"train@a"}
+
 
 @pytest.mark.parametrize("old", [False, True])
 def test_a_clone_is_unpacked_by_every_python_3_11(

@@ -74,4 +74,4 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
         }
         wanted = {value for values in gone.values() for value in values if value}
         there = set(repo.cloud.get_remote_odb().oids_exist(wanted)) if remote and wanted else set()
-        return {name for name, values in gone.items() if not there.issuperset(values)}
+        return {name for name, values in gone.items() if not values or not there.issuperset(values)}
