@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.utils.serialize import parse_yaml
 
 from prefscan.clones import (
     Chain,
@@ -31,7 +32,7 @@ from prefscan.clones import (
     workspace_tree,
 )
 from prefscan.errors import UserError
-from prefscan.pipeline import lost_stages
+from prefscan.pipeline import lost_stages, push_current
 
 AUTHOR = ["-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
 
@@ -105,7 +106,7 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     assert uncommitted() == []
     Path("code.txt").write_text("second\n")
     Path("new file.txt").write_text("new\n")
-    Path("dvc.lock").write_text("stages: {a: {cmd: b}, c: {cmd: d}}\n")
+    Path("dvc.lock").write_text("stages: {a: {cmd: b}, c: {cmd: on}}\n")
     Path("metrics").mkdir()
     Path("metrics/summary.json").write_text("{}\n")
     Path("out.txt").write_text("ignored\n")
@@ -120,7 +121,7 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
         assert code.read() == b"second\n"
         lock = tar.extractfile("dvc.lock")
         assert lock is not None
-        assert yaml.safe_load(lock) == {"stages": {"c": {"cmd": "d"}}}
+        assert parse_yaml(lock.read().decode(), "dvc.lock") == {"stages": {"c": {"cmd": "on"}}}  # text in DVC's YAML
     assert names >= {"new file.txt", "dvc.lock", "dvc.yaml", ".dvc/config"}
     assert "out.txt" not in names
     assert git("log", "--all", "--format=%s") == "Start"
@@ -134,24 +135,29 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
 def test_outputs_of_dvc_lock_are_lost_where_neither_the_cache_nor_the_remote_has_them(repository: Path) -> None:
     make_repository("echo result > out.txt")
     dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
-    assert lost_stages(["train@a"], remote=True) == {"train@a"}  # it has not run
+    assert lost_stages(["train@a"], remote=False) == {"train@a"}  # it has not run
     dvc("repro")
-    assert lost_stages(["train@a"], remote=False) == set()
-    dvc("push")
+    assert lost_stages(["train@a"], remote=False) == lost_stages([], remote=True) == set()
+    assert lost_stages(["train@a"], remote=True) == {"train@a"}  # a clone elsewhere sees no cache of the workspace
+    push_current(["train@a"])
+    assert not (repository / "remote").exists()
+    push_current([])
     shutil.rmtree(".dvc/cache")
     assert lost_stages(["train@a"], remote=True) == set()
     assert lost_stages(["train@a"], remote=False) == {"train@a"}
-    assert lost_stages([], remote=False) == set()
-    shutil.rmtree(repository / "remote/files")
-    assert lost_stages(["train@a"], remote=True) == {"train@a"}
+
+    shutil.rmtree(repository / "remote")
+    (repository / "remote").write_text("no folder\n")
+    with pytest.raises(UserError, match=r"the DVC remote cannot be asked: .*remote"):
+        lost_stages(["train@a"], remote=True)
 
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
     pipeline["stages"]["train"]["do"]["outs"] = [{"out.txt": {"cache": False}}]  # what git keeps is in no cache
     Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
     dvc("repro")
-    assert lost_stages(["train@a"], remote=True) == set()
+    assert lost_stages(["train@a"], remote=False) == set()
     Path("out.txt").write_text("of another commit\n")
-    assert lost_stages(["train@a"], remote=True) == lost_stages(["train@a"], remote=False) == {"train@a"}
+    assert lost_stages(["train@a"], remote=False) == {"train@a"}
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -43,7 +43,8 @@ def cell(in_tmp: Path, tiny_model: Path) -> Any:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_loads_in_the_dtype_asked_for(tiny_model: Path, dtype: str) -> None:
+def test_a_model_loads_in_the_dtype_and_to_the_place_asked_for(tiny_model: Path, dtype: str) -> None:
+    assert load_model(tiny_model, dtype, place=torch.device("meta")).device.type == "meta"
     assert {parameter.dtype for parameter in load_model(tiny_model, dtype).parameters()} == {DTYPES[dtype]}
 
 

@@ -21,15 +21,15 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import psutil
-import yaml
 from dvc.config import Config
 from dvc.repo import Repo
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from prefscan import leash
 from prefscan.errors import UserError
-from prefscan.files import read_json, write_text
+from prefscan.files import read_json
 from prefscan.paths import MTBENCH_METRICS
+from prefscan.pipeline import forget
 
 WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no change of the user's
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
@@ -128,10 +128,9 @@ def snapshot(tree: str, lost: Collection[str]) -> bytes:
     with TemporaryDirectory() as folder:
         index, lock = f"{folder}/index", Path(folder, "dvc.lock")
         git("read-tree", tree, index=index)
-        if git("ls-files", "dvc.lock", index=index):
-            entries = yaml.safe_load(git("show", f"{tree}:dvc.lock"))
-            entries["stages"] = {name: entry for name, entry in entries["stages"].items() if name not in lost}
-            write_text(lock, yaml.safe_dump(entries, sort_keys=False))
+        if lost and git("ls-files", "dvc.lock", index=index):
+            lock.write_bytes(git("show", f"{tree}:dvc.lock"))
+            forget(lock, lost)
             blob = git("hash-object", "-w", str(lock)).decode().strip()
             git("update-index", "--cacheinfo", f"100644,{blob},dvc.lock", index=index)
         tree = git("write-tree", index=index).decode().strip()

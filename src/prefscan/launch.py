@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
@@ -29,7 +29,6 @@ from typing import Any
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 from dvc.stage import Stage
-from dvc_data.hashfile.hash_info import HashInfo
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
@@ -50,7 +49,7 @@ from prefscan.clones import (
 )
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
-from prefscan.pipeline import CELL_STAGES, compose, lost_stages, stale_stages
+from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages
 
 INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
 BASE_STAGES = ("answer-base", "mtbench-base")
@@ -137,8 +136,8 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         return cluster.run_all(chains, params, place, needs, archive)
 
 
-def take_over(made: list[str], lost: Collection[str], pull: bool) -> None:
-    """Take stages that have run elsewhere from the cache or the remote; those that were `lost`, as they are now.
+def take_over(made: list[str], pull: bool) -> None:
+    """Take stages that have run elsewhere from the cache or the remote.
 
     `dvc repro` would do the same, but writes dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it
     is written once. What fails is left to the `dvc repro` that follows, which says what it was.
@@ -146,12 +145,8 @@ def take_over(made: list[str], lost: Collection[str], pull: bool) -> None:
     taken: list[Stage] = []
 
     def take(stage: Stage, **options: Any) -> Stage | None:
-        if stage.addressing in made:
-            if stage.addressing in lost:
-                for out in stage.outs:
-                    out.hash_info = HashInfo()  # or DVC would look for what dvc.lock has
-            if stage.reproduce(**options):
-                taken.append(stage)
+        if stage.addressing in made and stage.reproduce(**options):
+            taken.append(stage)
         return None  # or DVC would part the stages with empty lines
 
     with Repo(_wait_for_lock=True) as repo:
@@ -164,7 +159,7 @@ def take_over(made: list[str], lost: Collection[str], pull: bool) -> None:
                     taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
 
 
-def restore(made: list[str], lost: Collection[str], targets: list[str], place: Place, patience: float) -> int:
+def restore(made: list[str], targets: list[str], place: Place, patience: float) -> int:
     """Take over the stages that were made, and `dvc repro` the targets, or all; waits for another that runs here.
 
     Raises UserError where the remote is gone: DVC would run here again what has run elsewhere.
@@ -172,7 +167,7 @@ def restore(made: list[str], lost: Collection[str], targets: list[str], place: P
     if gone := await_remote(place, patience):
         raise UserError(f"{gone}, and run `dvc repro --pull`")
     if made:
-        take_over(made, lost, pull=place.remote is not None)
+        take_over(made, pull=place.remote is not None)
     pull = ["--pull"] if place.remote else []
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")
@@ -202,23 +197,30 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
         listed = ", ".join(changes[:10]) + (f" and {len(changes) - 10} more" if len(changes) > 10 else "")
         raise UserError(f"not committed: {listed}; commit, or take the changes along with --dirty")
     place = settle_place(params, address is not None)
-    chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
-    if chains and address is None and check_cache()[1]:  # on a cluster, each node checks its own
-        chains = plan_chains(params, stale_stages(missing_data_is_stale=True), remote=address is not None)
-    lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=address is not None)
+    on_cluster = address is not None
+    stale = stale_stages(missing_data_is_stale=True)
+    chains = plan_chains(params, stale, remote=on_cluster)
+    if chains and not on_cluster and check_cache()[1]:  # on a cluster, each node checks its own
+        stale = stale_stages(missing_data_is_stale=True)
+        chains = plan_chains(params, stale, remote=on_cluster)
+    if chains and on_cluster:
+        push_current(stale)
+    lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=on_cluster)
     tree = workspace_tree()
     outcomes = run_chains(chains, params, place, address, snapshot(tree, lost)) if chains else []
+    ended = {outcome.name for outcome in outcomes if not outcome.error}
+    made = [target for chain in chains if chain.name in ended for target in chain.targets]
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        forget(Path("dvc.lock"), lost.intersection(made))
     if changes := changed_since(tree):
         raise UserError(
             f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "
             "change and run `dvc repro`"
         )
-    ended = {outcome.name for outcome in outcomes if not outcome.error}
-    made = [target for chain in chains if chain.name in ended for target in chain.targets]
     if len(ended) == len(chains):
-        return restore(made, lost, [], place, params.launch.patience)
+        return restore(made, [], place, params.launch.patience)
     if made:
-        restore(made, lost, made, place, params.launch.patience)
+        restore(made, made, place, params.launch.patience)
     report_failures(outcomes)
     return FAILED
 

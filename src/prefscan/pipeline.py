@@ -6,7 +6,9 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.serialize import modify_yaml
 
 from prefscan.errors import UserError
 
@@ -31,7 +33,6 @@ def dvc(*arguments: str) -> str:
 
 def compose(overrides: list[str], path: Path) -> Path:
     """Write params.yaml as `dvc exp run -S …` would compose it from conf/; raises UserError for a refused override."""
-    from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
 
@@ -59,19 +60,41 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
     return sorted(stages)
 
 
+def push_current(stale: Collection[str]) -> None:
+    """Send the outputs of all other stages to the default remote: a clone elsewhere has no other way to them.
+
+    Raises UserError with DVC's words where that fails.
+    """
+    with Repo() as repo:
+        current = [stage.addressing for stage in repo.index.stages if stage.addressing not in stale]
+    if current:
+        dvc("push", "--run-cache", *current)
+
+
 def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
-    """The stale stages whose outputs, as dvc.lock has them, are not in the cache, nor in the default `remote` if asked.
+    """The stale stages whose outputs, as dvc.lock has them, are not in the cache, or not in the default `remote`.
 
     Where dependencies and command are as in dvc.lock, DVC 3.67 looks for those outputs alone, and runs the stage again
     though its run-cache may have what it made here (`StageCache.restore`). So it is on another machine than the one
-    that wrote dvc.lock, since another processor rounds otherwise.
+    that wrote dvc.lock, since another processor rounds otherwise. Raises UserError for a remote that cannot be asked.
     """
-    with Repo() as repo:
-        gone = {
-            stage.addressing: [out.hash_info.value for out in stage.outs if out.use_cache]
-            for stage in repo.index.stages
-            if stage.addressing in stale and not stage.outs_cached()
-        }
-        wanted = {value for values in gone.values() for value in values if value}
-        there = set(repo.cloud.get_remote_odb().oids_exist(wanted)) if remote and wanted else set()
-        return {name for name, values in gone.items() if not values or not there.issuperset(values)}
+    try:
+        with Repo() as repo:
+            outputs = {
+                stage.addressing: [out.hash_info.value for out in stage.outs if out.use_cache]
+                for stage in repo.index.stages
+                if stage.addressing in stale and (remote or not stage.outs_cached())
+            }
+            wanted = {value for values in outputs.values() for value in values if value}
+            there = set(repo.cloud.get_remote_odb(command="launch").oids_exist(wanted)) if remote and wanted else set()
+    except (DvcException, OSError) as error:
+        raise UserError(f"the DVC remote cannot be asked: {' '.join(str(error).split())}") from None
+    return {name for name, values in outputs.items() if not values or not there.issuperset(values)}
+
+
+def forget(lock: Path, stages: Collection[str]) -> None:
+    """Take the entries of stages out of a dvc.lock, as if they had never run."""
+    if stages and lock.exists():
+        with modify_yaml(lock) as entries:
+            for name in stages:
+                entries["stages"].pop(name, None)
