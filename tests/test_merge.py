@@ -125,7 +125,7 @@ def test_a_zero_adapter_has_no_margin_to_keep_and_changes_no_weight(policy: Any,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@pytest.mark.parametrize("targets", [["up_proj"], ["up_proj", "q_proj"]])
+@pytest.mark.parametrize("targets", [["up_proj"], ["up_proj", "q_proj"], ["up_proj", "lm_head"]])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_weights_are_merged_and_counted_as_with_a_second_base(

@@ -125,15 +125,15 @@ def snapshot(tree: str, lost: Collection[str]) -> bytes:
 
     Its dvc.lock has no entries of the `lost` stages: pipeline.lost_stages says why.
     """
-    with TemporaryDirectory() as folder:
-        index, lock = f"{folder}/index", Path(folder, "dvc.lock")
-        git("read-tree", tree, index=index)
-        if lost and git("ls-files", "dvc.lock", index=index):
+    if lost and git("ls-tree", tree, "dvc.lock"):
+        with TemporaryDirectory() as folder:
+            index, lock = f"{folder}/index", Path(folder, "dvc.lock")
+            git("read-tree", tree, index=index)
             lock.write_bytes(git("show", f"{tree}:dvc.lock"))
             forget(lock, lost)
             blob = git("hash-object", "-w", str(lock)).decode().strip()
             git("update-index", "--cacheinfo", f"100644,{blob},dvc.lock", index=index)
-        tree = git("write-tree", index=index).decode().strip()
+            tree = git("write-tree", index=index).decode().strip()
     author = ("-c", "user.name=prefscan", "-c", "user.email=prefscan@localhost")
     commit = git(*author, "commit-tree", tree, "-p", "HEAD", "-m", "Workspace at prefscan.launch").decode().strip()
     return git("archive", "--format=tar", commit)

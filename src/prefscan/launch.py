@@ -196,8 +196,8 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     if not dirty and (changes := uncommitted()):
         listed = ", ".join(changes[:10]) + (f" and {len(changes) - 10} more" if len(changes) > 10 else "")
         raise UserError(f"not committed: {listed}; commit, or take the changes along with --dirty")
-    place = settle_place(params, address is not None)
     on_cluster = address is not None
+    place = settle_place(params, on_cluster)
     stale = stale_stages(missing_data_is_stale=True)
     chains = plan_chains(params, stale, remote=on_cluster)
     if chains and not on_cluster and check_cache()[1]:  # on a cluster, each node checks its own
@@ -205,13 +205,14 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
         chains = plan_chains(params, stale, remote=on_cluster)
     if chains and on_cluster:
         push_current(stale)
-    lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=on_cluster)
+    lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=on_cluster) if chains else set()
     tree = workspace_tree()
     outcomes = run_chains(chains, params, place, address, snapshot(tree, lost)) if chains else []
     ended = {outcome.name for outcome in outcomes if not outcome.error}
     made = [target for chain in chains if chain.name in ended for target in chain.targets]
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
-        forget(Path("dvc.lock"), lost.intersection(made))
+    if (forgotten := lost.intersection(made)) and Path("dvc.lock").exists():
+        with Repo(_wait_for_lock=True) as repo, repo.lock:
+            forget(Path("dvc.lock"), forgotten)
     if changes := changed_since(tree):
         raise UserError(
             f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "

@@ -94,7 +94,6 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
 
 def forget(lock: Path, stages: Collection[str]) -> None:
     """Take the entries of stages out of a dvc.lock, as if they had never run."""
-    if stages and lock.exists():
-        with modify_yaml(lock) as entries:
-            for name in stages:
-                entries["stages"].pop(name, None)
+    with modify_yaml(lock) as entries:
+        for name in stages:
+            entries["stages"].pop(name, None)
