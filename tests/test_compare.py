@@ -32,7 +32,7 @@ def repository(in_tmp: Path, reported: Path) -> None:
         branch(f"seed{seed}", lambda params, seed=seed: params.update(seed=100 + seed), move)
     branch(
         "other",
-        lambda params: params["judge"].update(name="second"),
+        lambda params: params["judge"].update(name="second", references="stock"),
         lambda scores: scores.drop(index=81, columns="ipo-0.5-8"),
         {"constraints.txt": "torch==2.13.0\ntrl==1.17.0\n"},
     )
@@ -80,7 +80,9 @@ def test_seeds_become_a_spread() -> None:
     (found,) = sets_of_seeds(known)
     assert [revision.name for revision in found] == ["main", "seed1", "seed2"]
     assert sets_of_seeds(revisions("main", "other")) == sets_of_seeds(revisions("main", "main")) == []
-    spread = spread_of_seeds(found, shared_models(found), shared_questions(found)).set_index("cell")
+    seeds = spread_of_seeds(found, shared_models(found), shared_questions(found))
+    assert seeds.names == ["main", "seed1", "seed2"]
+    spread = seeds.spread.set_index("cell")
     assert list(spread.index) == CELLS
     for cell in CELLS:
         leads = [(revision.scores[cell] - revision.scores["base"]).to_numpy() for revision in found]
@@ -89,6 +91,9 @@ def test_seeds_become_a_spread() -> None:
         row = spread.loc[cell]
         assert (row["seeds"], row["lead"]) == (3, pytest.approx(np.mean(means)))
         assert (row["lead_low"], row["lead_high"]) == pytest.approx((low, high))
+        mean = np.mean(leads, axis=0)
+        low, high = stats.t.interval(0.95, 7, mean.mean(), stats.sem(mean))
+        assert (row["asked_low"], row["asked_high"]) == pytest.approx((low, high))
         # The spread of three means, less what eight questions leave in them (two-way analysis of variance).
         array = np.stack(leads, axis=1)
         rest = array - array.mean(1, keepdims=True) - array.mean(0) + array.mean()
@@ -108,13 +113,19 @@ def test_the_report_says_what_cannot_be_concluded(
     assert "Left out, since another revision lacks them: ipo-0.5-8 of main." in said
     assert "Left out, since another revision did not ask them: 1 question of main." in said
     assert (
-        "Their judges are not the same (tiny ranks a reference above another question's with probability 0.53;" in said
+        "Their judges are not the same, by judge.references (tiny of main scores a reference above another question's "
+        "with probability 0.53; second of other scores" in said
     )
     assert "none differs significantly" in said
     assert "No two revisions differ in the seed alone" in said
     scores, differing = page.tables[-2:]
     assert len(scores) == 1 + 2 * 4
-    assert differing == [["parameter", "main", "other"], ["judge.name", "tiny", "second"], ["trl", "1.16.0", "1.17.0"]]
+    assert differing[0] == ["parameter", "main", "other"]
+    assert differing[1:] == [
+        ["judge.name", "tiny", "second"],
+        ["judge.references", "corrected", "stock"],
+        ["trl", "1.16.0", "1.17.0"],
+    ]
     assert {path.name for path in Path("comparison/charts").iterdir()} == {
         f"{name}.{form}" for name in ("scores", "differences") for form in ("svg", "png")
     }
@@ -124,15 +135,56 @@ def test_the_report_says_what_cannot_be_concluded(
 def test_the_report_shows_the_seeds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     page = run(monkeypatch, "main", "seed1", "seed2")
     assert page.title == "3 revisions"
-    assert "Over 3 seeds, the spread of a cell's lead between trainings is" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Over the 3 seeds of main, seed1, seed2, the spread of a cell's lead between trainings is" in said
+    assert "Their judges are not the same" not in said
     assert [row[0] for row in page.tables[-1]] == ["cell", *CELLS]
     assert page.tables[-2][1:] == [["seed", *(str(r.params["seed"]) for r in revisions("main", "seed1", "seed2"))]]
+
+
+@pytest.mark.usefixtures("repository")
+def test_what_the_questions_favour_is_no_lead_however_many_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first cell gains on all questions alike; the second as much on average, by what two questions favour."""
+    everywhere, by_chance = CELLS[:2]
+    for seed in range(3):
+
+        def lead(scores: pd.DataFrame, seed: int = seed) -> pd.DataFrame:
+            scores[CELLS] = np.stack([scores["base"]] * len(CELLS), axis=1)
+            scores[everywhere] += 0.9 + seed / 10 + np.arange(8) / 100
+            scores[by_chance] += np.array([8.0, -1, 0, 1, 0, -1, 1, 0]) + seed / 10
+            return scores
+
+        branch(f"lead{seed}", lambda params, seed=seed: params.update(seed=200 + seed), lead)
+    known = revisions("lead0", "lead1", "lead2")
+    spread = spread_of_seeds(known, known[0].models, shared_questions(known)).spread.set_index("cell")
+    assert (spread.loc[[everywhere, by_chance], "lead_low"] > 0).all()
+    assert spread.loc[by_chance, "asked_low"] < 0
+    run(monkeypatch, "lead0", "lead1", "lead2")
+    said = capsys.readouterr().out
+    assert f"both the interval over seeds and that over questions exclude zero for {everywhere}, uncorrected." in said
+
+
+@pytest.mark.usefixtures("repository")
+def test_two_sets_of_seeds_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("larger", 0), ("larger1", 101)):
+        branch(name, lambda params, seed=seed: params.update(seed=seed, model=params["model"] | {"name": "larger"}))
+    page = run(monkeypatch, "main", "seed1", "larger", "larger1")
+    said = capsys.readouterr().out
+    for names in ("main, seed1", "larger, larger1"):
+        assert f"Over the 2 seeds of {names}, the spread" in said
+    assert [row[0] for row in page.tables[-1]] == [row[0] for row in page.tables[-2]] == ["cell", *CELLS]
+    page_text = Path("comparison/report.html").read_text()
+    assert "Seeds of main, seed1" in page_text
+    assert "Seeds of larger, larger1" in page_text
 
 
 @pytest.mark.usefixtures("repository")
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["main", "pairs"], "main, pairs: judge.mode is pair and single, whose scores are on other scales; .*"),
         (["main", "main"], "main alone is no comparison; name two or more revisions"),
         (["main", "few"], "main, few: they share 1 questions, and a paired difference needs two"),
         (["main", "apart"], "main, apart: no cell is in all of them; compare sweeps that share losses, β and steps"),
@@ -141,6 +193,7 @@ def test_the_report_shows_the_seeds(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_what_cannot_be_compared_ends_with_a_sentence(
     monkeypatch: pytest.MonkeyPatch, names: list[str], message: str
 ) -> None:
+    branch("pairs", lambda params: params["judge"].update(mode="pair"))
     branch("few", change_scores=lambda scores: scores.head(1))
     branch("apart", change_scores=lambda scores: scores[["category", "base"]])
     with pytest.raises(UserError, match=f"^{message}$"):

@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from git_data import branch, git, make_repository
 from prefscan.errors import UserError
-from prefscan.revisions import changed, leaves, read_revision, settings
+from prefscan.revisions import changed, judge_of, leaves, read_revision, settings
 from sweep_data import CATEGORY_OF, CELLS
+
+ROOT = Path(__file__).parent.parent
+OPENAI = yaml.safe_load((ROOT / "conf/judge/gpt4.yaml").read_text())
 
 
 @pytest.fixture
@@ -62,3 +67,31 @@ def test_the_settings_are_what_decides_a_cells_result() -> None:
     found = settings(read_revision("main"))
     assert (found["judge.name"], found["trl"]) == ("tiny", "1.16.0")
     assert not [name for name in found if name.startswith(("grid", "sweep")) or name in ("loss", "beta", "steps")]
+
+
+@pytest.mark.usefixtures("repository")
+def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
+    def change(params: Any) -> None:
+        params["judge"] = OPENAI | {"budget": 50.0, "concurrency": 2}
+        params["train"]["report_to"] = "wandb"
+
+    branch("first", lambda params: params.update(judge=OPENAI))
+    branch("second", change)
+    first, second = read_revision("first"), read_revision("second")
+    assert changed(settings(first), settings(second)) == {}
+    assert changed(settings(read_revision("main")), settings(first))["judge.kind"] == ("local", "openai")
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_local_judge_is_its_weights_and_one_behind_an_api_its_name() -> None:
+    main = judge_of(read_revision("main"))
+    branch("renamed", lambda params: params["judge"].update(name="other"))
+    branch("larger", lambda params: params["model"]["source"].update(file="larger.gguf"))
+    branch("elsewhere", lambda params: params["judge"].update(folder="judges/large"))
+    assert judge_of(read_revision("renamed")) == main
+    assert list(changed(main, judge_of(read_revision("larger")))) == ["model.source.file"]
+    assert "judge.folder" in changed(main, judge_of(read_revision("elsewhere")))
+    branch("gpt4", lambda params: params.update(judge=OPENAI))
+    branch("gpt5", lambda params: params.update(judge=OPENAI | {"name": "gpt-5", "folder": "judges/large"}))
+    gpt4, gpt5 = judge_of(read_revision("gpt4")), judge_of(read_revision("gpt5"))
+    assert changed(gpt4, gpt5) == {"judge.name": ("gpt-4", "gpt-5")}

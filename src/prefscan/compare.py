@@ -8,7 +8,7 @@ which git ignores, and prints the sentences.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from prefscan.revisions import (
     VERSIONS_NOTE,
     Revision,
     changed,
+    judge_of,
     read_revision,
     settings,
     shared_models,
@@ -83,26 +84,37 @@ def sets_of_seeds(revisions: list[Revision]) -> list[list[Revision]]:
     return [known for known in found if len(known) > 1]
 
 
-def spread_of_seeds(known: list[Revision], models: list[str], questions: pd.Index) -> pd.DataFrame:
-    """A row a cell: its lead on the base as mean over seeds with a 95 % t interval over them, and the parts of spread.
+class Seeds(NamedTuple):
+    """Revisions that differ in the seed alone, by name, and a row a cell of what the seed does."""
 
-    `seed_sd` is the spread of the true lead between trainings, `question_sd` between questions, both in points.
+    names: list[str]
+    spread: pd.DataFrame
+
+
+def spread_of_seeds(known: list[Revision], models: list[str], questions: pd.Index) -> Seeds:
+    """A cell's lead on the base as mean over seeds, with two 95 % t intervals, and the parts of its spread.
+
+    `lead_low` and `lead_high` are over seeds with these questions held fixed: what the questions favour by chance is in
+    every seed, and no number of seeds shows it. `asked_low` and `asked_high` are over questions, of the mean over
+    seeds. `seed_sd` is the spread of the true lead between trainings, `question_sd` between questions, both in points.
     """
     rows = []
     for model in (model for model in models if model != "base"):
         leads = np.stack([(r.scores.loc[questions, model] - r.scores.loc[questions, "base"]).to_numpy() for r in known])
         mean, low, high = mean_interval(leads.mean(axis=1).tolist())
+        _, asked_low, asked_high = mean_interval(leads.mean(axis=0).tolist())
         parts = variance_components(leads.T[:, :, None, None])
         assert parts.seed is not None  # of two or more seeds
         rows.append(
             {"cell": model, "seeds": len(known), "lead": mean, "lead_low": low, "lead_high": high}
+            | {"asked_low": asked_low, "asked_high": asked_high}
             | {"seed_sd": parts.seed**0.5, "question_sd": parts.question**0.5}
         )
-    return pd.DataFrame(rows)
+    return Seeds([revision.name for revision in known], pd.DataFrame(rows))
 
 
 def sentences(
-    revisions: list[Revision], models: list[str], questions: pd.Index, table: pd.DataFrame, spreads: list[pd.DataFrame]
+    revisions: list[Revision], models: list[str], questions: pd.Index, table: pd.DataFrame, seeds: list[Seeds]
 ) -> list[str]:
     """What was compared, what differs beyond the choice of questions, and what cannot be concluded."""
     first, names = revisions[0].name, ", ".join(revision.name for revision in revisions)
@@ -118,16 +130,16 @@ def sentences(
         if unasked:
             asked = _count(unasked, "question")
             lines.append(f"Left out, since another revision did not ask them: {asked} of {revision.name}.")
-    judges = {revision.params["judge"]["name"] for revision in revisions}
-    if len(judges) > 1:
+    apart = {name for revision in revisions for name in changed(judge_of(revisions[0]), judge_of(revision))}
+    if apart:
         ranks = [
-            f"{revision.params['judge']['name']} ranks a reference above another question's with probability "
-            f"{revision.judge['without_reference']['swapped']['auc']:.2f}"
+            f"{revision.params['judge']['name']} of {revision.name} scores a reference above another question's with "
+            f"probability {revision.judge['without_reference']['swapped']['auc']:.2f}"
             for revision in revisions
         ]
         lines.append(
-            f"Their judges are not the same ({'; '.join(dict.fromkeys(ranks))}; 0.5 is chance): a difference between "
-            "revisions is one of judges too. Compare the leads on the base."
+            f"Their judges are not the same, by {', '.join(sorted(apart))} ({'; '.join(ranks)}; 0.5 is chance): a "
+            "difference between revisions is one of judges too. Compare the leads on the base."
         )
     compared = table.dropna(subset="difference")
     significant = compared[compared["p_holm"] <= 0.05]
@@ -137,14 +149,16 @@ def sentences(
         f"{compared['difference'].max():+.2f} from the same in {first}; with Holm's correction over {len(compared)} "
         f"comparisons {f'{named} differ' if named else 'none differs'} significantly."
     )
-    for spread in spreads:
-        told = spread[(spread["lead_low"] > 0) | (spread["lead_high"] < 0)]["cell"]
+    for trained, spread in seeds:
+        above = (spread["lead_low"] > 0) & (spread["asked_low"] > 0)
+        below = (spread["lead_high"] < 0) & (spread["asked_high"] < 0)
+        told = spread.loc[above | below, "cell"]
         lines.append(
-            f"Over {spread['seeds'].iloc[0]} seeds, the spread of a cell's lead between trainings is "
-            f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); the interval "
-            f"over seeds excludes zero for {', '.join(told) if len(told) else 'no cell'}, uncorrected."
+            f"Over the {len(trained)} seeds of {', '.join(trained)}, the spread of a cell's lead between trainings is "
+            f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); both the "
+            f"interval over seeds and that over questions exclude zero for {', '.join(told) or 'no cell'}, uncorrected."
         )
-    if not spreads:
+    if not seeds:
         lines.append("No two revisions differ in the seed alone: none of this tells a method from the luck of a seed.")
     return lines
 
@@ -154,7 +168,7 @@ def _count(number: int, of: str) -> str:
 
 
 def tables_of(
-    differing: pd.DataFrame, table: pd.DataFrame, spreads: list[pd.DataFrame], revisions: list[Revision]
+    differing: pd.DataFrame, table: pd.DataFrame, seeds: list[Seeds], revisions: list[Revision]
 ) -> list[Table]:
     cell = {"cell": ("cell", "{}")}
     scores = cell | {"revision": ("revision", "{}")} | with_interval("score", "score")
@@ -162,8 +176,9 @@ def tables_of(
     scores |= with_interval("difference", f"minus {revisions[0].name}", "{:+.2f}")
     scores |= {"p_holm": ("p, Holm", "{:.2f}"), "wins": ("won", "{:.0f}"), "ties": ("tied", "{:.0f}")}
     scores |= {"losses": ("lost", "{:.0f}")}
-    seeds = cell | {"seeds": ("seeds", "{}")} | with_interval("lead", "minus its base, mean over seeds", "{:+.2f}")
-    seeds |= {"seed_sd": ("SD between trainings", "{:.2f}"), "question_sd": ("SD between questions", "{:.2f}")}
+    spread = cell | with_interval("lead", "minus its base, mean over seeds", "{:+.2f}")
+    spread |= {"asked_low": ("over questions, from", "{:+.2f}"), "asked_high": ("to", "{:+.2f}")}
+    spread |= {"seed_sd": ("SD between trainings", "{:.2f}"), "question_sd": ("SD between questions", "{:.2f}")}
     return [
         Table("Scores", "Intervals and tests are over the shared questions.", table, scores),
         Table(
@@ -172,7 +187,16 @@ def tables_of(
             differing,
             {name: (name, "{}") for name in differing.columns},
         ),
-        *(Table("Seeds", "Intervals are over seeds: few seeds make them wide.", spread, seeds) for spread in spreads),
+        *(
+            Table(
+                f"Seeds of {', '.join(names)}",
+                "The interval of the mean is over seeds, for these questions alone: few seeds make it wide, and many "
+                "say nothing of other questions. The one beside it is over questions.",
+                rows,
+                spread,
+            )
+            for names, rows in seeds
+        ),
     ]
 
 
@@ -205,10 +229,15 @@ def main() -> None:
     models, questions = shared_models(revisions), shared_questions(revisions)
     if len(models) < 2:
         raise UserError(f"{', '.join(names)}: no cell is in all of them; compare sweeps that share losses, β and steps")
+    if len(modes := {revision.params["judge"]["mode"] for revision in revisions}) > 1:
+        raise UserError(
+            f"{', '.join(names)}: judge.mode is {' and '.join(sorted(modes))}, whose scores are on other "
+            "scales; compare sweeps of one mode"
+        )
     table = scores_of(revisions, models, questions)
-    spreads = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions)]
-    lines = sentences(revisions, models, questions, table, spreads)
-    tables = tables_of(what_differs(revisions), table, spreads, revisions)
+    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions)]
+    lines = sentences(revisions, models, questions, table, seeds)
+    tables = tables_of(what_differs(revisions), table, seeds, revisions)
     title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
     write_report(COMPARISON, title, lines, figures_of(table, names[0]), tables, names)
     print("\n\n".join(lines))

@@ -17,10 +17,16 @@ from dvc.scm import SCMError
 
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, read_text
-from prefscan.paths import JUDGE_METRICS, SUMMARY
+from prefscan.paths import BASE, JUDGE_METRICS, SUMMARY
 from prefscan.tables import QUESTION_SCORES
 
 CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
+# Parameters that decide how a result is reached or what it costs, and not what it is.
+NEUTRAL = {
+    *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
+    *(f"answer.server.{name}" for name in ("timeout", "attempts", "key_variable")),
+    "train.report_to",
+}
 PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
 
 
@@ -114,7 +120,28 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def settings(revision: Revision) -> dict[str, Any]:
     """What decides a cell's result: the parameters but for the choice of cells, and the pinned versions."""
-    return {n: value for n, value in leaves(revision.params) if n.split(".")[0] not in CHOICE} | revision.pins
+
+    def decides(name: str) -> bool:
+        return name.split(".")[0] not in CHOICE and NEUTRAL.isdisjoint((name, name.rpartition(".")[0]))
+
+    return {name: value for name, value in leaves(revision.params) if decides(name)} | revision.pins
+
+
+JUDGE = ("kind", "mode", "against", "references", "folder", "dtype", "base_url", "seed", "samples", "max_tokens")
+
+
+def judge_of(revision: Revision) -> dict[str, Any]:
+    """What makes the judge of a revision the one that it is.
+
+    A local judge is its weights, whatever it is called; of the base's own folder, those are the model's.
+    """
+    judge = revision.params["judge"]
+    known = {f"judge.{name}": judge.get(name) for name in JUDGE}
+    if judge["kind"] == "openai":
+        return known | {"judge.name": judge["name"], "judge.folder": None}  # a stage's dependency, which it reads not
+    if judge["folder"] == str(BASE):
+        known |= dict(leaves(revision.params["model"]["source"], "model.source."))
+    return known
 
 
 def changed(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
