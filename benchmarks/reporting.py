@@ -61,7 +61,7 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
             for n in category
         ]
         write_jsonl(root / f"data/mt_bench/model_answer/{key}.jsonl", answers)
-        write_json(root / f"metrics/mtbench/{key}.json", scores(judgements, category) | {"usd": 0.0})
+        write_json(root / f"metrics/mtbench/{key}.json", scores(judgements, category, "single") | {"usd": 0.0})
         write_json(root / f"metrics/cost/answer/{key}.json", {"seconds": 60.0, "tokens_per_second": 1000.0})
         answered: dict[str, Any] = {"share_cut": 0.0, "mean_tokens": 300.0 + draw.random(), "repetition": 0.01}
         if key != "base":

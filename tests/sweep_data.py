@@ -19,7 +19,7 @@ CATEGORY_OF = {q["question_id"]: q["category"] for q in make_questions(1)}
 
 
 def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
-    return scores(judgements, categories) | {"judge": "tiny", "references": "corrected", "usd": 0.25}
+    return scores(judgements, categories, "single") | {"judge": "tiny", "references": "corrected", "usd": 0.25}
 
 
 def divergence_of(i: int) -> dict[str, float]:

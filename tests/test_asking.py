@@ -150,6 +150,7 @@ def test_questions_are_asked_at_once_and_written_in_order(
             r"ended the reply with 'content_filter'",
         ),
         (Reply(body=re.sub(rb'"choices": \[.*\]', b'"choices": []', completion("x").body)), 1, "an empty reply"),
+        (completion([{"type": "text", "text": "x"}]), 1, "a reply that is no text but list"),
     ],
 )
 def test_a_fault_is_an_error_and_keeps_what_is_answered(

@@ -164,13 +164,28 @@ def test_two_processes_train_what_one_trains(
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
 def test_an_engine_sees_whole_weights_where_fsdp_shards_them(engine: str, together: Path, tiny_model: Path) -> None:
-    """FSDP2 itself, since accelerate has it on GPUs alone."""
-    logps, gradients = torch.load(together / "model" / f"{engine}.pt")
-    expected, expected_gradients = logps_and_gradients(random_adapter(load_model(tiny_model, "fp32")), engine)
+    """As accelerate shards the model, head and all; its `prepare` would, but on GPUs alone."""
+    model = load_model(tiny_model, "fp32")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight  # a unit of its own
+    logps, gradients = torch.load(together / "model" / f"{engine}-no.pt")
+    expected, expected_gradients = logps_and_gradients(random_adapter(model), engine)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient - expected_gradients[name]).norm() < 1e-5 * expected_gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_fsdp_computes_in_bf16_and_rounds_no_sum_to_it(engine: str, together: Path, tiny_model: Path) -> None:
+    logps, gradients = torch.load(together / "model" / f"{engine}-bf16.pt")
+    expected, expected_gradients = logps_and_gradients(random_adapter(load_model(tiny_model, "fp32")), engine)
+    assert logps.dtype == torch.float32
+    assert (logps != logps.bfloat16()).any()
+    torch.testing.assert_close(logps, expected, rtol=2e-2, atol=0)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    norm = sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
+    expected_norm = sum(gradient.square().sum() for gradient in expected_gradients.values()).sqrt()
+    assert norm.item() == pytest.approx(expected_norm.item(), rel=0.1)
 
 
 # Killed.

@@ -113,6 +113,14 @@ def knowing(request: dict[str, Any], _: int) -> Reply:
     return completion("[[9]]" if f"Reply: Right {number} is a  long\nanswer" in text else "[[2]]")
 
 
+MARGIN = ("margin", "margin_low", "margin_high")
+
+
+def proportion_of_all(trials: int) -> Any:
+    """The lower end of Wilson's interval where all trials succeed: n / (n + z²)."""
+    return pytest.approx(trials / (trials + 1.959964**2))
+
+
 def test_a_judge_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with chat_server(knowing) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
@@ -126,8 +134,8 @@ def test_a_judge_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         found = metrics[name]
         assert (found["mean_good"], found["mean_swapped"], found["mean_truncated"]) == (9, 2, 2)
         for bad in ("swapped", "truncated"):
-            assert set(found[bad].values()) == {1, 7}
-            assert (found[bad]["auc"], found[bad]["margin"]) == (1, 7)
+            low = proportion_of_all(15)
+            assert found[bad] == {"auc": 1, "auc_low": low, "auc_high": 1} | dict.fromkeys(MARGIN, 7)
 
 
 def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +175,17 @@ def test_a_judge_that_likes_length_alone_cannot_tell_swapped_ones(
     found = json.loads(JUDGE.read_text())["without_reference"]
     assert (found["swapped"]["auc"], found["swapped"]["margin"]) == (0.5, 0)
     assert (found["truncated"]["auc"], found["truncated"]["margin"]) == (1, 5)
+
+
+def test_mildness_to_a_question_is_no_want_of_discrimination() -> None:
+    """Each good answer lies 0.4 above the bad one of its own question, and below those of most others."""
+    good = [2 + number / 2 for number in range(15)]
+    found = judge_check.compare(good, [score - 0.4 for score in good])
+    assert (found["auc"], found["auc_low"]) == (1, proportion_of_all(15))
+    assert found["margin"] == pytest.approx(0.4)
+    tied = judge_check.compare([*good[:14], 0.1 + 0.2], [*good[:14], 0.3])
+    assert tied["auc"] == 0.5
+    assert tied["auc_low"] < 0.5 < tied["auc_high"]
 
 
 def test_a_judge_that_changes_its_mind_is_not_deterministic(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

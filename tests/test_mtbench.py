@@ -134,15 +134,34 @@ def test_scores_are_what_show_result_prints(tmp_path: Path) -> None:
     write_lines(tmp_path / "gpt-4_single.jsonl", rows)
     shown = shown_by_fastchat("--input-file", tmp_path / "gpt-4_single.jsonl")
     for model, values in ratings.items():
-        measured = scores(judgements_of(model, values), {81 + i: "writing" for i in range(4)})
+        measured = scores(judgements_of(model, values), {81 + i: "writing" for i in range(4)}, "single")
         for name, section in zip(("first_turn", "second_turn", "average"), shown, strict=True):
             digits = len(section[model].split(".")[1])
             assert f"{measured[name]:.{digits}f}" == section[model]
 
 
+TOPICS = {81: "math", 82: "coding", 83: "math", 84: "coding"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "ends"),
+    [("pair", 0.0, 1.0, (None, 1.0)), ("pair", 1.0, 0.0, (0.0, None)), ("single", 1.0, 10.0, (1.0, 10.0))],
+)
+def test_an_interval_ends_where_the_scale_ends(
+    mode: str, low: float, high: float, ends: tuple[float | None, float | None]
+) -> None:
+    """A model that wins on all questions but one, one that loses on all but one, and one of extremes."""
+    each = [low, high, low, high] if mode == "single" else [high, high, high, (low + high) / 2]
+    measured = scores(judgements_of("base", [score for score in each for _ in range(2)]), TOPICS, mode)
+    _, student_low, student_high = mean_interval(each)
+    expected = (student_low if ends[0] is None else ends[0], student_high if ends[1] is None else ends[1])
+    assert (measured["average_low"], measured["average_high"]) == expected
+    assert student_low < measured["average_low"] or student_high > measured["average_high"]
+
+
 def test_scores_by_question_and_category() -> None:
     ratings = [7, 5, 1, 10, 3, 4, 9, 8]
-    measured = scores(judgements_of("base", ratings), {81: "math", 82: "coding", 83: "math", 84: "coding"})
+    measured = scores(judgements_of("base", ratings), TOPICS, "single")
     assert measured["categories"] == {"coding": fmean([1, 10, 9, 8]), "math": fmean([7, 5, 3, 4])}
     assert measured["questions"] == {"81": 6, "82": 5.5, "83": 3.5, "84": 8.5}
     # A question is one observation: with its turns as two, the interval would be narrower.

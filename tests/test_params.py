@@ -174,6 +174,27 @@ def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
     assert unquantised.train.accelerate.distributed_type == "FSDP"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.dtype=fp16",
+            "dtype fp16 cannot train the adapter of a base of quantization fp4, which is bf16; choose",
+        ),
+        (
+            "train.optimizer=adafactor",
+            "optimizer adafactor on a base of quantization fp4 does not go on from a checkpo",
+        ),
+    ],
+)
+def test_what_cannot_train_an_adapter_in_bf16_is_refused_on_a_4_bit_base(
+    compose: Any, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compose("train=study", override)
+    compose("train=study", override, "train.quantization=none")
+
+
 def test_a_sweep_takes_every_loss_at_the_recipes_beta_and_steps(compose: Any) -> None:
     assert keys(compose("sweep=losses", "beta=0.3", "steps=4")) == [f"{loss}-0.3-4" for loss in LOSSES]
 

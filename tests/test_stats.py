@@ -8,7 +8,6 @@ from scipy import integrate, stats
 
 from prefscan.stats import (
     VarianceComponents,
-    auc,
     bootstrap_mean_interval,
     cluster_bootstrap,
     clustered_mean,
@@ -28,21 +27,6 @@ def skewed_scores(*shape: int, seed: int = 0) -> NDArray[np.float64]:
     """Whole judge scores from 1 to 10, more of them high than low."""
     rng = np.random.default_rng(seed)
     return np.clip(np.rint(9.5 - rng.gamma(2, 1.4, size=shape)), 1, 10)
-
-
-@pytest.mark.parametrize(
-    ("good", "bad", "expected"),
-    [
-        ([3, 4], [1, 2], 1),
-        ([1, 2], [3, 4], 0),
-        ([5, 5], [5, 5], 0.5),
-        ([1, 3, 5], [2, 3], 3.5 / 6),  # 5 beats both, 3 beats 2 and ties with 3, 1 loses to both
-    ],
-)
-def test_auc_counts_the_pairs_by_hand(good: list[float], bad: list[float], expected: float) -> None:
-    assert auc(good, bad) == pytest.approx(expected, abs=1e-12)
-    u = stats.mannwhitneyu(good, bad).statistic
-    assert auc(good, bad) == pytest.approx(u / (len(good) * len(bad)), abs=1e-12)
 
 
 def test_a_bootstrap_over_clusters_is_scipys_of_their_means() -> None:
@@ -178,8 +162,13 @@ def test_paired_difference_of_sums_in_another_order_is_a_tie() -> None:
     assert result == (0, 0, 0, 0, 1, 0, 3, 0)
 
 
-def test_paired_difference_without_spread_is_certain() -> None:
-    assert paired_difference([2, 3, 4], [1, 2, 3]) == (1, 0, 1, 1, 0, 3, 0, 0)
+def test_paired_difference_without_spread_has_the_sign_tests_p_value() -> None:
+    """As where a judge of pairs lets a model lose on every question: three of three are no certainty."""
+    assert paired_difference([2, 3, 4], [1, 2, 3]) == (1, 0, 1, 1, 0.25, 3, 0, 0)
+    for lost in (np.full(8, 0.5), np.array([0.1 + 0.2, *[0.3] * 7])):  # and where rounding makes a spread of 5e-17
+        result = paired_difference(lost - lost[-1], lost)
+        assert result.p_value == pytest.approx(stats.binomtest(0, 8).pvalue)
+        assert result.losses == 8
 
 
 @pytest.mark.parametrize(("a", "b"), [([1, 2], [1, 2, 3]), ([1], [2]), ([1, math.inf], [1, 2])])

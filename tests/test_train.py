@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean
 from tempfile import mkdtemp
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -474,6 +476,44 @@ def four_bit_training(
 def four_bit(train: Train) -> Train:
     lora = Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)
     return train.model_copy(update={"quantization": "nf4", "disable_dropout": False, "lora": lora})
+
+
+PING = """
+import prefscan
+from huggingface_hub.utils import _telemetry
+_telemetry.send_telemetry("trl/other")  # as TRL's trainers do
+_telemetry._TELEMETRY_QUEUE.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "pings"), [({}, []), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, ["/api/telemetry/trl/other"])]
+)
+def test_the_hub_is_told_of_no_training(setting: dict[str, str], pings: list[str]) -> None:
+    """Unless the user's own environment says otherwise."""
+    seen: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        unset = {"HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "DISABLE_TELEMETRY", "DO_NOT_TRACK"}
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
+        environment |= {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+            **setting,
+        }
+        subprocess.run([sys.executable, "-c", PING], env=environment, check=True, timeout=60)
+        hub.shutdown()
+    assert seen == pings
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])

@@ -7,6 +7,7 @@ python -m two_processes train=FOLDER… shard=FOLDER…
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from prefscan.distributed import launch, world
 from prefscan.params import Accelerate
 from tiny import random_adapter, random_pairs
 
-DDP = yaml.safe_load((Path(__file__).parents[1] / "conf/train/accelerate/ddp.yaml").read_text())
+CONFIGURATIONS = Path(__file__).parents[1] / "conf/train/accelerate"
+DDP = yaml.safe_load((CONFIGURATIONS / "ddp.yaml").read_text())
 
 
 def run_train(folder: str) -> None:
@@ -41,21 +43,37 @@ def run_save(folder: str) -> None:
 
 
 def run_shard(folder: str) -> None:
-    """Each engine's log-probabilities and gradients on the folder's model, which FSDP2 shards, into ENGINE.pt."""
-    from torch.distributed.fsdp import fully_shard
+    """Each engine's log-probabilities and gradients on the folder's model, sharded, into ENGINE-PRECISION.pt.
+
+    accelerate shards it as the shipped configuration says, through the function that its `prepare` calls on GPUs.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     from prefscan.models import load_model
+    from prefscan.train import keep_whole_nats
 
     main = world().is_main_process  # and the processes are connected
-    for engine in ("shared", "trl"):
-        policy = random_adapter(load_model(Path(folder), "fp32"))
-        for layer in policy.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(policy)
-        logps, gradients = logps_and_gradients(policy, engine)
+    shipped = yaml.safe_load((CONFIGURATIONS / "fsdp.yaml").read_text())["fsdp_config"]
+    options = {name.removeprefix("fsdp_"): value for name, value in shipped.items() if name != "fsdp_version"}
+    for engine, precision in product(("shared", "trl"), ("no", "bf16")):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=shipped["fsdp_version"], **options)
+        if precision != "no":
+            plugin.set_mixed_precision(precision)
+            keep_whole_nats(plugin)
+        accelerator: Any = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision=precision,
+            device=world().device,
+            is_main_process=main,
+            torch_device_mesh=None,
+        )
+        policy = fsdp2_prepare_model(accelerator, random_adapter(load_model(Path(folder), "fp32")))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            logps, gradients = logps_and_gradients(policy, engine)
         whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
         if main:
-            torch.save((logps, whole), Path(folder) / f"{engine}.pt")
+            torch.save((logps, whole), Path(folder) / f"{engine}-{precision}.pt")
 
 
 def logps_and_gradients(policy: Any, engine: str) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -10,6 +10,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Huge pages: the page faults of fresh activations were a tenth to a fifth of a training step (docs/performance.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# TRL would report every training to the hub.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # torch, transformers and trl make so many objects when imported that Python's collector, which walks them again and
 # again, took a third of a stage's start (docs/performance.md).

@@ -1,10 +1,10 @@
 """Chat completions of an OpenAI-compatible server: one request, tried again where the fault may pass.
 
 A request is tried again on rate limits, time-outs, broken connections and server errors, with exponential back-off, and
-not before the server's Retry-After. The key comes from an environment variable and goes nowhere else.
+not before the server's Retry-After. What comes with status 200 may still be anything: the client checks no field. The
+key comes from an environment variable and goes nowhere else.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from prefscan.errors import UserError
+from prefscan.files import BAD_JSON
 
-PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
+PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError, openai.ConflictError)
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
 NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
 
@@ -82,6 +83,17 @@ def may_be_billed(error: BaseException) -> bool:
     return isinstance(error, openai.APIConnectionError) and type(error.__cause__).__name__ not in NEVER_SENT
 
 
+def passes(error: BaseException) -> bool:
+    return isinstance(error, PASSING) or (isinstance(error, openai.APIStatusError) and error.status_code == 408)
+
+
+def counted(found: Any) -> tuple[int, int] | None:
+    """The tokens of prompt and reply that a server counted; None where it did not say both in whole numbers."""
+    usage = getattr(found, "usage", None)
+    counts = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+    return counts if all(isinstance(count, int) and count >= 0 for count in counts) else None  # type: ignore[return-value]
+
+
 def complete(send: Callable[[], Any], attempts: int) -> Reply:
     """The reply to one request, which `send` makes; raises NoReply with the reason where there is none to use."""
     backoff = wait_random_exponential(multiplier=0.5, max=60)
@@ -89,26 +101,31 @@ def complete(send: Callable[[], Any], attempts: int) -> Reply:
     def wait(state: RetryCallState) -> float:
         return max(backoff(state), retry_after(state.outcome.exception() if state.outcome else None))
 
-    retrying = Retrying(
-        retry=retry_if_exception_type(PASSING), stop=stop_after_attempt(attempts), wait=wait, reraise=True
-    )
+    retrying = Retrying(retry=retry_if_exception(passes), stop=stop_after_attempt(attempts), wait=wait, reraise=True)
     try:
         found = retrying(send)
     except openai.APIStatusError as error:
         raise NoReply(f"the server answered {error.status_code} ({type(error).__name__})") from None
     except openai.OpenAIError as error:
         raise NoReply(f"the request failed {attempts} times ({type(error).__name__})") from None
-    except json.JSONDecodeError:
+    except BAD_JSON:
         found = None
-    if not isinstance(found, ChatCompletion):  # the client hands on whatever came with status 200
+    if not isinstance(found, ChatCompletion):
         raise NoReply("the server sent no chat completion; check its base_url")
-    choice = found.choices[0] if found.choices else None
-    if not (choice and choice.message):
+    choice = found.choices[0] if isinstance(found.choices, list) and found.choices else None
+    message = getattr(choice, "message", None)
+    if not message:
         raise NoReply("the server sent an empty reply")
+    text = getattr(message, "content", None) or ""
+    if not isinstance(text, str):
+        raise NoReply(f"the server sent a reply that is no text but {type(text).__name__}")
+    tokens = counted(found)
     return Reply(
-        choice.message.content or "",
-        " ".join(filter(None, [found.model, found.system_fingerprint])),
-        found.usage.prompt_tokens if found.usage else None,
-        found.usage.completion_tokens if found.usage else None,
-        choice.finish_reason,
+        text.encode(
+            errors="replace"
+        ).decode(),  # half a character, as a limit of tokens may leave it, cannot be written
+        " ".join(part for part in (found.model, found.system_fingerprint) if isinstance(part, str) and part),
+        tokens and tokens[0],
+        tokens and tokens[1],
+        getattr(choice, "finish_reason", None),
     )

@@ -37,7 +37,7 @@ from prefscan.mtbench import (
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, QUESTIONS
 from prefscan.records import Judgement, ModelAnswer, read_records
-from prefscan.stats import auc, cluster_bootstrap, pairwise_agreement
+from prefscan.stats import TIE, cluster_bootstrap, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
 REPEATS = 6  # prompts judged a second time
@@ -117,15 +117,21 @@ def check_turns(
     return turns
 
 
+def ranked(wins: Sequence[float]) -> dict[str, float]:
+    """AUC within a question with its Wilson interval: how often the good answer wins, ties half.
+
+    Within, since a question that is judged mildly would else put its bad answer above the good one of another.
+    """
+    share, low, high = share_interval(sum(wins), len(wins))
+    return {"auc": share, "auc_low": low, "auc_high": high}
+
+
 def compare(good: Sequence[float], bad: Sequence[float]) -> dict[str, float]:
     """AUC and mean margin of good over bad answers to the same questions, with 95 % intervals over questions."""
-    a, b = np.array(good), np.array(bad)
-    low, high = cluster_bootstrap(len(a), lambda draw: auc(a[draw], b[draw]))
-    margin, margin_low, margin_high = mean_interval((a - b).tolist())
-    return {
-        **{"auc": auc(a, b), "auc_low": low, "auc_high": high},
-        **{"margin": margin, "margin_low": margin_low, "margin_high": margin_high},
-    }
+    margins = np.subtract(good, bad)
+    wins = (np.sign(np.where(abs(margins) <= TIE, 0, margins)) + 1) / 2
+    margin, low, high = mean_interval(margins.tolist())
+    return ranked(wins.tolist()) | {"margin": margin, "margin_low": low, "margin_high": high}
 
 
 def discrimination(scores: Sequence[float]) -> dict[str, Any]:
@@ -136,17 +142,9 @@ def discrimination(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def pair_discrimination(scores: Sequence[float]) -> dict[str, Any]:
-    """The same of verdicts on pairs, ordered by question, bad version and order.
-
-    AUC is the probability that the good answer wins, ties half: the mean outcome over questions, with its interval.
-    """
+    """The AUC alone, of verdicts on pairs, ordered by question, bad version and order."""
     outcomes = [outcome(first, second) for first, second in zip(scores[::2], scores[1::2], strict=True)]
-    found = {}
-    for i, bad in enumerate(VERSIONS[1:]):
-        of = outcomes[i :: len(VERSIONS) - 1]
-        share, low, high = share_interval(sum(of), len(of))
-        found[bad] = {"auc": share, "auc_low": low, "auc_high": high}
-    return found
+    return {bad: ranked(outcomes[i :: len(VERSIONS) - 1]) for i, bad in enumerate(VERSIONS[1:])}
 
 
 def judged_scores(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> list[float]:

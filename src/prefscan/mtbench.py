@@ -157,10 +157,14 @@ def outcome(first: float, second: float) -> float:
     return {(1.0, 0.0): 1.0, (0.0, 1.0): 0.0}.get((first, second), 0.5)
 
 
-def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
+SCALES = {"single": (1.0, 10.0), "pair": (0.0, 1.0)}  # by judge.mode, the lowest and the highest score
+
+
+def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str], mode: str) -> dict[str, Any]:
     """Averages over first turns, second turns and all turns, as FastChat's show_result prints them, and by category.
 
-    The interval of the average treats a question, both turns and all samples together, as one observation. `sample_sd`
+    The interval of the average treats a question, both turns and all samples together, as one observation; Student's t
+    knows no end of the scale, where the interval is cut. `sample_sd`
     is the standard deviation between samples of a turn, pooled over turns; None where each was judged once.
     """
     by_turn, by_question, by_category = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -173,12 +177,13 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str]) -> 
     several = all(len(values) > 1 for values in samples.values())
     questions = {str(question): fmean(values) for question, values in sorted(by_question.items())}
     _, low, high = mean_interval(list(questions.values()))
+    lowest, highest = SCALES[mode]
     return {
         "first_turn": fmean(by_turn[1]),
         "second_turn": fmean(by_turn[2]),
         "average": fmean(judgement["score"] for judgement in judgements),
-        "average_low": low,
-        "average_high": high,
+        "average_low": max(low, lowest),
+        "average_high": min(high, highest),
         "sample_sd": fmean(variance(values) for values in samples.values()) ** 0.5 if several else None,
         "categories": {category: fmean(values) for category, values in sorted(by_category.items())},
         "questions": questions,
@@ -285,13 +290,15 @@ def main() -> None:
     provenance: dict[str, Any] = {"judge": settings.name, "mode": settings.mode, "references": settings.references}
     if settings.mode == "single":
         judgements, categories, usd = judge_answers(key, answers, settings)
-        metrics = scores(judgements, categories)
+        metrics = scores(judgements, categories, settings.mode)
     elif key == settings.against:
-        metrics, usd = scores(*self_comparison(answers)), 0.0
+        metrics, usd = scores(*self_comparison(answers), settings.mode), 0.0
     else:
         against = read_records(ANSWERS / f"{settings.against}.jsonl", Answer, ["question_id"])
         judgements, categories, usd = judge_answers(key, answers, settings, against)
-        metrics = scores(judgements, categories) | pair_figures(judgements) | {"against": settings.against}
+        metrics = (
+            scores(judgements, categories, settings.mode) | pair_figures(judgements) | {"against": settings.against}
+        )
     write_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl", judgements)
     provenance["served_by"] = sorted({row["served_by"] for row in judgements} - {""})
     provenance["usd"] = round(usd, 6)

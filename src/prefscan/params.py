@@ -183,6 +183,23 @@ class Train(Section):
         return -(-pairs // (self.batch_size * self.accumulation)) if steps == "epoch" else int(steps)
 
     @model_validator(mode="after")
+    def quantization_leaves_an_adapter_in_bf16(self) -> "Train":
+        """TRL casts the adapter of a 4-bit base to bf16, which not everything can train."""
+        if self.quantization != "none":
+            way_out = "; choose another, or quantization: none"
+            if self.dtype == "fp16":  # its loss scaling: on a GPU, torch cannot unscale gradients in bf16
+                raise ValueError(
+                    f"dtype fp16 cannot train the adapter of a base of quantization {self.quantization}, which is bf16"
+                    f"{way_out}"
+                )
+            if self.optimizer == "adafactor":  # torch loads its state in the adapter's dtype
+                raise ValueError(
+                    f"optimizer adafactor on a base of quantization {self.quantization} does not go on from a "
+                    f"checkpoint with the same bits{way_out}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def processes_share_an_update(self) -> "Train":
         if self.accelerate is None:
             return self

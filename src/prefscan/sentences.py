@@ -5,7 +5,8 @@ from typing import Any
 import pandas as pd
 
 from prefscan.params import LocalJudge, OpenAIJudge, Params
-from prefscan.stats import minimum_detectable_difference, probability_best, selected_best
+from prefscan.paths import BASE
+from prefscan.stats import TIE, minimum_detectable_difference, probability_best, selected_best
 
 
 def question_scores(mtbench: dict[str, Any]) -> list[float]:
@@ -25,12 +26,18 @@ def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[st
     significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
     verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
     questions = len(judged["base"]["questions"])
-    detectable = minimum_detectable_difference(cells["standard_error"].median() * questions**0.5, questions)
+    spread = cells["standard_error"].median() * questions**0.5
+    detectable = minimum_detectable_difference(spread, questions) if spread > TIE else None
     lines = [
         f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
         f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
-        f"{cells['p_holm'].min():.2f}). This many questions and this spread detect a difference of {detectable:.2f} or "
-        "more with 80 % power, before the correction."
+        f"{cells['p_holm'].min():.2f}). "
+        + (
+            "Of most cells every question lies equally far from the base: that says nothing of what could be detected."
+            if detectable is None
+            else f"This many questions and this spread detect a difference of {detectable:.2f} or more with 80 % "
+            "power, before the correction."
+        )
     ]
     picks = []
     for loss, group in cells.groupby("loss", sort=False):
@@ -51,7 +58,7 @@ def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[st
 def judge_sentence(judge: dict[str, Any]) -> str:
     """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
     bad = {
-        "the same answer given to another question": judge["without_reference"]["swapped"],
+        "another question's": judge["without_reference"]["swapped"],
         "its own first quarter": judge["without_reference"]["truncated"],
     }
     ranks = [
@@ -66,8 +73,8 @@ def judge_sentence(judge: dict[str, Any]) -> str:
     else:
         verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
     return (
-        f"The judge {judge['judge']} ranks a reference answer above {', and above '.join(ranks)} (95 % intervals over "
-        f"{judge['questions']} questions; 0.5 is chance): {verdict}."
+        f"The judge {judge['judge']} ranks a question's reference answer above {', and above '.join(ranks)} (95 % "
+        f"intervals over {judge['questions']} questions; 0.5 is chance): {verdict}."
     )
 
 
@@ -77,9 +84,11 @@ def sentences(
     """What was compared and what may be concluded, computed from the data."""
     lines = [judge_sentence(judge)]
     if params.judge.kind == "local":
+        own = params.judge.folder == str(BASE)
+        weights = f"the base model {params.model.name} itself" if own else params.judge.folder
         lines.append(
-            f"The scores come from the small local judge {params.judge.name}: they show that the pipeline works, "
-            "not which method is better."
+            f"The scores come from a judge on this machine, {params.judge.name} ({weights})"
+            + (": they show that the pipeline works, not which method is better." if own else ".")
         )
     base = judged["base"]
     questions = len(base["questions"])
@@ -108,7 +117,7 @@ def sentences(
     lines.append(
         f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
         f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
-        f"interval in {moved} of {len(cells)} cells. "
+        f"interval, before any correction, in {moved} of {len(cells)} cells. "
         "β means something else in each loss: equal β is not equal strength."
     )
     kept = cells["margin_kept"].dropna()

@@ -20,14 +20,6 @@ from prefscan.intervals import mean_interval
 TIE = 1e-9
 
 
-def auc(good: ArrayLike, bad: ArrayLike) -> float:
-    """The probability that a value of `good` lies above one of `bad`, ties half; shapes `[N]` and `[M]`.
-
-    Mann and Whitney's U over N·M (1947), which is the area under the ROC curve (Hanley and McNeil 1982).
-    """
-    return float(np.sign(np.subtract.outer(good, bad)).mean() / 2 + 0.5)
-
-
 def cluster_bootstrap(
     clusters: int, statistic: Callable[[NDArray[np.intp]], float], confidence: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float]:
@@ -135,9 +127,13 @@ def _at_least(minimum: int, questions: int) -> None:
 
 
 def _p_value(estimate: float, standard_error: float, freedom: int) -> float:
-    """Two-sided Student t test of zero; with no spread at all, 1 for zero and 0 for anything else."""
-    if standard_error == 0:
-        return float(estimate == 0)
+    """Two-sided Student t test of zero.
+
+    Where all differences are the same there is no t. They are 0, or else all on one side of it, which has the sign
+    test's p-value, 2·½ⁿ of n questions (Arbuthnot 1710).
+    """
+    if standard_error <= TIE:
+        return 1.0 if abs(estimate) <= TIE else 2 * 0.5 ** (freedom + 1)
     return float(2 * stats.t.sf(abs(estimate) / standard_error, freedom))
 
 
@@ -194,7 +190,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     """Mean of `a` minus `b`, per-question means `[questions]` of two models, with a paired two-sided t test (95 %).
 
     The paired analysis of Miller 2024 (arXiv 2411.00640), with Student's t (1908) in place of the normal. Differences
-    within 1e-9 are ties and count as 0. Without any spread the p-value is 1 for all ties, else 0.
+    within 1e-9 are ties and count as 0. Where all differences are equal, the interval is a point and the p-value is the
+    sign test's, 1 for ties.
     Raises ValueError for different lengths and for fewer than two questions.
     """
     first, second = _finite(a, "[questions]"), _finite(b, "[questions]")

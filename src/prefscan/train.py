@@ -12,16 +12,18 @@ import resource
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import is_torchelastic_launched
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -80,6 +82,8 @@ class PairTrainer(TokenisedTrainer):
         super().__init__(data_collator=self.collate, **kwargs)
         self.precompute_ref_logps = True
         self.model.get_base_model().prefscan_fused_head = True  # DPOTrainer has just added it
+        if self.is_fsdp_enabled:
+            keep_whole_nats(self.accelerator.state.fsdp_plugin)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         batches = WholeRounds(RandomSampler(self.train_dataset), self.args.per_device_train_batch_size)
@@ -198,6 +202,16 @@ class PairTrainer(TokenisedTrainer):
             "chosen_shift": chosen.mean().item(),
             "rejected_shift": rejected.mean().item(),
         }
+
+
+def keep_whole_nats(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Have FSDP2 compute in `train.dtype` without rounding to it what the model returns, and what processes add up.
+
+    accelerate's policy rounds both. Here the model returns sums of log-probabilities, of hundreds of nats: bf16 leaves
+    them no fraction, and the reference has one.
+    """
+    if isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")

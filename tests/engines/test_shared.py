@@ -197,6 +197,14 @@ def test_a_head_with_a_bias_is_refused() -> None:
         packed_logps(tiny_lm("phi"), mixed_pairs())
 
 
+def test_a_head_that_no_process_has_whole_is_refused() -> None:
+    """As DeepSpeed's ZeRO stage 3 leaves it, which is not installed: its weight is elsewhere."""
+    model = tiny_lm("llama")
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+    with pytest.raises(UserError, match=r"^train\.accelerate: DeepSpeed's ZeRO stage 3 .*; set its stage to 2, or"):
+        packed_logps(model, mixed_pairs())
+
+
 @pytest.mark.parametrize("key", shared.LOGIT_SCALES)
 def test_scaled_logits_are_refused(key: str) -> None:
     model = tiny_lm("llama")

@@ -107,6 +107,8 @@ def test_the_request() -> None:
 @pytest.mark.parametrize(
     "passing",
     [
+        error(408),
+        error(409),
         error(429),
         error(500),
         error(503),
@@ -114,7 +116,16 @@ def test_the_request() -> None:
         Reply(body=b"{" * 99, fault="cuts"),
         Reply(fault="hangs"),
     ],
-    ids=["rate limit", "server error", "overloaded", "closed connection", "closed in mid-reply", "time-out"],
+    ids=[
+        "slow request",
+        "conflict",
+        "rate limit",
+        "server error",
+        "overloaded",
+        "closed connection",
+        "closed in mid-reply",
+        "time-out",
+    ],
 )
 def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
     verdict, requests = ask([passing, GOOD], timeout=2.0)
@@ -141,8 +152,12 @@ def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
         ([Reply(body=b"null")], "the server sent no chat completion", 1),
         ([Reply(body=b'{"choices": []}')], "the server sent an empty reply", 1),
         ([Reply(body=b'{"choices": [{"message": null}]}')], "the server sent an empty reply", 1),
-        ([completion("")], "the server sent an empty reply", 1),
-        ([completion(None)], "the server sent an empty reply", 1),
+        ([Reply(body=b'{"choices": {"message": null}}')], "the server sent an empty reply", 1),
+        ([Reply(body=b'{"choices": ["[[7]]"]}')], "the server sent an empty reply", 1),
+        ([Reply(body=b'{"choices": "\xff"}')], "the server sent no chat completion", 1),
+        ([completion([{"type": "text", "text": "[[7]]"}])], "the server sent a reply that is no text but list", 1),
+        ([completion(7)], "the server sent a reply that is no text but int", 1),
+        ([completion(""), completion(None)], "no rating of the form [[n]] in the reply", 2),
         ([completion("Rating: [[12]]"), completion("[[0]]")], "rating '0' is no number from 1 to 10", 2),
         ([completion("8/10"), completion("[[8/10]]")], "rating '8/10' is no number from 1 to 10", 2),
         ([completion("[[7]] or [[8]]"), completion("fine")], "no rating of the form [[n]] in the reply", 2),
@@ -188,6 +203,37 @@ def test_a_reminder_that_is_not_answered_keeps_the_first_reply() -> None:
             assert verdict.score == score
         assert len(server.requests) == 3
         assert server.requests[2] == server.requests[1]
+
+
+def test_an_empty_reply_is_kept_and_not_bought_again() -> None:
+    """Of a model, say, that thinks until judge.max_tokens: it is billed like any other."""
+    with chat_server(lambda *_: priced("", 1000, 2048)) as server:
+        settings = OpenAIJudge.model_validate(openai_judge(server.url, prices=PRICES))
+        for _ in range(3):
+            ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+            assert verdict.score is None
+            assert verdict.reason.startswith("no rating of the form [[n]] in the reply, kept in ")
+        assert len(server.requests) == 2  # the prompt and the reminder
+        assert sum(ledger()) == pytest.approx(2 * (0.01 + 0.2048))
+
+
+def test_half_a_character_costs_no_reply() -> None:
+    half = completion("[[7]] and X").body.replace(b"X", b"\\ud83d")
+    with chat_server(lambda *_: Reply(body=half)) as server:
+        settings = OpenAIJudge.model_validate(openai_judge(server.url))
+        for _ in range(2):
+            ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
+            assert (verdict.score, verdict.text) == (7, "[[7]] and ?")
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("usage", [{}, None, {"prompt_tokens": None, "completion_tokens": 3}, {"prompt_tokens": "9"}])
+def test_tokens_that_were_not_counted_are_booked_at_their_most(usage: Any) -> None:
+    body = json.loads(GOOD.body) | {"usage": usage}
+    verdict, _ = ask([Reply(body=json.dumps(body).encode())], prices=PRICES)
+    assert (verdict.score, verdict.usd) == (6, 0)
+    (booked,) = ledger()
+    assert booked > 64 * PRICES["output"] / 1e6  # judge.max_tokens of the reply, and the prompt
 
 
 @pytest.mark.parametrize(("seed", "sample", "sent"), [(None, 0, None), (None, 2, None), (7, 0, 7), (7, 2, 9)])

@@ -119,7 +119,7 @@ def test_touched_code_makes_its_own_stages_stale(
 
 
 def test_fastchat_prints_the_averages_of_the_metrics(sweep: Workspace) -> None:
-    printed = sweep.run(sys.executable, "-m", "fastchat.llm_judge.show_result", "--judge-model", "smollm2-expected")
+    printed = sweep.run(sys.executable, "-m", "fastchat.llm_judge.show_result", "--judge-model", "base-expected")
     average = printed.split("Average")[1]
     for key in ("base", "sigmoid-0.1-3", "kto_pair-0.1-3"):
         shown = re.search(rf"^{re.escape(key)}\s+(\S+)", average, re.MULTILINE)

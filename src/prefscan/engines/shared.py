@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -210,6 +211,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             f"train.engine: 'shared' needs a frozen, plain LM head, and {type(base).__name__} has "
             f"{' and '.join(scaled) or 'another'}; set it to trl for this model"
         )
+    if not head.weight.numel():
+        raise UserError(
+            "train.accelerate: DeepSpeed's ZeRO stage 3 leaves no process the LM head, which train.engine: 'shared' "
+            "reads; set its stage to 2, or choose train/accelerate=fsdp"
+        )
     layers = set(getattr(config, "layer_types", None) or ())
     if base._is_stateful or not base._supports_attention_backend or not layers <= LAYERS:
         raise UserError(
@@ -232,7 +238,10 @@ def pair_logps(model: nn.Module, batch: PackedPairs) -> tuple[Tensor, Tensor]:
         pair_lengths=batch.lengths,
         pair_mask=block_mask(batch.lengths, base.device) if base.device.type == "cuda" else None,
     ).last_hidden_state[0]
-    logps = _TokenLogps.apply(hidden[batch.predictors], base.get_output_embeddings().weight, batch.targets)
+    head = base.get_output_embeddings().weight
+    if isinstance(head, DTensor):  # FSDP's hooks would gather it where the head is called, which it is not
+        head = head.full_tensor()
+    logps = _TokenLogps.apply(hidden[batch.predictors], head, batch.targets)
     sums = torch.zeros(2 * len(batch.lengths), dtype=torch.float32, device=logps.device)
     chosen, rejected = sums.index_add(0, batch.segments, logps).chunk(2)
     return chosen, rejected

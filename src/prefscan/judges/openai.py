@@ -18,10 +18,9 @@ from typing import Any
 
 import openai
 from filelock import FileLock
-from openai.types.chat import ChatCompletion
 
-from prefscan.chat import NoReply, Reply, complete, make_client, may_be_billed
-from prefscan.files import read_json, write_json
+from prefscan.chat import NoReply, Reply, complete, counted, make_client, may_be_billed
+from prefscan.files import BAD_JSON, read_json, write_json
 from prefscan.judges import WINNERS, Prompt, Verdict
 from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.params import OpenAIJudge
@@ -121,15 +120,13 @@ class ChatJudge:
                 try:
                     found = client.chat.completions.create(**request)
                 except Exception as error:
-                    purchase.usd = most if may_be_billed(error) or isinstance(error, json.JSONDecodeError) else 0.0
+                    purchase.usd = most if may_be_billed(error) or isinstance(error, BAD_JSON) else 0.0
                     raise
-                usage = found.usage if isinstance(found, ChatCompletion) else None
-                purchase.usd = price(self.judge.prices, usage.prompt_tokens, usage.completion_tokens) if usage else most
+                tokens = counted(found)
+                purchase.usd = price(self.judge.prices, *tokens) if tokens else most
                 return found
 
         reply = complete(send, self.judge.attempts)
-        if not reply.text:
-            raise NoReply("the server sent an empty reply")
         self.replies.put(request, sample, reply)
         return reply
 
