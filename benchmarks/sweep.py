@@ -4,12 +4,12 @@
     PYTHONPATH=src python benchmarks/sweep.py --cells 1    # the loop's first cell only, times the number of cells
 
 Both start in a fresh clone of HEAD with an empty DVC cache, after `dvc repro fetch`: neither side's time has the fetch
-in it. prefscan's side is one `dvc repro`, everything in it: preparation, the reference pass, held-out evaluation, the
-base's own answers and scores, merge checks and the report. The study's loop is a process a cell that imports, loads,
-trains with stock TRL's DPOTrainer and a reference pass at every step, merges and saves, loads the merged model, answers
-one question at a time with transformers' own sampling, and judges each turn. It has the same updates, pairs, seed,
-questions, token limit and judge, makes no held-out evaluation and does not answer with the base: less work than
-`dvc repro` does.
+in it. prefscan's side is what `make sweep` runs, the launcher, everything in it: preparation, the reference pass,
+held-out evaluation, the base's own answers and scores, merge checks and the report. The study's loop, on as many
+threads as torch takes, is a process a cell that imports, loads, trains with stock TRL's DPOTrainer and a reference pass
+at every step, merges and saves, loads the merged model, answers one question at a time with transformers' own sampling,
+and judges each turn. It has the same updates, pairs, seed, questions, token limit and judge, makes no held-out
+evaluation and does not answer with the base: less work than `make sweep` does.
 
 TRL 1.16 has no `kto_pair` and no `ipo_sum`: the loop trains these cells with `sigmoid` and `ipo`, which make the same
 forward, reference and backward passes and differ in arithmetic on one number a pair. Temperatures are FastChat's; the
@@ -156,12 +156,12 @@ def study_loop(folder: Path, keys: list[str]) -> list[dict[str, Any]]:
     return cells
 
 
-def dvc(folder: Path, *arguments: str) -> float:
-    """Seconds that a DVC command took."""
+def run(folder: Path, *module: str) -> float:
+    """Seconds that a module took, given with its arguments."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment(folder))
+    done = subprocess.run([sys.executable, "-m", *module], cwd=folder, env=environment(folder))
     if done.returncode:
-        raise UserError(f"`dvc {' '.join(arguments)}` failed in the clone; its error stands above")
+        raise UserError(f"`python -m {' '.join(module)}` failed in the clone; its error stands above")
     return time.perf_counter() - started
 
 
@@ -172,7 +172,7 @@ def fetched_clone(repository: Path) -> Iterator[Path]:
         folder = Path(parent) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)  # noqa: S607
         shutil.rmtree(folder / ".dvc/cache", ignore_errors=True)
-        dvc(folder, "repro", "fetch")
+        run(folder, "dvc", "repro", "fetch")
         yield folder
 
 
@@ -183,7 +183,7 @@ def compare(repository: Path, limit: int | None) -> dict[str, Any]:
         raise UserError(f"judge.kind: {params.judge.kind!r} would be paid for twice; set the local judge")
     keys = [cell.key for cell in params.grid.cells]
     with fetched_clone(repository) as folder:
-        ours = dvc(folder, "repro")
+        ours = run(folder, "prefscan.launch", "--dirty")
         generated = 0
         for key in keys:
             answered = read_json(folder / ANSWER_METRICS / f"{key}.json")
@@ -209,10 +209,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         phases = [f"{cell['seconds'][name]:.1f}" for name in PHASES]
         table.add_row(cell["cell"], cell["trained_as"], *phases, f"{cell['total_seconds']:.1f}")
     console.print(table)
-    study, run = result["study"], len(result["study"]["cells"])
-    how = f"extrapolated from {run} of {result['cells']} cells" if study["extrapolated"] else f"all {run} cells"
+    study, count = result["study"], len(result["study"]["cells"])
+    how = f"extrapolated from {count} of {result['cells']} cells" if study["extrapolated"] else f"all {count} cells"
     console.print(f"study's loop: {study['seconds']:.0f} s ({how}), without fetch")
-    console.print(f"dvc repro: {result['ours']['seconds']:.0f} s, the whole pipeline without fetch")
+    console.print(f"make sweep: {result['ours']['seconds']:.0f} s, the whole pipeline without fetch")
     console.print(f"ratio: {result['ratio']:.2f}")
 
 

@@ -71,10 +71,11 @@ def test_both_sides_run_in_a_fresh_clone(
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=workspace, check=True)
     ran: list[Any] = []
+    launch = ("prefscan.launch", "--dirty")
 
-    def dvc(folder: Path, *arguments: str) -> float:
+    def run(folder: Path, *arguments: str) -> float:
         assert folder != workspace
-        assert not (folder / "data").exists() or arguments == ("repro",)
+        assert not (folder / "data").exists() or arguments == launch
         ran.append(arguments)
         for cell in load(folder / "params.yaml").grid.cells:
             write_json(folder / f"metrics/answer/{cell.key}.json", {"mean_tokens": 4.5, "questions": 8})
@@ -84,10 +85,10 @@ def test_both_sides_run_in_a_fresh_clone(
         ran.append(keys)
         return loop_of(keys)
 
-    monkeypatch.setattr(sweep, "dvc", dvc)
+    monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "study_loop", loop)
     result = sweep.compare(workspace, limit)
-    assert ran == [("repro", "fetch"), ("repro",), ["ipo-0.1-3", "kto_pair-0.1-3"][:limit]]
+    assert ran == [("dvc", "repro", "fetch"), launch, ["ipo-0.1-3", "kto_pair-0.1-3"][:limit]]
     assert result["cells"] == 2
     assert result["ours"] == {"seconds": 8.0, "generated_tokens": 144}
     assert (result["study"]["seconds"], result["study"]["extrapolated"]) == (study, extrapolated)
