@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefscan.engines import load_engine, shared
@@ -245,15 +247,26 @@ def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused(
             packed_logps(model, [*fitting, *random_pairs([lengths])])
 
 
-def test_flex_attention_equals_the_attention_of_the_cpu() -> None:
-    """The CUDA path's mask, through uncompiled FlexAttention on the CPU, forward only: there it has no backward."""
-    torch.manual_seed(0)
-    tokens = sum(sum(lengths) for lengths in LENGTHS)
-    query = torch.randn(1, 4, tokens, 8)
-    key, value = torch.randn(2, 1, 2, tokens, 8)
+def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA path with its mask, and through torch.compile but for the kernels, under activation checkpointing."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
+    compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(shared, "flex_attention", lambda: compiled)
     module: Any = torch.nn.Module()
-    cpu, _ = shared.prefix_shared_attention(module, query, key, value, None, 0.3, pair_lengths=LENGTHS)
-    mask = shared.block_mask(LENGTHS, torch.device("cpu"))
-    flex, _ = shared.prefix_shared_attention(module, query, key, value, None, 0.3, pair_lengths=LENGTHS, pair_mask=mask)
-    assert cpu.shape == (1, tokens, 4, 8)
-    torch.testing.assert_close(flex, cpu, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    for lengths in (LENGTHS, LENGTHS[::-2]):
+        tokens = sum(map(sum, lengths))
+        query, upstream = torch.randn(1, 4, tokens, 8, requires_grad=True), torch.randn(1, tokens, 4, 8)
+        key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for _ in range(2))
+        found = []
+        for mask in (None, shared.block_mask(lengths, torch.device("cpu"))):
+
+            def attend(*states: torch.Tensor, mask: Any = mask, lengths: Any = lengths) -> torch.Tensor:
+                options = {"pair_lengths": lengths, "pair_mask": mask}
+                return shared.prefix_shared_attention(module, *states, None, 0.3, **options)[0]
+
+            out: Any = checkpoint(attend, query, key, value, use_reentrant=False)
+            found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
+        cpu, flex = found
+        assert cpu[0].shape == (1, tokens, 4, 8)
+        torch.testing.assert_close(flex, cpu, rtol=1e-4, atol=1e-5)
