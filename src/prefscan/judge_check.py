@@ -22,7 +22,7 @@ from scipy import stats
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import write_json
-from prefscan.intervals import mean_interval, share_interval
+from prefscan.intervals import share_interval
 from prefscan.mtbench import (
     NEED_REFERENCE,
     TEMPLATES,
@@ -37,7 +37,7 @@ from prefscan.mtbench import (
 from prefscan.params import Agreement, LocalJudge, OpenAIJudge, load
 from prefscan.paths import JUDGE_METRICS, QUESTIONS
 from prefscan.records import Judgement, ModelAnswer, read_records
-from prefscan.stats import TIE, cluster_bootstrap, pairwise_agreement
+from prefscan.stats import cluster_bootstrap, paired_difference, pairwise_agreement
 
 QUESTIONS_EACH = 5  # of a category, those with the shortest good answers: 90 judgements of bearable cost
 REPEATS = 6  # prompts judged a second time
@@ -117,21 +117,20 @@ def check_turns(
     return turns
 
 
-def ranked(wins: Sequence[float]) -> dict[str, float]:
+def ranked(wins: float, questions: int) -> dict[str, float]:
     """AUC within a question with its Wilson interval: how often the good answer wins, ties half.
 
     Within, since a question that is judged mildly would else put its bad answer above the good one of another.
     """
-    share, low, high = share_interval(sum(wins), len(wins))
+    share, low, high = share_interval(wins, questions)
     return {"auc": share, "auc_low": low, "auc_high": high}
 
 
 def compare(good: Sequence[float], bad: Sequence[float]) -> dict[str, float]:
     """AUC and mean margin of good over bad answers to the same questions, with 95 % intervals over questions."""
-    margins = np.subtract(good, bad)
-    wins = (np.sign(np.where(abs(margins) <= TIE, 0, margins)) + 1) / 2
-    margin, low, high = mean_interval(margins.tolist())
-    return ranked(wins.tolist()) | {"margin": margin, "margin_low": low, "margin_high": high}
+    found = paired_difference(good, bad)
+    margin = {"margin": found.mean, "margin_low": found.low, "margin_high": found.high}
+    return ranked(found.wins + found.ties / 2, len(good)) | margin
 
 
 def discrimination(scores: Sequence[float]) -> dict[str, Any]:
@@ -144,7 +143,8 @@ def discrimination(scores: Sequence[float]) -> dict[str, Any]:
 def pair_discrimination(scores: Sequence[float]) -> dict[str, Any]:
     """The AUC alone, of verdicts on pairs, ordered by question, bad version and order."""
     outcomes = [outcome(first, second) for first, second in zip(scores[::2], scores[1::2], strict=True)]
-    return {bad: ranked(outcomes[i :: len(VERSIONS) - 1]) for i, bad in enumerate(VERSIONS[1:])}
+    by_bad = {bad: outcomes[i :: len(VERSIONS) - 1] for i, bad in enumerate(VERSIONS[1:])}
+    return {bad: ranked(sum(of), len(of)) for bad, of in by_bad.items()}
 
 
 def judged_scores(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> list[float]:

@@ -27,6 +27,8 @@ NEUTRAL = {
     *(f"answer.server.{name}" for name in ("timeout", "attempts", "key_variable")),
     "train.report_to",
 }
+# Parameters that make a judge the one that it is, beside the name of one behind an API.
+JUDGE = ("kind", "mode", "against", "references", "folder", "dtype", "base_url", "seed", "samples", "max_tokens")
 PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
 
 
@@ -125,9 +127,6 @@ def settings(revision: Revision) -> dict[str, Any]:
         return name.split(".")[0] not in CHOICE and NEUTRAL.isdisjoint((name, name.rpartition(".")[0]))
 
     return {name: value for name, value in leaves(revision.params) if decides(name)} | revision.pins
-
-
-JUDGE = ("kind", "mode", "against", "references", "folder", "dtype", "base_url", "seed", "samples", "max_tokens")
 
 
 def judge_of(revision: Revision) -> dict[str, Any]:
