@@ -20,8 +20,8 @@ Lengths: `real` takes the pairs as prepare wrote them. `orca` cuts their tokens 
 prompt 255, chosen 164 and rejected 237 tokens on average; the spread about them is assumed: log-normal quantiles with
 σ = 0.5, of the three parts independently.
 
-**`--shape mistral-7b` is not yet run on a GPU.** It builds the architecture with random weights, saves it to a
-temporary folder (14.5 GB) and loads it in 4 bits with the study's settings; token ids are taken modulo its vocabulary.
+`--shape mistral-7b` builds the architecture with random weights, saves it to a temporary folder (14.5 GB) and loads it
+in 4 bits with the study's settings; token ids are taken modulo its vocabulary.
 """
 
 import argparse
@@ -100,7 +100,14 @@ class Variant:
             "peft_config": lora_config(train.lora),
         }
         self.trainer: Any = (
-            PairTrainer(cell=CELL, options=train.losses, engine=shared, pad_token_id=tokenizer.pad_token_id, **common)
+            PairTrainer(
+                cell=CELL,
+                options=train.losses,
+                engine=shared,
+                pad_token_id=tokenizer.pad_token_id,
+                kept_tokens=0,
+                **common,
+            )
             if name == "fast"
             else TokenisedTrainer(**common)
         )
@@ -207,7 +214,7 @@ def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> 
 
 
 @contextmanager
-def base_model(shape: str) -> Iterator[Path]:
+def base_model(shape: str, vocabulary: int = 32002) -> Iterator[Path]:
     """The folder of the base: models/base, or Mistral-7B's architecture with random weights."""
     if shape == "smollm2":
         yield BASE
@@ -217,7 +224,7 @@ def base_model(shape: str) -> Iterator[Path]:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(  # of OpenHermes-2.5-Mistral-7B
-        vocab_size=32002,
+        vocab_size=vocabulary,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from prefscan.engines import load_engine
-from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
-from prefscan.params import Train
+from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
+from prefscan.params import Accelerate
 from tiny import random_adapter, random_pairs
 
 LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]
@@ -24,7 +24,7 @@ def test_the_longest_batch_is_the_largest_that_the_engine_lays_out(engine: str, 
         # The longest pair with any others.
         for others in ([*pairs[:first], *pairs[first + 1 :]], [*pairs[first + 1 :], *pairs[:first]]):
             batch = load_engine(engine).collate([pairs[first], *others][:batch_size], 0)
-            sizes.append((batch["input_ids"] if engine == "trl" else batch.input_ids).numel())
+            sizes.append(load_engine(engine).positions(batch))
     assert longest_batch(pairs, batch_size, engine) >= max(sizes)
     if batch_size == 1 or engine == "trl":
         assert longest_batch(pairs, batch_size, engine) == max(sizes)
@@ -97,21 +97,34 @@ def test_the_estimate_is_what_layers_keep_or_up_to_twice_as_much(engine: str, dt
 
 
 @pytest.mark.parametrize(
-    ("setting", "needed", "free", "expected"),
+    ("setting", "distributed", "needed", "kept", "which"),
     [
-        ("auto", 4 * GIB, 8 * GIB, False),
-        ("auto", 4 * GIB + 1, 8 * GIB, True),
-        (True, 0, 8 * GIB, True),
-        (False, 9 * GIB, 8 * GIB, False),
+        ("auto", None, 3 * GIB, 900, "off"),
+        ("auto", None, 4 * GIB, 900, "off"),
+        ("auto", None, 6 * GIB, 600, "for micro-batches of over 600 tokens"),
+        ("auto", "MULTI_GPU", 6 * GIB, 600, "for micro-batches of over 600 tokens"),
+        ("auto", "FSDP", 6 * GIB, 0, "on"),
+        ("auto", "DEEPSPEED", 6 * GIB, 0, "on"),
+        ("auto", "FSDP", 4 * GIB, 900, "off"),
+        (True, None, 3 * GIB, 0, None),
+        (False, None, 9 * GIB, 900, None),
     ],
 )
-def test_auto_recomputes_what_takes_more_than_half_of_the_free_memory(
-    params: Any, setting: Any, needed: int, free: int, expected: bool, capsys: pytest.CaptureFixture[str]
+def test_auto_keeps_what_takes_up_to_half_of_the_free_memory(
+    params: Any,
+    setting: Any,
+    distributed: Any,
+    needed: int,
+    kept: int,
+    which: str | None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train: Train = params.train.model_copy(update={"activation_checkpointing": setting})
-    assert recomputes(train, needed, free) is expected
-    printed = f"activation checkpointing {'on' if expected else 'off'}: activations of up to 4.0 GiB, 8.0 GiB free\n"
-    assert capsys.readouterr().out == (printed if setting == "auto" else "")
+    accelerate = distributed and Accelerate(distributed_type=distributed, num_processes=2, num_machines=1)
+    train = params.train.model_copy(update={"activation_checkpointing": setting, "accelerate": accelerate})
+    assert kept_tokens(train, 900, needed, 8 * GIB) == kept
+    sizes = f"{needed / GIB:.1f} GiB for the longest, of 900 tokens, and 8.0 GiB free"
+    printed = f"activation checkpointing {which}: activations take up to {sizes}\n"
+    assert capsys.readouterr().out == (printed if which else "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/meminfo").exists(), reason="not the memory of Linux")

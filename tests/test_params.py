@@ -126,7 +126,7 @@ def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
         "dtype": "bf16",
         "quantization": "fp4",
         "double_quantization": False,
-        "activation_checkpointing": True,
+        "activation_checkpointing": "auto",
         "losses": {
             "exo_label_smoothing": 1e-3,
             "robust_label_smoothing": 0.1,

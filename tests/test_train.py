@@ -31,6 +31,7 @@ from prefscan import train as train_stage
 from prefscan.engines import load_engine
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES, PairLogps
+from prefscan.memory import activation_bytes
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, Lora, Train
 from prefscan.reference import reference_rows
@@ -332,25 +333,38 @@ def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_activation_checkpointing_changes_no_bit(
-    fit: Fit, train: Train, engine: str, monkeypatch: pytest.MonkeyPatch
+def test_activation_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
+    fit: Fit, train: Train, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: (forwards.append(1), forward(*arguments))[1])
     half = train.lora.model_copy(update={"dropout": 0.5})
+    sizes: list[int] = []
+    layout = load_engine(engine)
+    positions = layout.positions
+    monkeypatch.setattr(layout, "positions", lambda batch: (sizes.append(positions(batch)), sizes[-1])[1])
+    # For `auto`: so much that the shortest micro-batch keeps its activations.
+    config = load_model(tiny_model, "fp32").config
+    monkeypatch.setattr(train_stage, "free_bytes", lambda: 2 * activation_bytes(config, min(sizes, default=1), "fp32"))
     results, counts = [], []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "auto"):
+        forwards.clear()
         trainer, metrics, _ = fit(
             "sigmoid", 4, engine=engine, activation_checkpointing=checkpointing, lora=half, disable_dropout=False
         )
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         results.append((weights, metrics["heldout"], history(trainer, "loss"), history(trainer, "grad_norm")))
         counts.append(len(forwards))
-    (plain, *logged), (checkpointed, *logged_again) = results
-    assert all(torch.equal(checkpointed[name], weight) for name, weight in plain.items())
-    assert logged == logged_again
-    assert counts[1] - 2 * counts[0] == 4 * 2  # each update ran each of the two layers once more
+    (plain, *logged), *others = results
+    for checkpointed, *logged_again in others:
+        assert all(torch.equal(checkpointed[name], weight) for name, weight in plain.items())
+        assert logged == logged_again
+    assert sizes[4:] == sizes[:4]
+    longer = sum(size > min(sizes) for size in sizes[4:])
+    assert 0 < longer < 4
+    # Each update of a recomputed micro-batch ran each of the two layers once more.
+    assert [count - counts[0] for count in counts[1:]] == [4 * 2, longer * 2]
 
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])

@@ -20,7 +20,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON
 
-PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError, openai.ConflictError)
+PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
+PASSING_STATUS = (408, 409)  # request timeout, conflict
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
 NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
 
@@ -84,7 +85,9 @@ def may_be_billed(error: BaseException) -> bool:
 
 
 def passes(error: BaseException) -> bool:
-    return isinstance(error, PASSING) or (isinstance(error, openai.APIStatusError) and error.status_code == 408)
+    return isinstance(error, PASSING) or (
+        isinstance(error, openai.APIStatusError) and error.status_code in PASSING_STATUS
+    )
 
 
 def counted(found: Any) -> tuple[int, int] | None:
@@ -121,9 +124,8 @@ def complete(send: Callable[[], Any], attempts: int) -> Reply:
         raise NoReply(f"the server sent a reply that is no text but {type(text).__name__}")
     tokens = counted(found)
     return Reply(
-        text.encode(
-            errors="replace"
-        ).decode(),  # half a character, as a limit of tokens may leave it, cannot be written
+        # Half a character, as a limit of tokens may leave it, cannot be written.
+        text.encode(errors="replace").decode(),
         " ".join(part for part in (found.model, found.system_fingerprint) if isinstance(part, str) and part),
         tokens and tokens[0],
         tokens and tokens[1],

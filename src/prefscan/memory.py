@@ -1,4 +1,4 @@
-"""Whether the activations of a micro-batch fit into memory, or are recomputed in the backward pass."""
+"""Which micro-batches keep their activations in memory, and which recompute them in the backward pass."""
 
 import heapq
 from typing import Any
@@ -38,14 +38,19 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def recomputes(train: Train, needed: int, free: int) -> bool:
-    """Whether to checkpoint activations; `auto` does where they would take more than half of the free memory."""
+def kept_tokens(train: Train, longest: int, needed: int, free: int) -> int:
+    """The most tokens of a micro-batch whose activations are kept; a longer one recomputes them, with the same result.
+
+    `needed` are the bytes of activations of a micro-batch of `longest` tokens, the longest there is. `auto` keeps what
+    takes up to half of the `free` bytes; but all or nothing under FSDP and DeepSpeed, where processes gather a layer's
+    weights together: one that recomputed alone would wait for the others.
+    """
     if train.activation_checkpointing != "auto":
-        return train.activation_checkpointing
-    checkpointing = needed > SHARE * free
-    print(
-        f"activation checkpointing {'on' if checkpointing else 'off'}: activations of up to {needed / 2**30:.1f} GiB, "
-        f"{free / 2**30:.1f} GiB free",
-        flush=True,
-    )
-    return checkpointing
+        return 0 if train.activation_checkpointing else longest
+    kept = min(longest, int(SHARE * free) * longest // needed)
+    if kept < longest and train.accelerate and train.accelerate.distributed_type != "MULTI_GPU":
+        kept = 0
+    which = {longest: "off", 0: "on"}.get(kept, f"for micro-batches of over {kept} tokens")
+    sizes = f"{needed / 2**30:.1f} GiB for the longest, of {longest} tokens, and {free / 2**30:.1f} GiB free"
+    print(f"activation checkpointing {which}: activations take up to {sizes}", flush=True)
+    return kept

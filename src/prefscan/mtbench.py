@@ -164,8 +164,8 @@ def scores(judgements: Sequence[dict[str, Any]], categories: dict[int, str], mod
     """Averages over first turns, second turns and all turns, as FastChat's show_result prints them, and by category.
 
     The interval of the average treats a question, both turns and all samples together, as one observation; Student's t
-    knows no end of the scale, where the interval is cut. `sample_sd`
-    is the standard deviation between samples of a turn, pooled over turns; None where each was judged once.
+    knows no end of the scale, where the interval is cut. `sample_sd` is the standard deviation between samples of a
+    turn, pooled over turns; None where each was judged once.
     """
     by_turn, by_question, by_category = defaultdict(list), defaultdict(list), defaultdict(list)
     samples = defaultdict(list)

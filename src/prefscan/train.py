@@ -36,7 +36,7 @@ from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.intervals import mean_interval, share_interval
 from prefscan.losses import LOSSES, PairLogps
-from prefscan.memory import activation_bytes, free_bytes, longest_batch, recomputes
+from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
 from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
 from prefscan.params import Cell, Lora, Losses, Train, load
 from prefscan.paths import (
@@ -73,11 +73,14 @@ class TokenisedTrainer(DPOTrainer):
 class PairTrainer(TokenisedTrainer):
     """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
 
-    def __init__(self, *, cell: Cell, options: Losses, engine: Engine, pad_token_id: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, cell: Cell, options: Losses, engine: Engine, pad_token_id: int, kept_tokens: int, **kwargs: Any
+    ) -> None:
         self.cell = cell
         self.options = options
         self.engine = engine
         self.pad_token_id = pad_token_id
+        self.kept_tokens = kept_tokens
         self.redirect = _ForwardRedirection()
         super().__init__(data_collator=self.collate, **kwargs)
         self.precompute_ref_logps = True
@@ -145,7 +148,15 @@ class PairTrainer(TokenisedTrainer):
                 f"train.learning_rate {self.args.learning_rate:g}, or set train.dtype to bf16 or fp32"
             )
 
+    def recompute(self, wanted: bool) -> None:
+        """Have the layers recompute the activations of the next forward pass in its backward pass, or keep them."""
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = wanted
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
+        if self.args.gradient_checkpointing:
+            self.recompute(self.engine.positions(inputs["pairs"]) > self.kept_tokens)
         logps = self.logps(model, inputs)
         loss = inputs["weight"] * LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
         self.refuse_divergence(loss.detach())
@@ -379,8 +390,9 @@ def train_cell(
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
         columns += MISMATCHED.values()
     updates = train.updates(cell.steps, len(pairs))
-    activations = activation_bytes(model.config, longest_batch(pairs, train.batch_size, train.engine), train.dtype)
-    recompute = from_main(lambda: recomputes(train, activations, free_bytes()))
+    longest = longest_batch(pairs, train.batch_size, train.engine)
+    activations = activation_bytes(model.config, longest, train.dtype)
+    kept = from_main(lambda: kept_tokens(train, longest, activations, free_bytes()))
     checkpoint, seconds = from_main(lambda: last_checkpoint(checkpoints))
     if checkpoint and world().is_main_process:
         print(f"{cell.key}: going on from {checkpoint}", flush=True)
@@ -390,8 +402,9 @@ def train_cell(
         options=train.losses,
         engine=load_engine(train.engine),
         pad_token_id=tokenizer.pad_token_id,
+        kept_tokens=kept,
         model=model,
-        args=training_arguments(train, cell, updates, seed, recompute, checkpoints),
+        args=training_arguments(train, cell, updates, seed, kept < longest, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
         peft_config=lora_config(train.lora),

@@ -251,7 +251,13 @@ def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.Monk
     """The CUDA path with its mask, and through torch.compile but for the kernels, under activation checkpointing."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(shared, "flex_attention", lambda: compiled)
+    kernels = []
+
+    def attend_compiled(*states: torch.Tensor, **options: Any) -> Any:
+        kernels.append(options["kernel_options"])
+        return compiled(*states, **options)
+
+    monkeypatch.setattr(shared, "flex_attention", lambda: attend_compiled)
     module: Any = torch.nn.Module()
     torch.manual_seed(0)
     for lengths in (LENGTHS, LENGTHS[::-2]):
@@ -270,3 +276,4 @@ def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.Monk
         cpu, flex = found
         assert cpu[0].shape == (1, tokens, 4, 8)
         torch.testing.assert_close(flex, cpu, rtol=1e-4, atol=1e-5)
+    assert kernels == [{"BACKEND": "TRITON"}] * 4  # a forward pass and its recomputation, of both rows

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 
 class Engine(Protocol):
-    """A module with these two functions."""
+    """A module with these three functions."""
 
     def collate(self, pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> Any:
         """A micro-batch of B pairs with `prompt_ids`, `chosen_ids` and `rejected_ids`, as the engine lays it out."""
+
+    def positions(self, batch: Any) -> int:
+        """Tokens that a forward pass of the micro-batch computes, padding included."""
 
     def pair_logps(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Summed log-probability, in nats, of the chosen `[B]` and of the rejected `[B]` responses."""

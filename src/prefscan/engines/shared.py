@@ -27,6 +27,9 @@ ATTENTION = "prefscan_prefix_shared"
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 ATTENTION_CHANGES = ("softcap", "s_aux", "position_bias")  # logit cap, attention sinks, ALiBi and its like
 LAYERS = {"full_attention", "sliding_attention"}  # a convolution or a recurrence would read on into the next branch
+# By itself FlexAttention takes a kernel for decoding for rows of under 128 tokens, and torch cannot build it where
+# these times the query heads of a key head are over 128.
+KERNEL = {"BACKEND": "TRITON"}
 HEAD_CHUNK = 256  # positions a call of the LM head: 50 MB of fp32 logits at a vocabulary of 49,152
 
 
@@ -74,6 +77,10 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> PackedPair
     )
 
 
+def positions(batch: PackedPairs) -> int:
+    return batch.input_ids.numel()
+
+
 def prefix_shared_attention(
     module: nn.Module,
     query: Tensor,
@@ -106,7 +113,9 @@ def prefix_shared_attention(
             "lower data.max_length, or set train.engine: trl"
         )
     if pair_mask is not None and not dropout:  # FlexAttention has no dropout
-        out = flex_attention()(query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True)
+        out = flex_attention()(
+            query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True, kernel_options=KERNEL
+        )
         return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     sizes = [size for lengths in pair_lengths for size in lengths]

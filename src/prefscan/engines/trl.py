@@ -15,6 +15,10 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, 
     return batch
 
 
+def positions(batch: dict[str, Tensor]) -> int:
+    return batch["input_ids"].numel()
+
+
 def pair_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Summed log-probability, in nats, of chosen `[B]` and rejected `[B]` responses, through TRL's fused head."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
