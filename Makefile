@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep review test test-all check audit clean
+.PHONY: help sweep review test test-all test-gpu check audit clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,9 @@ test: $(BIN)/.ready  ## run the tests (about 15 minutes on 2 cores)
 
 test-all: $(BIN)/.ready  ## run the slow tests too
 	python -m pytest -m ""
+
+test-gpu: $(BIN)/.ready  ## run the tests that need a CUDA GPU, which the others do not see
+	python -m pytest -m gpu
 
 check: $(BIN)/.ready  ## lint, format and type check, and the audit
 	ruff check src tests benchmarks

@@ -44,6 +44,14 @@ FIRST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU from all but its own tests: the others hold results to the bits of a CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch finds no CUDA GPU on this machine")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         name = item.path.relative_to(Path(__file__).parent).as_posix()
