@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
+def composed(*overrides: str) -> DictConfig:
+    """What `-S` composes of these overrides."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        params: DictConfig = compose("config", overrides=list(overrides))
+    return params
+
+
 def group(name: str, choice: str) -> Any:
     """The section `name` as `-S NAME=CHOICE` composes it."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        return OmegaConf.to_container(compose("config", overrides=[f"{name}={choice}"])[name])
+    return OmegaConf.to_container(composed(f"{name}={choice}")[name])

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from configuration import CONF
+from configuration import composed
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_json, write_json, write_text
 from prefscan.models import load_tokenizer
+from prefscan.params import Cell
 from prefscan.paths import ANSWER_COST, BASE, QUESTIONS, TRAIN_COST, TRAIN_PAIRS
 from train_step import base_model, machine
 
@@ -41,9 +41,8 @@ def parameters(options: argparse.Namespace, rows: str) -> tuple[str, str]:
     overrides = ["+experiment=openhermes", "sweep=none", f"steps={options.steps}", "beta=0.1", "train.report_to=none"]
     overrides += ["train.warmup_steps=0", f"answer.max_new_tokens={options.max_new_tokens}"]
     overrides += [f"answer.batch_size={rows}"]
-    with initialize_config_dir(str(CONF), version_base=None):
-        composed = compose("config", overrides=overrides)
-        return OmegaConf.to_yaml(composed, resolve=True), f"{composed.loss}-{composed.beta}-{composed.steps}"
+    params = composed(*overrides)
+    return OmegaConf.to_yaml(params, resolve=True), Cell(loss=params.loss, beta=params.beta, steps=params.steps).key
 
 
 def peak_of_gpu(command: list[str], folder: Path) -> tuple[float, float]:

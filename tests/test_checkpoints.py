@@ -18,20 +18,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from prefscan import checkpoints, keys, paths
-from prefscan import train as train_stage
 from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
 from prefscan.errors import UserError
 from prefscan.params import Cell, Lora, load
-from train_data import with_recipe, write_inputs
+from train_data import Killed, run_train, with_recipe, write_inputs
 
 ROOT = Path(__file__).parents[1]
 CELL = "ipo-0.3-7"
 ADAPTER = paths.ADAPTERS / CELL / "adapter_model.safetensors"
 KEPT = "its checkpoint is kept, and `dvc repro` goes on from it"
-
-
-class Killed(Exception):
-    pass
 
 
 Lay = Callable[..., None]
@@ -72,23 +67,6 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def run(key: str = CELL, kill_at: int | None = None, before_seal: bool = False) -> None:
-    """The stage; `kill_at` ends it as a kill would, after the save of that update or between the save and its seal."""
-    on_save = Saving.on_save
-
-    def save(self: Saving, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kill = state.global_step == kill_at
-        if not (kill and before_seal):
-            on_save(self, args, state, control, **kwargs)
-        if kill:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", key])
-        patch.setattr(Saving, "on_save", save)
-        train_stage.main()
-
-
 def result(key: str = CELL) -> tuple[bytes, str, Any]:
     """What the stage wrote, but for the cost."""
     metrics = json.loads((paths.TRAIN_METRICS / f"{key}.json").read_text())
@@ -109,15 +87,15 @@ def test_from_any_update_a_cell_ends_with_the_same_bits(
 ) -> None:
     """With dropout, over three epochs of 6 micro-batches, the last update of each epoch from fewer."""
     lay_out(engine=engine)
-    run()
+    run_train(CELL)
     expected = result()
     for update in range(1, 7):
         with pytest.raises(Killed):
-            run(kill_at=update)
+            run_train(CELL, kill_at=update)
         (checkpoint,) = saved()
         assert checkpoint.name == f"checkpoint-{update}"
         capsys.readouterr()
-        run()
+        run_train(CELL)
         assert f"{CELL}: going on from {checkpoint}\n" in capsys.readouterr().out
         assert result() == expected
     assert not (paths.CHECKPOINTS / CELL).exists()
@@ -125,11 +103,11 @@ def test_from_any_update_a_cell_ends_with_the_same_bits(
 
 def test_a_4_bit_cell_goes_on_with_the_same_bits(lay_out: Lay, saving: pytest.MonkeyPatch, wide_model: Path) -> None:
     lay_out(base=wide_model, quantization="nf4", dtype="bf16")
-    run()
+    run_train(CELL)
     expected = result()
     with pytest.raises(Killed):
-        run(kill_at=3)
-    run()
+        run_train(CELL, kill_at=3)
+    run_train(CELL)
     assert result() == expected
 
 
@@ -149,7 +127,7 @@ def test_kill_9_and_run_again(lay_out: Lay) -> None:
     again = subprocess.run(stage, env=environment, check=True, capture_output=True, text=True)
     assert f"{key}: going on from {paths.CHECKPOINTS / key}" in again.stdout
     resumed = result(key)
-    run(key)
+    run_train(key)
     assert resumed == result(key)
 
 
@@ -198,7 +176,7 @@ run_stage(train.main)
     )
     assert f"{key}: going on from {checkpoint}\n" in again.stdout
     resumed = result(key)
-    run(key)
+    run_train(key)
     assert resumed == result(key)
 
 
@@ -221,7 +199,7 @@ def test_sigterm_in_the_last_update_saves_nothing(
 
     monkeypatch.setattr(Saving, "on_step_end", signalled)
     with pytest.raises(UserError, match=rf"^{CELL}: terminated at update {update} of 7; {end}$"):
-        run()
+        run_train(CELL)
     assert len(saved()) == (update < 7)
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -229,22 +207,22 @@ def test_sigterm_in_the_last_update_saves_nothing(
 def test_the_seconds_before_the_kill_count(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:
     lay_out()
     with pytest.raises(Killed):
-        run(kill_at=3)
+        run_train(CELL, kill_at=3)
     (checkpoint,) = saved()
     seal = json.loads((checkpoint / SEAL).read_text())
     assert 0 < seal["seconds"] < 600
     (checkpoint / SEAL).write_text(json.dumps(seal | {"seconds": 5000.0}))
     with pytest.raises(Killed):
-        run(kill_at=5)
+        run_train(CELL, kill_at=5)
     assert last_checkpoint(saved()[0].parent)[1] > 5000
-    run()
+    run_train(CELL)
     assert json.loads((paths.TRAIN_COST / f"{CELL}.json").read_text())["seconds"] > 5000
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(lay_out: Lay, saving: pytest.MonkeyPatch) -> None:
     lay_out()
     with pytest.raises(Killed):
-        run(kill_at=2)
+        run_train(CELL, kill_at=2)
     (checkpoint,) = saved()
     assert [path.name for path in checkpoint.glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert all("lora" in name for name in load_file(checkpoint / "adapter_model.safetensors"))
@@ -257,18 +235,18 @@ def test_a_checkpoint_of_another_seed_is_not_used(
     lay_out: Lay, saving: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lay_out()
-    run()
+    run_train(CELL)
     first = result()
     with pytest.raises(Killed):
-        run(kill_at=3)
+        run_train(CELL, kill_at=3)
     (left,) = saved()
     change("seed", 12)
-    run()
+    run_train(CELL)
     assert "going on" not in capsys.readouterr().out
     assert not left.exists()
     second = result()
     assert second[0] != first[0]
-    run()
+    run_train(CELL)
     assert result() == second
 
 
@@ -378,8 +356,8 @@ def test_two_processes_do_not_train_one_cell_at_once(lay_out: Lay) -> None:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(UserError, match=rf"^another process is training {CELL} here; end it, and run `dvc repro`"):
-            run()
-    run()
+            run_train(CELL)
+    run_train(CELL)
     assert ADAPTER.exists()
 
 
@@ -390,16 +368,16 @@ def test_a_save_without_its_seal_is_not_used(
     lay_out: Lay, saving: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lay_out()
-    run()
+    run_train(CELL)
     expected = result()
     with pytest.raises(Killed):
-        run(kill_at=4, before_seal=True)
+        run_train(CELL, kill_at=4, before_seal=True)
     assert [path.name for path in saved()] == ["checkpoint-3", "checkpoint-4"]
     capsys.readouterr()
     with pytest.raises(Killed):
-        run(kill_at=4)  # writes over what it left
+        run_train(CELL, kill_at=4)  # writes over what it left
     assert "/checkpoint-3\n" in capsys.readouterr().out
-    run()
+    run_train(CELL)
     assert "/checkpoint-4\n" in capsys.readouterr().out
     assert result() == expected
 
@@ -467,5 +445,5 @@ def test_nothing_is_saved_after_the_last_update(lay_out: Lay, saving: pytest.Mon
     steps = []
     on_save = Saving.on_save
     saving.setattr(Saving, "on_save", lambda *a, **k: (steps.append(a[2].global_step), on_save(*a, **k)))
-    run()
+    run_train(CELL)
     assert steps == [1, 2, 3, 4, 5, 6]

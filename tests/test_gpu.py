@@ -19,13 +19,11 @@ from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import AdamW as PagedAdamW
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration import group
 from mtbench_data import local_judge
 from prefscan import checkpoints, paths
 from prefscan import train as train_stage
-from prefscan.checkpoints import Saving
 from prefscan.engines import load_engine, shared
 from prefscan.generation import SeededSampling, generate, prompt_ids
 from prefscan.judges import Prompt, load_judge
@@ -35,8 +33,8 @@ from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, LocalJudge, Merge, Train
 from prefscan.reference import reference_rows
 from prefscan.train import PairTrainer, train_cell, with_reference
-from tiny import random_adapter, random_pairs
-from train_data import with_recipe, write_inputs
+from tiny import heads_of_64, random_adapter, random_pairs
+from train_data import Killed, run_train, with_recipe, write_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,16 +137,7 @@ def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as
     pairs = random_pairs([(160, 140, 140)] * 3)
     measured = []
     for layers in (1, 3):
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=1024,
-            intermediate_size=2560,
-            num_hidden_layers=layers,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-        )
-        model = LlamaForCausalLM(config).to(device="cuda", dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-        model = random_adapter(model)
+        model = heads_of_64(layers, heads=16, key_heads=4, dtype=dtype).to("cuda")
         batch = load_engine(engine).collate(pairs, 0)
         for _ in range(2):  # compiled at first
             torch.cuda.empty_cache()
@@ -160,8 +149,8 @@ def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as
             del logps
         measured.append(kept)
     two_layers = measured[1] - measured[0]
-    config.num_hidden_layers = 2
-    estimate = activation_bytes(config, longest_batch(pairs, 3, engine), dtype)
+    model.config.num_hidden_layers = 2
+    estimate = activation_bytes(model.config, longest_batch(pairs, 3, engine), dtype)
     print("kept", engine, dtype, estimate / two_layers)
     assert 0.9 * two_layers <= estimate <= 2 * two_layers
 
@@ -308,24 +297,6 @@ def test_a_gpu_trains_the_adapter_that_a_cpu_trains(lay_out: Callable[..., None]
     assert margins[0] == pytest.approx(margins[1], rel=1e-3)
 
 
-class Killed(Exception):
-    pass
-
-
-def run_train(kill_at: int | None = None) -> None:
-    on_save = Saving.on_save
-
-    def save(self: Saving, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_save(self, args, state, control, **kwargs)
-        if state.global_step == kill_at:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", CELL])
-        patch.setattr(Saving, "on_save", save)
-        train_stage.main()
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("recipe", ["study", "fp32"])
 def test_a_killed_cell_goes_on_with_its_optimizer(
@@ -342,8 +313,8 @@ def test_a_killed_cell_goes_on_with_its_optimizer(
     for interrupted in (False, False, True):
         if interrupted:
             with pytest.raises(Killed):
-                run_train(kill_at=5)
-        run_train()
+                run_train(CELL, kill_at=5)
+        run_train(CELL)
         ends.append(load_file(paths.ADAPTERS / CELL / "adapter_model.safetensors"))
         with (paths.CURVES / f"{CELL}.csv").open() as file:
             assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 10))
@@ -357,7 +328,7 @@ def test_a_merge_on_the_gpu_is_the_one_on_the_cpu(
     lay_out: Callable[..., None], pairs: list[Any], study: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay_out()
-    run_train()
+    run_train(CELL)
     merge = Merge(dtype="fp16", format="model", check_pairs=8)
     options = paths.BASE, paths.ADAPTERS / CELL, pairs[TRAINING:], merge, study
     merged, metrics = merge_cell(*options)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig
 
 from prefscan.engines import load_engine
 from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
 from prefscan.params import Accelerate
-from tiny import random_adapter, random_pairs
+from tiny import heads_of_64, random_pairs
 
 LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]
 GIB = 2**30
@@ -79,20 +79,12 @@ def test_the_estimate_is_what_layers_keep_or_up_to_twice_as_much(engine: str, dt
     pairs = random_pairs([(60, 40, 40)] * 3)
     measured = []
     for layers in (1, 3):
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=256,
-            intermediate_size=640,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model = random_adapter(LlamaForCausalLM(config).to(torch.float32 if dtype == "fp32" else torch.bfloat16))
+        model = heads_of_64(layers, heads=4, key_heads=2, dtype=dtype)
         batch = load_engine(engine).collate(pairs, 0)
         measured.append(kept(model, lambda m=model, b=batch: load_engine(engine).pair_logps(m, b)))
     two_layers = measured[1] - measured[0]
-    config.num_hidden_layers = 2
-    estimate = activation_bytes(config, longest_batch(pairs, 3, engine), dtype)
+    model.config.num_hidden_layers = 2
+    estimate = activation_bytes(model.config, longest_batch(pairs, 3, engine), dtype)
     assert two_layers <= estimate <= 2 * two_layers
 
 

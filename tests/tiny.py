@@ -46,6 +46,23 @@ def make_tiny_model(folder: Path, seed: int = 0, chat_template: str | None = CHA
     return folder
 
 
+def heads_of_64(layers: int, heads: int, key_heads: int, dtype: str) -> Any:
+    """A Llama whose heads have 64 numbers, with an adapter: for measuring what its layers keep."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from prefscan.models import DTYPES
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64 * heads,
+        intermediate_size=160 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+    )
+    return random_adapter(LlamaForCausalLM(config).to(DTYPES[dtype]))
+
+
 def make_parrot(folder: Path, says: str) -> Path:
     """A tiny chat model that replies to everything with the same words: each token decides the next.
 

@@ -1,12 +1,16 @@
-"""What dvc has put in place before `prefscan.train` runs."""
+"""What dvc has put in place before `prefscan.train` runs; and the stage, run to its end or to where it is killed."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from prefscan import paths
+from prefscan import train as train_stage
+from prefscan.checkpoints import Saving
 from prefscan.engines import load_engine
 from prefscan.models import load_model, load_tokenizer
 from prefscan.reference import reference_rows
@@ -30,3 +34,24 @@ def with_recipe(params: Any, train: Any, seed: int, **recipe: Any) -> Any:
     """Parameters whose recipe, `loss`, `beta` and `steps`, is the grid's one cell."""
     grid = params.grid.model_copy(update={name: [value] for name, value in recipe.items()})
     return params.model_copy(update={"grid": grid, "train": train, "seed": seed, **recipe})
+
+
+class Killed(Exception):
+    pass
+
+
+def run_train(key: str, kill_at: int | None = None, before_seal: bool = False) -> None:
+    """The stage; `kill_at` ends it as a kill would, after the save of that update or between the save and its seal."""
+    on_save = Saving.on_save
+
+    def save(self: Saving, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kill = state.global_step == kill_at
+        if not (kill and before_seal):
+            on_save(self, args, state, control, **kwargs)
+        if kill:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", key])
+        patch.setattr(Saving, "on_save", save)
+        train_stage.main()
