@@ -1,13 +1,18 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
-from prefscan.check import check_losses, main
+from prefscan import check
+from prefscan.check import check_logging, check_losses, main
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES
 
@@ -54,6 +59,30 @@ def test_every_loss_that_is_defined_is_known() -> None:
     check_losses(list(LOSSES))
     with pytest.raises(UserError, match=KNOWN):
         check_losses([*LOSSES, ""])
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_log_whose_package_is_not_installed_is_refused(
+    package: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    monkeypatch.setattr(check, "find_spec", lambda name: None if name == package else find_spec(name))
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    write_params(in_tmp, train=raw["train"] | {"report_to": package})
+    with pytest.raises(UserError, match=f"train.report_to: {package} is not installed; .*'.\\[{package}\\]'"):
+        main()
+    assert extras[package] == [package]
+    assert not (in_tmp / "data").exists()
+
+
+def test_a_log_that_needs_no_package_of_its_own_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    check_logging("dvclive")
+    check_logging("none")
+    monkeypatch.setattr(check, "find_spec", find_spec)
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    sys.modules["wandb"].__spec__ = ModuleSpec("wandb", None)
+    check_logging("wandb")
 
 
 def test_the_output_is_the_same_for_all_valid_parameters(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
