@@ -17,7 +17,7 @@ def test_an_experiment_with_another_seed_is_compared_with_its_branch(sweep: Work
     text = work.run(sys.executable, "-m", "prefscan.compare", "main", "seed1")
     assert "2 revisions, main, seed1: 1 cell and the base are in all of them, judged on the same 8 questions." in text
     assert "Left out, since another revision lacks them: kto_pair-0.1-3 of main." in text
-    assert "Over 2 seeds, the spread of a cell's lead between trainings is" in text
+    assert "Over the 2 seeds of main, seed1, the spread of a cell's lead between trainings is" in text
     report = (work.folder / "comparison/report.md").read_text()
     assert "| seed | 0 | 1 |" in report
     assert work.git("status", "--short") == ""  # a comparison is nobody's output
