@@ -74,12 +74,13 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
 def write_cell(root: Path, key: str, draw: random.Random) -> None:
     """What a tuned cell has and the base has not."""
     heldout = spanned("accuracy", draw.uniform(0.5, 0.9), 0.05) | spanned("margin", draw.uniform(0, 9), 1.0)
+    heldout |= spanned("loss_change", draw.uniform(-0.2, 0.1), 0.05)
     write_json(
         root / f"metrics/train/{key}.json", {"heldout": heldout | {"chosen_shift": -1.0, "rejected_shift": -4.0}}
     )
     cost = {"seconds": 900.0, "tokens_per_second": 4000.0, "peak_memory_gib": 30.0}
     write_json(root / f"metrics/cost/train/{key}.json", cost)
-    write_json(root / f"metrics/merge/{key}.json", {"margin_kept": 1.0, "weights_changed": 0.9})
+    write_json(root / f"metrics/merge/{key}.json", {"margin_kept": 1.0, "weights_changed": 0.9, "pairs": 4})
     steps = range(1, int(key.rsplit("-", 1)[1]) + 1)
     lines = (f"{step},{draw.random()},{draw.random()},0.5,1.0,0.001" for step in steps)
     header = "step,loss,reward_margin,reward_accuracy,grad_norm,learning_rate"

@@ -65,13 +65,14 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
         heldout = {
             **{"accuracy": 0.5 + i / 20, "accuracy_low": 0.4 + i / 20, "accuracy_high": 0.6 + i / 20},
             **{"margin": 2.0 * i - 1, "margin_low": 2.0 * i - 2, "margin_high": 2.0 * i},
+            **{"loss_change": -0.1 * i, "loss_change_low": -0.1 * i - 0.15, "loss_change_high": -0.1 * i + 0.15},
             **{"chosen_shift": -0.25 * i, "rejected_shift": -0.75 * i},
         }
         cost = {"seconds": 10.0 + i, "tokens_per_second": 100.0, "peak_memory_gib": 1.5}
         write_json(root / f"metrics/train/{key}.json", {"loss": 0.5, "heldout": heldout})
         write_json(root / f"metrics/cost/train/{key}.json", cost)
         kept = None if key == "ipo-0.5-8" else 1 - i / 100  # None: the adapter had no margin to keep
-        write_json(root / f"metrics/merge/{key}.json", {"margin_kept": kept, "weights_changed": 0.9})
+        write_json(root / f"metrics/merge/{key}.json", {"margin_kept": kept, "weights_changed": 0.9, "pairs": 4})
         curve = "".join(f"{step},{0.7 - step / 100},{step / 50},0.5,1.0,0.001\n" for step in range(1, 9))
         header = "step,loss,reward_margin,reward_accuracy,grad_norm,learning_rate\n"
         write_text(root / f"metrics/curves/{key}.csv", header + curve)

@@ -14,6 +14,7 @@ from prefscan import compare
 from prefscan.compare import scores_of, sets_of_seeds, spread_of_seeds
 from prefscan.errors import UserError
 from prefscan.revisions import Revision, read_revision, shared_models, shared_questions
+from prefscan.stats import crossed_mean, holm
 from sweep_data import CATEGORY_OF, CELLS, Page
 
 MOVED = {f"seed{seed}": np.random.default_rng(seed).normal(0.3 * seed, 0.5, (8, 4)).round(3) for seed in (1, 2)}
@@ -87,15 +88,12 @@ def test_seeds_become_a_spread() -> None:
     for cell in CELLS:
         leads = [(revision.scores[cell] - revision.scores["base"]).to_numpy() for revision in found]
         means = [lead.mean() for lead in leads]
-        low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
         row = spread.loc[cell]
-        assert (row["seeds"], row["lead"]) == (3, pytest.approx(np.mean(means)))
-        assert (row["lead_low"], row["lead_high"]) == pytest.approx((low, high))
-        mean = np.mean(leads, axis=0)
-        low, high = stats.t.interval(0.95, 7, mean.mean(), stats.sem(mean))
-        assert (row["asked_low"], row["asked_high"]) == pytest.approx((low, high))
-        # The spread of three means, less what eight questions leave in them (two-way analysis of variance).
         array = np.stack(leads, axis=1)
+        expected = crossed_mean(array)
+        assert (row["lead"], row["lead_low"], row["lead_high"]) == (expected.mean, expected.low, expected.high)
+        assert row["lead"] == pytest.approx(np.mean(means))
+        # The spread of three means, less what eight questions leave in them (two-way analysis of variance).
         rest = array - array.mean(1, keepdims=True) - array.mean(0) + array.mean()
         expected = max(np.var(means, ddof=1) - (rest**2).sum() / (7 * 2) / 8, 0) ** 0.5
         assert row["seed_sd"] == pytest.approx(expected)
@@ -146,7 +144,7 @@ def test_the_report_shows_the_seeds(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_what_the_questions_favour_is_no_lead_however_many_seeds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first cell gains on all questions alike; the second as much on average, by what two questions favour."""
+    """The first cell gains on all questions alike; the second as much on average, by what one question favours."""
     everywhere, by_chance = CELLS[:2]
     for seed in range(3):
 
@@ -159,11 +157,16 @@ def test_what_the_questions_favour_is_no_lead_however_many_seeds(
         branch(f"lead{seed}", lambda params, seed=seed: params.update(seed=200 + seed), lead)
     known = revisions("lead0", "lead1", "lead2")
     spread = spread_of_seeds(known, known[0].models, shared_questions(known)).spread.set_index("cell")
-    assert (spread.loc[[everywhere, by_chance], "lead_low"] > 0).all()
-    assert spread.loc[by_chance, "asked_low"] < 0
+    assert spread.loc[everywhere, "lead_low"] > 0 > spread.loc[by_chance, "lead_low"]
+    assert spread.loc[by_chance, "lead"] > 0.9
+    leads = {cell: [(sweep.scores[cell] - sweep.scores["base"]).to_numpy() for sweep in known] for cell in CELLS}
+    p_values = [crossed_mean(np.stack(leads[cell], axis=1)).p_value for cell in spread.index]
+    assert spread["p_holm"].tolist() == holm(p_values).tolist()
     run(monkeypatch, "lead0", "lead1", "lead2")
     said = capsys.readouterr().out
-    assert f"both the interval over seeds and that over questions exclude zero for {everywhere}, uncorrected." in said
+    assert f"with Holm's correction over 4 cells, the lead of {everywhere} is significant." in said
+    run(monkeypatch, "lead0", "lead1")
+    assert "two seeds are too few to tell a lead from their luck." in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("repository")

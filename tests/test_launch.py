@@ -17,7 +17,10 @@ import pytest
 import yaml
 
 from launch import make_sleeping
+from prefscan import check
+from prefscan import launch as launch_stage
 from prefscan.clones import Chain
+from prefscan.errors import UserError
 from prefscan.launch import FAILED, STOPPED, plan_chains
 from prefscan.params import Agreement, Params
 
@@ -165,6 +168,29 @@ def damage(folder: Path, out: str) -> Path:
     os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
     found.chmod(before.st_mode)
     return found
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss=dpo", "loss=dpo: grid.loss: 'dpo' is no known loss"),
+        ("train.report_to=wandb", "params.yaml: train.report_to: wandb is not installed"),
+    ],
+)
+def test_parameters_that_a_stage_would_refuse_replace_nothing(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["launch", "--dirty", override])
+    shutil.copytree(ROOT / "conf", in_tmp / "conf")
+    (in_tmp / "params.yaml").write_text("as it was")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match=said):
+            launch_stage.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (in_tmp / "params.yaml").read_text() == "as it was"
 
 
 def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What is left to judge and what it may cost, against stages that really ran."""
 
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,9 +138,38 @@ def test_no_workers_are_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -
         plan.main()
 
 
-@pytest.mark.parametrize("override", ["judge=gpt5", "judge.nonsense=1", "beta"])
-def test_a_wrong_override_is_a_sentence(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("judge=gpt5", "Could not find 'judge/gpt5'"),
+        ("judge.nonsense=1", "Could not override 'judge.nonsense'"),
+        ("beta", "missing EQUAL"),
+        ("beta=", "ParserError"),
+        ("beta=${foo}", "Interpolation key 'foo' not found"),
+        ('sweep.loss="sigmoid, [ipo"', "ParserError"),
+        ("sweep.beta=0.1,0.5", "double quotes, as in 'sweep.beta=\"0.1, 0.5\"'"),
+        ("beta=-1", "beta=-1: beta: -1 is refused"),
+        ("loss=dpo", "loss=dpo: grid.loss: 'dpo' is no known loss; known are sigmoid"),
+    ],
+)
+def test_a_wrong_override_is_a_sentence(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     sys.argv = ["plan", override]
-    with pytest.raises(UserError, match=override.split("=")[0]):
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
         plan.main()
+    assert str(caught.value).startswith(f"{override}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"beta: [0.1", "name: caf\u00e9".encode("latin-1")], ids=["no YAML", "no UTF-8"])
+def test_a_damaged_file_of_conf_is_a_sentence(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    (in_tmp / "conf").unlink()
+    shutil.copytree(ROOT / "conf", in_tmp / "conf")
+    (in_tmp / "conf/model/smollm2.yaml").write_bytes(content)
+    sys.argv = ["plan", "seed=1"]
+    with pytest.raises(UserError, match=r"seed=1: .*; correct the override, or the file of conf/") as caught:
+        plan.main()
+    assert "\n" not in str(caught.value)

@@ -107,7 +107,7 @@ def test_the_table_holds_the_metrics() -> None:
             **{name: metrics("answer", key)[name] for name in ("share_cut", "mean_tokens", "repetition")},
         }
         if key == "base":
-            expected |= {"accuracy": 0.5, "margin": 0, "chosen_shift": 0, "rejected_shift": 0}
+            expected |= {"accuracy": 0.5, "margin": 0, "loss_change": 0, "chosen_shift": 0, "rejected_shift": 0}
             assert row["margin_kept"] == row["beta"] == row["divergence"] == ""
         else:
             trained, merged = metrics("train", key), metrics("merge", key)
@@ -137,17 +137,22 @@ def expected_row(key: str) -> list[str]:
     printed = [judged[name] for name in ("average", "average_low", "average_high", "first_turn", "second_turn")]
     scores = [f"{value:.2f}" for value in printed]
     if key == "base":
-        differs, rest = ["–"] * 14, ["0.50", "0.00", "–", "–", "0.00", "0.00", "–", *text, "–", "–", "–"]
+        differs, rest = (
+            ["–"] * 14,
+            ["0.50", "0.00", "–", "–", "+0.000", "–", "–", "0.00", "0.00", "–", *text, "–", "–", "–"],
+        )
     else:
         to_base, to_recipe = expected_differences()[key], expected_differences("sigmoid-0.5-8").get(key, ["–"] * 7)
         equal = at_equal_length(key)
         differs = to_base[:4] + [f"{value:+.2f}" for value in (equal.mean, equal.low, equal.high)]
         differs += to_recipe[:4] + to_base[4:]
         held, kept = metrics("train", key)["heldout"], metrics("merge", key)["margin_kept"]
-        names = ("accuracy", "margin", "margin_low", "margin_high", "chosen_shift", "rejected_shift")
+        names = ("accuracy", "margin", "margin_low", "margin_high")
+        changes = [f"{held[name]:+.3f}" for name in ("loss_change", "loss_change_low", "loss_change_high")]
+        shifts = [f"{held[name]:.2f}" for name in ("chosen_shift", "rejected_shift")]
         ratio = [f"{answered['divergence'][name]:.2f}" for name in ("per_reply", "per_reply_low", "per_reply_high")]
         merged = "–" if kept is None else f"{kept:.1%}"
-        rest = [*(f"{held[name]:.2f}" for name in names), merged, *text, *ratio]
+        rest = [*(f"{held[name]:.2f}" for name in names), *changes, *shifts, merged, *text, *ratio]
     return [key, *scores[:3], *differs, *scores[3:], *rest]
 
 
@@ -176,7 +181,7 @@ def test_the_page_and_the_markdown_print_the_same_sentences_and_tables() -> None
     lines = text.splitlines()
     assert [line.split("](")[1] for line in lines if line.startswith("![")] == [f"charts/{n}.png)" for n in CHARTS]
     assert [line for line in lines if line in page.leads] == page.leads
-    assert len(page.leads) == 9
+    assert len(page.leads) == 10
 
 
 @pytest.mark.usefixtures("sweep")
@@ -211,11 +216,12 @@ def test_the_summary_leads_with_the_recipe() -> None:
             **{"score": judged["average"], "score_low": judged["average_low"], "score_high": judged["average_high"]},
             **{name: judged[name] for name in ("first_turn", "second_turn")},
             **{name: held[name] for name in ("accuracy", "margin", "margin_low", "margin_high")},
+            **{name: held[name] for name in ("loss_change", "loss_change_low", "loss_change_high")},
             "margin_kept": metrics("merge", entry["cell"])["margin_kept"],
         }
         assert {name: value for name, value in entry.items() if name != "cell"} == pytest.approx(expected, abs=1e-6)
     assert summary["base"]["score"] == pytest.approx(metrics("mtbench", "base")["average"], abs=1e-6)
-    assert (summary["base"]["accuracy"], summary["base"]["margin"]) == (0.5, 0)
+    assert [summary["base"][name] for name in ("accuracy", "margin", "loss_change")] == [0.5, 0, 0]
 
 
 @pytest.mark.usefixtures("quick")
@@ -230,7 +236,7 @@ def test_a_margin_that_could_not_be_kept_is_null(in_tmp: Path, losses: list[str]
     assert summary["recipe"]["cell"] == "ipo-0.5-8"
     assert summary["recipe"]["margin_kept"] is None
     assert {*summary["highest"]} == {*losses}
-    assert f"The merges, in fp32, kept {kept}; " in leads()[-1]
+    assert f"The merges, in fp32, kept {kept}, computed in fp32 over the first 4 of these pairs; " in leads()[-1]
     assert {path.stem for path in Path("metrics/train").iterdir()} == {f"{loss}-0.5-8" for loss in losses}
 
 

@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mtbench_data import openai_judge
 from prefscan import report
 from prefscan.files import write_json
 from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.usefixtures("quick")
@@ -72,7 +76,7 @@ def test_scores_that_do_not_differ_detect_nothing(in_tmp: Path) -> None:
 
 @pytest.mark.usefixtures("sweep")
 def test_the_sentences_say_what_the_metrics_say() -> None:
-    _, _, compared, scored, differ, picked, order, held, merged = leads()
+    _, _, compared, scored, differ, picked, order, held, minimised, merged = leads()
     assert "losses sigmoid, ipo; β 0.1, 0.5; steps 8." in compared
     assert "31 training and 30 held-out pairs of 300; 8 MT-Bench questions, two turns each." in compared
     base, cells = metrics("mtbench", "base"), [metrics("mtbench", key) for key in CELLS]
@@ -97,4 +101,24 @@ def test_the_sentences_say_what_the_metrics_say() -> None:
     assert (
         "above zero beyond its 95 % interval, before any correction, in 3 of 4 cells." in held
     )  # margin_low is 0, 2, 4 and 6
-    assert "The merges, in fp32, kept 97.0% to 99.0% of the held-out margin; 6% to 25% of the answers" in merged
+    # loss_change_high is 0.05, -0.05, -0.15 and -0.25
+    assert minimised.endswith("before any correction, for sigmoid in 1 of 2, ipo in 2 of 2.")
+    kept = "kept 97.0% to 99.0% of the held-out margin, computed in fp32 over the first 4 of these pairs"
+    assert f"The merges, in fp32, {kept}; 6% to 25% of the answers" in merged
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"merge": {"format": "adapter"}}, "The answers come from the base with the adapter in fp32,"),
+        ({"answer": {"dtype": "bf16"}}, "The answers come from the merged model in bf16,"),
+    ],
+)
+def test_a_model_that_answers_otherwise_than_measured_is_named(
+    in_tmp: Path, changes: dict[str, Any], said: str
+) -> None:
+    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    write_sweep(in_tmp, **{section: raw[section] | values for section, values in changes.items()})
+    report.main()
+    assert leads()[-1].startswith(said)

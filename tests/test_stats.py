@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from prefscan.stats import (
     bootstrap_mean_interval,
     cluster_bootstrap,
     clustered_mean,
+    crossed_mean,
     holm,
     length_controlled_difference,
     minimum_detectable_difference,
@@ -437,3 +439,58 @@ def test_lengths_that_do_not_vary() -> None:
         length_controlled_difference([1, 2], [3, 4])
     with pytest.raises(ValueError, match="same questions on both sides, got 4 and 3"):
         length_controlled_difference(scores, [1, 2, 3])
+
+
+def test_the_mean_over_questions_and_seeds_equals_its_definition() -> None:
+    """Mean squares cell by cell, and Satterthwaite's degrees of freedom by hand."""
+    scores = np.array([[1.0, 2.5, 0.5], [3.0, 3.5, 2.0], [-1.0, 1.0, 0.0], [2.0, 2.0, 1.5]])
+    questions, seeds = scores.shape
+    grand = scores.mean()
+    by_question = seeds * sum((scores[i].mean() - grand) ** 2 for i in range(4)) / 3
+    by_seed = questions * sum((scores[:, j].mean() - grand) ** 2 for j in range(3)) / 2
+    rest = (
+        sum(
+            (scores[i, j] - scores[i].mean() - scores[:, j].mean() + grand) ** 2
+            for i in range(questions)
+            for j in range(seeds)
+        )
+        / 6
+    )
+    total = by_question + by_seed - rest
+    freedom = total**2 / (by_question**2 / 3 + by_seed**2 / 2 + rest**2 / 6)
+    error = (total / 12) ** 0.5
+    found = crossed_mean(scores)
+    assert (found.mean, found.standard_error) == pytest.approx((grand, error))
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, freedom, loc=grand, scale=error))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(grand / error, freedom))
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["questions alone", "seeds alone"])
+def test_where_one_axis_alone_varies_the_interval_is_that_of_its_means(flip: bool) -> None:
+    means = [0.5, 1.5, 1.0, 3.0]
+    scores = np.repeat(np.array(means)[:, None], 3, axis=1)
+    found = crossed_mean(scores.T if flip else scores)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, loc=1.5, scale=stats.sem(means)))
+    assert found.p_value == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+
+
+def test_rest_that_exceeds_an_axis_never_makes_the_mean_surer_than_the_other_axis_alone() -> None:
+    """Equal means of the seeds under noise within: MS of the seeds less that of the rest is negative."""
+    noise = np.array([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
+    means = np.array([0.0, 1.0, 2.0, 5.0])
+    found = crossed_mean(means[:, None] + noise)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, loc=2, scale=stats.sem(means)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.ones((1, 3)), "needs at least 2 questions, got 1"),
+        (np.ones((3, 1)), "needs at least two seeds, got 1"),
+        (np.ones(3), r"needs an array \[questions, seeds\], got the shape \[3\]"),
+        (np.array([[1.0, np.nan], [1.0, 1.0]]), "1 of 4 values are not finite"),
+    ],
+)
+def test_a_mean_over_questions_and_seeds_needs_two_of_each(scores: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        crossed_mean(scores)

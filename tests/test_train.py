@@ -419,13 +419,20 @@ def test_held_out_metrics_equal_an_independent_computation(
     tokens = torch.tensor([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in heldout])
     columns = [*policy_logps.T, *base_logps.T, *tokens.T]
     size = changes.get("batch_size", 4)
-    losses = [
-        value
-        for start in range(0, len(heldout), size)
-        for value in LOSSES[loss](
-            PairLogps(*(column[start : start + size] for column in columns)), 0.2, train.losses
-        ).tolist()
-    ]
+    losses, base_losses = (
+        [
+            value
+            for start in range(0, len(heldout), size)
+            for value in LOSSES[loss](
+                PairLogps(*(column[start : start + size] for column in found)), 0.2, train.losses
+            ).tolist()
+        ]
+        for found in (columns, [*base_logps.T, *base_logps.T, *tokens.T])
+    )
+    changes_of_loss = [after - before for after, before in zip(losses, base_losses, strict=True)]
+    change_interval = stats.t.interval(
+        0.95, len(heldout) - 1, loc=fmean(changes_of_loss), scale=stats.sem(changes_of_loss)
+    )
     chosen, rejected = (policy_logps - base_logps).T.tolist()
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     t_interval = stats.t.interval(0.95, len(margins) - 1, loc=fmean(margins), scale=stats.sem(margins))
@@ -434,6 +441,9 @@ def test_held_out_metrics_equal_an_independent_computation(
     expected = {
         "pairs": len(heldout),
         "loss": fmean(losses),
+        "loss_change": fmean(losses) - fmean(base_losses),
+        "loss_change_low": change_interval[0],
+        "loss_change_high": change_interval[1],
         "accuracy": won / len(heldout),
         "accuracy_low": wilson.low,
         "accuracy_high": wilson.high,
@@ -719,9 +729,9 @@ def test_the_stage_reports_what_it_measured(two_runs: list[Any]) -> None:
     folder, result = two_runs[0]
     metrics = json.loads((folder / paths.TRAIN_METRICS / "ipo-0.3-4.json").read_text())
     assert set(metrics) == {"loss", "last_loss", "updates", "heldout"}
-    intervals = {"accuracy_low", "accuracy_high", "margin_low", "margin_high"}
-    assert set(metrics["heldout"]) == intervals | {
-        *("pairs", "loss", "accuracy", "base_accuracy", "margin", "reward_margin", "chosen_shift", "rejected_shift")
+    estimates = {f"{name}{end}" for name in ("accuracy", "margin", "loss_change") for end in ("", "_low", "_high")}
+    assert set(metrics["heldout"]) == estimates | {
+        *("pairs", "loss", "base_accuracy", "reward_margin", "chosen_shift", "rejected_shift")
     }
     cost = json.loads((folder / paths.TRAIN_COST / "ipo-0.3-4.json").read_text())
     assert set(cost) == {"seconds", "tokens_per_second", "peak_memory_gib", "processes"}

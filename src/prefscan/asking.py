@@ -38,7 +38,7 @@ def request_body(
     seed: int,
     ends: list[int],
 ) -> dict[str, Any]:
-    """A chat completion's body: plain sampling at a temperature, as MT-Bench has it, whatever the server's defaults.
+    """A chat completion's body: sampling from all tokens at MT-Bench's temperature, whatever the server's defaults.
 
     What is not in OpenAI's schema goes into `extra_body`, in the words of each kind of server.
     """

@@ -15,7 +15,6 @@ import pandas as pd
 
 from prefscan import charts
 from prefscan.errors import UserError, run_stage
-from prefscan.intervals import mean_interval
 from prefscan.pages import Figure, Table, write_report
 from prefscan.revisions import (
     VERSIONS_NOTE,
@@ -27,10 +26,11 @@ from prefscan.revisions import (
     shared_models,
     shared_questions,
 )
-from prefscan.stats import clustered_mean, holm, paired_difference, variance_components
+from prefscan.stats import clustered_mean, crossed_mean, holm, paired_difference, variance_components
 from prefscan.tables import span, spanned, with_interval
 
 COMPARISON = Path("comparison")
+FEWEST_SEEDS = 3  # of two, no method tells a lead from their luck (docs/statistics.md)
 
 
 def what_differs(revisions: list[Revision]) -> pd.DataFrame:
@@ -92,25 +92,26 @@ class Seeds(NamedTuple):
 
 
 def spread_of_seeds(known: list[Revision], models: list[str], questions: pd.Index) -> Seeds:
-    """A cell's lead on the base as mean over seeds, with two 95 % t intervals, and the parts of its spread.
+    """A cell's mean lead on the base over seeds, with a 95 % interval and p, and the parts of its spread.
 
-    `lead_low` and `lead_high` are over seeds with these questions held fixed: what the questions favour by chance is in
-    every seed, and no number of seeds shows it. `asked_low` and `asked_high` are over questions, of the mean over
-    seeds. `seed_sd` is the spread of the true lead between trainings, `question_sd` between questions, both in points.
+    The interval is for other questions and other trainings alike: what these questions favour by chance is in every
+    seed, and what these trainings had by luck in every question. `p_holm` is corrected over the cells. `seed_sd` is the
+    spread of the true lead between trainings, `question_sd` between questions, both in points.
     """
     rows = []
     for model in (model for model in models if model != "base"):
-        leads = np.stack([(r.scores.loc[questions, model] - r.scores.loc[questions, "base"]).to_numpy() for r in known])
-        mean, low, high = mean_interval(leads.mean(axis=1).tolist())
-        _, asked_low, asked_high = mean_interval(leads.mean(axis=0).tolist())
-        parts = variance_components(leads.T[:, :, None, None])
+        leads = np.stack(
+            [(r.scores.loc[questions, model] - r.scores.loc[questions, "base"]).to_numpy() for r in known], axis=1
+        )
+        found, parts = crossed_mean(leads), variance_components(leads[:, :, None, None])
         assert parts.seed is not None  # of two or more seeds
         rows.append(
-            {"cell": model, "seeds": len(known), "lead": mean, "lead_low": low, "lead_high": high}
-            | {"asked_low": asked_low, "asked_high": asked_high}
+            {"cell": model, **spanned("lead", found), "p": found.p_value}
             | {"seed_sd": parts.seed**0.5, "question_sd": parts.question**0.5}
         )
-    return Seeds([revision.name for revision in known], pd.DataFrame(rows))
+    spread = pd.DataFrame(rows)
+    spread["p_holm"] = holm(spread["p"])
+    return Seeds([revision.name for revision in known], spread.drop(columns="p"))
 
 
 def sentences(
@@ -150,13 +151,16 @@ def sentences(
         f"comparisons {f'{named} differ' if named else 'none differs'} significantly."
     )
     for trained, spread in seeds:
-        above = (spread["lead_low"] > 0) & (spread["asked_low"] > 0)
-        below = (spread["lead_high"] < 0) & (spread["asked_high"] < 0)
-        told = spread.loc[above | below, "cell"]
+        told = ", ".join(spread.loc[spread["p_holm"] <= 0.05, "cell"]) or "no cell"
         lines.append(
             f"Over the {len(trained)} seeds of {', '.join(trained)}, the spread of a cell's lead between trainings is "
-            f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); both the "
-            f"interval over seeds and that over questions exclude zero for {', '.join(told) or 'no cell'}, uncorrected."
+            f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); "
+            + (
+                "for other questions and other trainings alike, and with Holm's correction over "
+                f"{_count(len(spread), 'cell')}, the lead of {told} is significant."
+                if len(trained) >= FEWEST_SEEDS
+                else "two seeds are too few to tell a lead from their luck."
+            )
         )
     if not seeds:
         lines.append("No two revisions differ in the seed alone: none of this tells a method from the luck of a seed.")
@@ -177,7 +181,7 @@ def tables_of(
     scores |= {"p_holm": ("p, Holm", "{:.2f}"), "wins": ("won", "{:.0f}"), "ties": ("tied", "{:.0f}")}
     scores |= {"losses": ("lost", "{:.0f}")}
     spread = cell | with_interval("lead", "minus its base, mean over seeds", "{:+.2f}")
-    spread |= {"asked_low": ("over questions, from", "{:+.2f}"), "asked_high": ("to", "{:+.2f}")}
+    spread |= {"p_holm": ("p, Holm", "{:.2f}")}
     spread |= {"seed_sd": ("SD between trainings", "{:.2f}"), "question_sd": ("SD between questions", "{:.2f}")}
     return [
         Table("Scores", "Intervals and tests are over the shared questions.", table, scores),
@@ -190,8 +194,7 @@ def tables_of(
         *(
             Table(
                 f"Seeds of {', '.join(names)}",
-                "The interval of the mean is over seeds, for these questions alone: few seeds make it wide, and many "
-                "say nothing of other questions. The one beside it is over questions.",
+                "Intervals and p are for other questions and other trainings alike; two seeds are too few for either.",
                 rows,
                 spread,
             )

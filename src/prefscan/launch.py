@@ -32,6 +32,7 @@ from dvc.stage import Stage
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
+from prefscan.check import check_logging
 from prefscan.clones import (
     BUSY,
     BUSY_WAIT,
@@ -243,9 +244,11 @@ def main() -> None:
     try:
         with FileLock(".prefscan/launch.lock", timeout=0):
             if arguments.overrides:
-                with tempfile.TemporaryDirectory() as folder:
-                    composed = compose(arguments.overrides, Path(folder) / "params.yaml")
-                    load(composed)  # refuses what is wrong before it replaces what was right
+                with tempfile.TemporaryDirectory() as folder:  # what is wrong replaces nothing
+                    composed = Path(folder) / "params.yaml"
+                    params = compose(arguments.overrides, composed)
+                    if arguments.address is None:  # a cluster's nodes may have what this machine lacks
+                        check_logging(params.train.report_to)
                     shutil.copyfile(composed, "params.yaml")
             code = launch_sweep(arguments.address, arguments.dirty)
     except Timeout:

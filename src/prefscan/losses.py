@@ -18,7 +18,7 @@ all the same, so its train stage reads what the reference stage wrote, as every 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import cleandoc, signature
 
 import torch
@@ -58,6 +58,15 @@ class PairLogps:
     def margin_per_token(self) -> Tensor:
         """h̄_w − h̄_l"""
         return self.chosen_logratio / self.chosen_tokens - self.rejected_logratio / self.rejected_tokens
+
+    def of_reference(self) -> "PairLogps":
+        """The same pairs under a policy that is the reference."""
+        return replace(
+            self,
+            chosen=self.ref_chosen,
+            rejected=self.ref_rejected,
+            kl_logratio=None if self.kl_logratio is None else torch.zeros_like(self.kl_logratio),
+        )
 
     @property
     def chosen_nll(self) -> Tensor:

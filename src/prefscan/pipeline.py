@@ -9,8 +9,11 @@ from pathlib import Path
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.utils.serialize import modify_yaml
+from yaml import YAMLError
 
+from prefscan.check import check_losses
 from prefscan.errors import UserError
+from prefscan.params import Params, load
 
 CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
 
@@ -31,16 +34,30 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
-def compose(overrides: list[str], path: Path) -> Path:
-    """Write params.yaml as `dvc exp run -S …` would compose it from conf/; raises UserError for a refused override."""
+def compose(overrides: list[str], path: Path) -> Params:
+    """Write params.yaml as `dvc exp run -S …` would compose it from conf/, and return what it says.
+
+    Raises UserError for an override or a file of conf/ that is refused, and for for a loss that is not known.
+    """
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
+    given = " ".join(overrides)
+    refused = DvcException, HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError
     try:
         compose_and_dump(path, str(Path("conf").resolve()), None, "config", "", overrides)
-    except (DvcException, HydraException) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from None
-    return path
+    except refused as error:
+        raise UserError(
+            f"{given}: {' '.join(str(error).split())}; correct the override, or the file of conf/ that it is about. A "
+            """list goes in double quotes, as in 'sweep.beta="0.1, 0.5"'"""
+        ) from None
+    try:
+        params = load(path)
+        check_losses([params.loss, *params.grid.loss])
+    except UserError as error:
+        raise UserError(f"{given}: {str(error).removeprefix(f'{path}: ').removeprefix('params.yaml: ')}") from None
+    return params
 
 
 def stale_stages(*, missing_data_is_stale: bool) -> list[str]:

@@ -91,8 +91,7 @@ def main() -> None:
         raise UserError(f"--workers {options.workers}: one at least")
     workspace = load()
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "params.yaml"
-        params = load(compose(options.overrides, path)) if options.overrides else workspace
+        params = compose(options.overrides, Path(folder) / "params.yaml") if options.overrides else workspace
     judge = params.judge
     keys = ["base", *(cell.key for cell in params.grid.cells)]
     console = Console()

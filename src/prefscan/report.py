@@ -83,6 +83,9 @@ SUMMARY_COLUMNS = (
     "margin",
     "margin_low",
     "margin_high",
+    "loss_change",
+    "loss_change_low",
+    "loss_change_high",
     "margin_kept",
 )
 
@@ -98,7 +101,7 @@ def summarise(cells: pd.DataFrame, recipe: Cell, base: dict[str, Any]) -> dict[s
     return {
         "recipe": entry(recipe.key),
         "base": {name: round(value, 6) for name, value in score_columns(base).items()}
-        | {"accuracy": 0.5, "margin": 0.0},
+        | {"accuracy": 0.5, "margin": 0.0, "loss_change": 0.0},
         "highest": {loss: entry(key) for loss, key in highest_scoring(cells).items()},
     }
 
@@ -204,7 +207,10 @@ def main() -> None:
     everything = pd.concat([pd.DataFrame([base_row(judged)]), table])
     base_tokens = everything["mean_tokens"].iloc[0]
     figures = make_figures(table, judged, base_tokens, curve_table(cells), score_name(params.judge))
-    reading = "The held-out margin and the shifts are in nats against the base; intervals as in the charts."
+    reading = (
+        "The held-out margin and the shifts are in nats against the base, summed over tokens; the held-out loss is the "
+        "cell's own, on a scale of its own, and lower is better. Intervals as in the charts."
+    )
     tables = [
         Table("All cells", reading, everything, COLUMNS),
         *spread(keys, judgements),

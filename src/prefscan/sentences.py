@@ -116,17 +116,41 @@ def sentences(
     moved = (cells["margin_low"] > 0).sum()
     lines.append(
         f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
-        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin is above zero beyond its 95 % "
-        f"interval, before any correction, in {moved} of {len(cells)} cells. "
+        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin, a sum over tokens for every loss, "
+        f"is above zero beyond its 95 % interval, before any correction, in {moved} of {len(cells)} cells. "
         "β means something else in each loss: equal β is not equal strength."
     )
+    lines.append(own_loss_sentence(cells))
     kept = cells["margin_kept"].dropna()
     share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
+    merge, answer = params.merge, params.answer
     lines.append(
-        f"The merges, in {params.merge.dtype}, kept {share}; {cells['share_cut'].min():.0%} to "
-        f"{cells['share_cut'].max():.0%} of the answers were cut at {params.answer.max_new_tokens} tokens."
+        f"The merges, in {merge.dtype}, kept {share}, computed in fp32 over the first {cells['merge_pairs'].max()} of "
+        f"these pairs; {cells['share_cut'].min():.0%} to {cells['share_cut'].max():.0%} of the answers were cut at "
+        f"{answer.max_new_tokens} tokens."
     )
+    if merge.format == "adapter" or answer.dtype != "fp32":
+        answering = "the base with the adapter" if merge.format == "adapter" else "the merged model"
+        lines.append(
+            f"The answers come from {answering} in {answer.dtype}, whose margin is not measured: less precision than "
+            "fp32 can cost some of it."
+        )
     return lines
+
+
+def own_loss_sentence(cells: pd.DataFrame) -> str:
+    """In how many cells of each loss what was trained fell on held-out pairs, too.
+
+    The margin cannot say it of a loss that averages over tokens, as ipo does: the sum may grow by length alone.
+    """
+    shares = ", ".join(
+        f"{loss} in {(rows['loss_change_high'] < 0).sum()} of {len(rows)}"
+        for loss, rows in cells.groupby("loss", sort=False)
+    )
+    return (
+        "What a cell minimised, its own loss, is lower on these pairs than the base's beyond a 95 % interval, before "
+        f"any correction, for {shares}."
+    )
 
 
 def _listed(values: pd.Series) -> str:

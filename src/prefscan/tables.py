@@ -61,8 +61,10 @@ def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
         "beta": cell.beta,
         "steps": str(cell.steps),
         **score_columns(mtbench),
-        **{name: held[name] for name in (*span("accuracy"), *span("margin"), "chosen_shift", "rejected_shift")},
+        **{name: held[name] for value in ("accuracy", "margin", "loss_change") for name in span(value)},
+        **{name: held[name] for name in ("chosen_shift", "rejected_shift")},
         "margin_kept": merge["margin_kept"],
+        "merge_pairs": merge["pairs"],
         "weights_changed": merge["weights_changed"],
         "share_cut": answer["share_cut"],
         "mean_tokens": answer["mean_tokens"],
@@ -150,7 +152,7 @@ def base_row(judged: dict[str, Any]) -> dict[str, Any]:
     answered = read_json(ANSWER_METRICS / "base.json")
     return (
         {"cell": "base", **score_columns(judged["base"]), "accuracy": 0.5}
-        | dict.fromkeys(("margin", "chosen_shift", "rejected_shift"), 0.0)
+        | dict.fromkeys(("margin", "loss_change", "chosen_shift", "rejected_shift"), 0.0)
         | {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
     )
 
@@ -213,6 +215,7 @@ COLUMNS = {
     "second_turn": ("second turn", "{:.2f}"),
     "accuracy": ("held-out accuracy", "{:.2f}"),
     **with_interval("margin", "held-out margin, nats"),
+    **with_interval("loss_change", "held-out loss, minus base", "{:+.3f}"),
     "chosen_shift": ("chosen shift, nats", "{:.2f}"),
     "rejected_shift": ("rejected shift, nats", "{:.2f}"),
     "margin_kept": ("margin kept by merge", "{:.1%}"),

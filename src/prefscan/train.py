@@ -183,6 +183,8 @@ class PairTrainer(TokenisedTrainer):
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base.
 
+        `loss_change` is the cell's own loss less what that loss gives the base on the same pairs: the margin sums over
+        tokens for every loss, and what a loss such as IPO averages over them may rise while the margin does.
         The micro-batches are dealt to the processes round robin, and every process returns the whole.
         """
         set_evaluation(self.model)
@@ -192,16 +194,22 @@ class PairTrainer(TokenisedTrainer):
             mine = min(len(parts) + world().process_index, len(batches) - 1)  # FSDP needs every process in each round
             with self.compute_loss_context_manager():
                 logps = self.logps(self.model, self.collate(batches[mine]))
-            loss = LOSSES[self.cell.loss](logps, self.cell.beta, self.options)
-            part = torch.stack([loss, logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)])
+            loss, base_loss = (
+                LOSSES[self.cell.loss](values, self.cell.beta, self.options) for values in (logps, logps.of_reference())
+            )
+            part = torch.stack([loss, base_loss, logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)])
             parts += gather_object([part.cpu()])
-        losses, chosen, rejected, accuracies = torch.cat(parts[: len(batches)], dim=1).double()
+        losses, base_losses, chosen, rejected, accuracies = torch.cat(parts[: len(batches)], dim=1).double()
         self.refuse_divergence(torch.cat([losses, chosen, rejected]))
         margin, low, high = mean_interval((chosen - rejected).tolist())
+        change, change_low, change_high = mean_interval((losses - base_losses).tolist())
         share, share_low, share_high = share_interval(accuracies.sum().item(), len(pairs))
         return {
             "pairs": len(pairs),
             "loss": sum(losses.tolist()) / len(losses),
+            "loss_change": change,
+            "loss_change_low": change_low,
+            "loss_change_high": change_high,
             "accuracy": share,
             "accuracy_low": share_low,
             "accuracy_high": share_high,
