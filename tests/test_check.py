@@ -22,8 +22,8 @@ KNOWN = f"known are {', '.join(LOSSES)}"
 
 def write_params(folder: Path, **changes: Any) -> None:
     raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    raw["steps"] = 8
-    raw["grid"] |= {"steps": [8]} | changes.pop("grid", {})
+    raw |= {"loss": "sigmoid", "beta": 0.1, "steps": 8}
+    raw["grid"] = {"loss": ["sigmoid", "ipo", "kto_pair"], "beta": [0.1], "steps": [8]} | changes.pop("grid", {})
     (folder / "params.yaml").write_text(yaml.safe_dump(raw | changes))
 
 

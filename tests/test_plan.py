@@ -31,7 +31,7 @@ def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
     monkeypatch.setenv("COLUMNS", "120")
     grid = {"loss": ["sigmoid"], "beta": [0.1], "steps": [24]}
-    write_params(root, judge=judge, grid=grid)
+    write_params(root, judge=judge, grid=grid, loss="sigmoid", beta=0.1, steps=24)
     write_questions(root, QUESTIONS)
     (root / "conf").symlink_to(ROOT / "conf")
 
