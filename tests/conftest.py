@@ -14,6 +14,7 @@ import altair as alt
 import pytest
 import torch
 
+from mtbench_data import default_params
 from sweep_data import write_sweep
 from tiny import make_tiny_model, sharegpt_rows
 
@@ -100,10 +101,10 @@ def pairs(tiny_model: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def params() -> Any:
-    """The committed params.yaml; `model_copy(update=…)` every value that a test relies on."""
-    from prefscan.params import load
+    """What conf/ composes by itself; `model_copy(update=…)` every value that a test relies on."""
+    from prefscan.params import Params
 
-    return load(Path(__file__).parents[1] / "params.yaml")
+    return Params.model_validate(default_params())
 
 
 @pytest.fixture

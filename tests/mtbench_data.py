@@ -5,10 +5,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+
+from configuration import composed
 
 ROOT = Path(__file__).parents[1]
 # FastChat's categories in the order of its questions; the middle three need references.
@@ -98,9 +103,19 @@ def write_questions(root: Path, questions: list[dict[str, Any]]) -> None:
         write_lines(folder / f"reference_answer/{author}.jsonl", make_references(questions, author))
 
 
+@cache
+def _default() -> Any:
+    return OmegaConf.to_container(composed(), resolve=True)
+
+
+def default_params() -> dict[str, Any]:
+    """What conf/ composes by itself; the recipe and sweep of the committed params.yaml may be others."""
+    return dict(deepcopy(_default()))
+
+
 def write_params(root: Path, **changes: Any) -> None:
-    """The committed params.yaml with changes: a mapping is merged, but for `judge`, whose keys depend on its kind."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    """The default's params.yaml with changes: a mapping is merged, but for `judge`, whose keys depend on its kind."""
+    params = default_params()
     for key, value in changes.items():
         merged = isinstance(value, dict) and isinstance(params[key], dict) and key != "judge"
         params[key] = params[key] | value if merged else value
