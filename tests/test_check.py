@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
+import mtbench_data
 from prefscan import check
 from prefscan.check import check_logging, check_losses, main
 from prefscan.errors import UserError
@@ -21,10 +21,8 @@ KNOWN = f"known are {', '.join(LOSSES)}"
 
 
 def write_params(folder: Path, **changes: Any) -> None:
-    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    raw |= {"loss": "sigmoid", "beta": 0.1, "steps": 8}
-    raw["grid"] = {"loss": ["sigmoid", "ipo", "kto_pair"], "beta": [0.1], "steps": [8]} | changes.pop("grid", {})
-    (folder / "params.yaml").write_text(yaml.safe_dump(raw | changes))
+    grid = {"steps": [8]} | changes.pop("grid", {})
+    mtbench_data.write_params(folder, steps=8, grid=grid, **changes)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +65,7 @@ def test_a_log_whose_package_is_not_installed_is_refused(
 ) -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     monkeypatch.setattr(check, "find_spec", lambda name: None if name == package else find_spec(name))
-    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    write_params(in_tmp, train=raw["train"] | {"report_to": package})
+    write_params(in_tmp, train={"report_to": package})
     with pytest.raises(UserError, match=f"train.report_to: {package} is not installed; .*'.\\[{package}\\]'"):
         main()
     assert extras[package] == [package]

@@ -65,7 +65,7 @@ def test_the_committed_parameters_are_what_conf_composes() -> None:
     params = yaml.safe_load(text)
     recipe = [f"{key}={params[key]}" for key in ("loss", "beta", "steps", "seed")]
     sweep = [f'sweep.{key}="{value}"' for key, value in params["sweep"].items()]
-    assert yaml.safe_load(composed(*recipe, *sweep)) == params
+    assert composed(*recipe, *sweep) == text
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in GROUPS[group]])

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from mtbench_data import openai_judge
 from prefscan import report
 from prefscan.files import write_json
 from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.usefixtures("quick")
@@ -118,7 +115,6 @@ def test_the_sentences_say_what_the_metrics_say() -> None:
 def test_a_model_that_answers_otherwise_than_measured_is_named(
     in_tmp: Path, changes: dict[str, Any], said: str
 ) -> None:
-    raw = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    write_sweep(in_tmp, **{section: raw[section] | values for section, values in changes.items()})
+    write_sweep(in_tmp, **changes)
     report.main()
     assert leads()[-1].startswith(said)
