@@ -13,8 +13,8 @@ GIT = ["git", "-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"
 KEPT = ("params.yaml", "metrics/summary.json", "metrics/judge.json", "reports/questions.csv")
 
 
-def git(*arguments: str) -> None:
-    subprocess.run([*GIT, *arguments], check=True, capture_output=True)
+def git(*arguments: str) -> str:
+    return subprocess.run([*GIT, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def make_repository(reported: Path) -> None:

@@ -114,13 +114,12 @@ def test_the_report_says_what_cannot_be_concluded(
         "Their judges are not the same, by judge.references (tiny of main scores a reference above another question's "
         "with probability 0.53; second of other scores" in said
     )
-    assert "none differs significantly" in said
+    assert "Every model has the same score for every question in all of them" in said
     assert "No two revisions differ in the seed alone" in said
     scores, differing = page.tables[-2:]
     assert len(scores) == 1 + 2 * 4
     assert differing[0] == ["parameter", "main", "other"]
     assert differing[1:] == [
-        ["judge.name", "tiny", "second"],
         ["judge.references", "corrected", "stock"],
         ["trl", "1.16.0", "1.17.0"],
     ]
@@ -184,10 +183,54 @@ def test_two_sets_of_seeds_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.usefixtures("repository")
+def test_another_processors_rounding_is_no_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All scores a little lower, by as much as would be significant; and the base's in another revision by a point."""
+    rounding = -1e-5 - 1e-6 * np.arange(8) / 8
+
+    def move(scores: pd.DataFrame) -> pd.DataFrame:
+        scores[["base", *CELLS]] += rounding[:, None]
+        return scores
+
+    def raise_base(scores: pd.DataFrame) -> pd.DataFrame:
+        return move(scores).assign(base=scores["base"] + 1 + np.arange(8) / 100)
+
+    branch("elsewhere", change_scores=move)
+    branch("raised", change_scores=raise_base)
+    assert stats.ttest_1samp(rounding, 0).pvalue < 1e-9
+    run(monkeypatch, "main", "elsewhere")
+    said = capsys.readouterr().out
+    assert "Every model has the same score for every question in all of them, to 2e-05 points." in said
+    assert "significantly" not in said
+    known = revisions("main", "raised")
+    table = scores_of(known, known[0].models, shared_questions(known)).dropna(subset="difference").set_index("cell")
+    assert table["ties"].to_dict() == {"base": 0} | dict.fromkeys(CELLS, 8)
+    assert (table.loc[CELLS, ["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
+    run(monkeypatch, "main", "raised")
+    said = capsys.readouterr().out
+    assert "with Holm's correction over 5 comparisons base in raised differs significantly." in said
+    branch("noisy", change_scores=lambda scores: scores.assign(base=scores["base"] + [1, -1] * 4))
+    run(monkeypatch, "main", "noisy")
+    said = capsys.readouterr().out
+    assert "the models lie +0.00 to +0.00 from the same in main; with Holm's" in said
+    assert "none differs significantly." in said
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_file_in_the_reports_way_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("comparison").write_text("notes")
+    with pytest.raises(UserError, match=r"^comparison is a file, and the report goes into a folder of that name; move"):
+        run(monkeypatch, "main", "seed1")
+    assert Path("comparison").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("repository")
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["main", "pairs"], "main, pairs: judge.mode is pair and single, whose scores are on other scales; .*"),
+        (["", "main"], "'' names no commit; name a branch, tag, commit or DVC experiment"),
         (["main", "main"], "main alone is no comparison; name two or more revisions"),
         (["main", "few"], "main, few: they share 1 questions, and a paired difference needs two"),
         (["main", "apart"], "main, apart: no cell is in all of them; compare sweeps that share losses, β and steps"),
@@ -198,7 +241,12 @@ def test_what_cannot_be_compared_ends_with_a_sentence(
 ) -> None:
     branch("pairs", lambda params: params["judge"].update(mode="pair"))
     branch("few", change_scores=lambda scores: scores.head(1))
-    branch("apart", change_scores=lambda scores: scores[["category", "base"]])
+    summary, recipe = Path("metrics/summary.json"), "sigmoid-0.5-8"
+    branch(
+        "apart",
+        change_scores=lambda scores: scores[["category", "base", recipe]].rename(columns={recipe: "ipo-0.7-8"}),
+        files={str(summary): summary.read_text().replace(recipe, "ipo-0.7-8")},
+    )
     with pytest.raises(UserError, match=f"^{message}$"):
         run(monkeypatch, *names)
     assert not Path("comparison").exists()

@@ -1,6 +1,9 @@
 """What git holds of a revision is read as it was committed, and what is missing is named."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import yaml
 
 from git_data import branch, git, make_repository
 from prefscan.errors import UserError
-from prefscan.revisions import changed, judge_of, leaves, read_revision, settings
+from prefscan.revisions import changed, commit_of, judge_of, leaves, read_revision, settings
 from sweep_data import CATEGORY_OF, CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +41,9 @@ def test_a_branch_and_the_workspace_are_read_apart(repository: Path, reported: P
 
 @pytest.mark.usefixtures("repository")
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UserError, match=r"^nowhere: .*; name a branch, tag or commit$"):
-        read_revision("nowhere")
+    for name in ("nowhere", "", git("rev-parse", "main:metrics"), "main:params.yaml"):
+        with pytest.raises(UserError, match=f"^'{name}' names no commit; name a branch, tag, commit or DVC experiment"):
+            read_revision(name)
     git("checkout", "--quiet", "-b", "old")
     git("rm", "--quiet", "reports/questions.csv")
     git("commit", "--quiet", "--message", "old")
@@ -50,11 +54,60 @@ def test_what_is_missing_is_named() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-@pytest.mark.parametrize("name", ["params.yaml", "metrics/summary.json", "reports/questions.csv"])
-def test_a_committed_file_that_cannot_be_read_is_named(name: str) -> None:
-    branch("broken", files={name: "{\x00: ["})
-    with pytest.raises(UserError, match=r"^broken: "):
+def test_a_tag_is_its_commit() -> None:
+    git("tag", "--annotate", "--message", "first", "first", "main")
+    assert git("rev-parse", "first") != commit_of("first") == commit_of("HEAD") == git("rev-parse", "main")
+
+
+@pytest.mark.usefixtures("repository")
+def test_elsewhere_than_in_the_root_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("metrics")
+    with pytest.raises(UserError, match=r"metrics is not the root of a git repository; run it in the"):
+        read_revision("main")
+
+
+def test_a_repository_without_a_commit_has_no_revision(in_tmp: Path) -> None:
+    git("init", "--quiet", "--initial-branch", "main")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True)
+    for name in ("main", "HEAD"):
+        with pytest.raises(UserError, match=f"^'{name}' names no commit"):
+            read_revision(name)
+
+
+@pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("params.yaml", ".*", "{\x00: [", "unacceptable character"),
+        ("params.yaml", ".*", "[1]", r"expected keys and values, found \[1\]"),
+        ("params.yaml", ".*", "", "expected keys and values, found None"),
+        ("params.yaml", "judge:", "judges:", r"judge\.kind is missing"),
+        ("metrics/summary.json", ".*", "{", "Expecting property name"),
+        ("metrics/summary.json", ".*", "[]", r"expected keys and values, found \[\]"),
+        ("metrics/summary.json", '"recipe"', '"recipes"', r"recipe\.cell is missing"),
+        ("metrics/summary.json", '"cell": "', '"cell": 1, "was": "', r"recipe\.cell is 1 and no text"),
+        ("metrics/summary.json", r'"score": [\d.]+', '"score": null', r"recipe\.score is None and no finite number"),
+        ("metrics/summary.json", r'"score_low": [\d.]+', '"score_low": NaN', r"recipe\.score_low is nan and no finite"),
+        ("metrics/judge.json", ".*", "{}", r"without_reference\.swapped\.auc is missing"),
+        ("reports/questions.csv", ".*", "", "No columns to parse"),
+        ("reports/questions.csv", ",base", ",basis", "column base is missing"),
+        ("reports/questions.csv", r"(83,\w+,)[\d.]+", r"\1", "question 83, base: nan is no finite number"),
+        ("reports/questions.csv", r"(83,\w+,)[\d.]+", r"\1good", "question 83, base: good is no finite number"),
+        ("reports/questions.csv", r"(83,\w+,)[\d.]+", r"\1inf", "question 83, base: inf is no finite number"),
+        ("reports/questions.csv", "\n83,", "\n81,", "question 81 stands twice"),
+        ("reports/questions.csv", "sigmoid-0.5-8", "other", r"column sigmoid-0\.5-8 is missing, the recipe of metrics"),
+    ],
+)
+def test_what_cannot_be_read_in_a_committed_file_is_named(file: str, old: str, new: str, message: str) -> None:
+    text = Path(file).read_text()
+    damaged = re.sub(old, new, text, count=1, flags=re.DOTALL)
+    assert damaged != text
+    branch("broken", files={file: damaged})
+    with pytest.raises(UserError, match=f"^broken: {re.escape(file)}: {message}.*; run `dvc (exp run|repro)` there"):
         read_revision("broken")
+    Path(file).write_text(damaged)
+    with pytest.raises(UserError, match=f"^workspace: {re.escape(file)}: {message}"):
+        read_revision(None)
 
 
 def test_leaves_have_dotted_names_and_lists_are_values() -> None:
@@ -65,7 +118,7 @@ def test_leaves_have_dotted_names_and_lists_are_values() -> None:
 @pytest.mark.usefixtures("repository")
 def test_the_settings_are_what_decides_a_cells_result() -> None:
     found = settings(read_revision("main"))
-    assert (found["judge.name"], found["trl"]) == ("tiny", "1.16.0")
+    assert (found["judge.folder"], found["trl"]) == ("models/base", "1.16.0")
     assert not [name for name in found if name.startswith(("grid", "sweep")) or name in ("loss", "beta", "steps")]
 
 
@@ -77,8 +130,11 @@ def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
 
     branch("first", lambda params: params.update(judge=OPENAI))
     branch("second", change)
+    branch("renamed", lambda params: params["judge"].update(name="other"))
     first, second = read_revision("first"), read_revision("second")
     assert changed(settings(first), settings(second)) == {}
+    assert changed(settings(read_revision("main")), settings(read_revision("renamed"))) == {}
+    assert settings(first)["judge.name"] == "gpt-4"
     assert changed(settings(read_revision("main")), settings(first))["judge.kind"] == ("local", "openai")
 
 

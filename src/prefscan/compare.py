@@ -17,6 +17,7 @@ from prefscan import charts
 from prefscan.errors import UserError, run_stage
 from prefscan.pages import Figure, Table, write_report
 from prefscan.revisions import (
+    SAME_SCORE,
     VERSIONS_NOTE,
     Revision,
     changed,
@@ -25,6 +26,7 @@ from prefscan.revisions import (
     settings,
     shared_models,
     shared_questions,
+    tied,
 )
 from prefscan.stats import clustered_mean, crossed_mean, holm, paired_difference, variance_components
 from prefscan.tables import span, spanned, with_interval
@@ -60,7 +62,8 @@ def scores_of(revisions: list[Revision], models: list[str], questions: pd.Index)
             if model != "base":
                 row |= spanned("lead", paired_difference(scores, base))
             if revision is not revisions[0]:
-                apart = paired_difference(scores, revisions[0].scores.loc[questions, model])
+                first = revisions[0].scores.loc[questions, model]
+                apart = paired_difference(tied(scores, first), first)
                 row |= spanned("difference", apart)
                 row |= {"p": apart.p_value, "wins": apart.wins, "ties": apart.ties, "losses": apart.losses}
             rows.append(row)
@@ -144,12 +147,16 @@ def sentences(
         )
     compared = table.dropna(subset="difference")
     significant = compared[compared["p_holm"] <= 0.05]
-    named = ", ".join(f"{row['cell']} in {row['revision']}" for row in significant.to_dict("records"))
-    lines.append(
-        f"Paired by question, the models lie {compared['difference'].min():+.2f} to "
-        f"{compared['difference'].max():+.2f} from the same in {first}; with Holm's correction over {len(compared)} "
-        f"comparisons {f'{named} differ' if named else 'none differs'} significantly."
-    )
+    named = [f"{row['cell']} in {row['revision']}" for row in significant.to_dict("records")]
+    if (compared["ties"] == len(questions)).all():
+        lines.append(f"Every model has the same score for every question in all of them, to {SAME_SCORE} points.")
+    else:
+        lines.append(
+            f"Paired by question, the models lie {compared['difference'].min():+.2f} to "
+            f"{compared['difference'].max():+.2f} from the same in {first}; with Holm's correction over "
+            f"{len(compared)} comparisons {', '.join(named) or 'none'} {'differ' if len(named) > 1 else 'differs'} "
+            "significantly."
+        )
     for trained, spread in seeds:
         told = ", ".join(spread.loc[spread["p_holm"] <= 0.05, "cell"]) or "no cell"
         lines.append(
@@ -237,6 +244,10 @@ def main() -> None:
             f"{', '.join(names)}: judge.mode is {' and '.join(sorted(modes))}, whose scores are on other "
             "scales; compare sweeps of one mode"
         )
+    try:
+        COMPARISON.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{COMPARISON} is a file, and the report goes into a folder of that name; move it") from None
     table = scores_of(revisions, models, questions)
     seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions)]
     lines = sentences(revisions, models, questions, table, seeds)

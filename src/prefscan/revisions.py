@@ -4,22 +4,37 @@ All of it is small and in git, so that a review or a comparison needs neither DV
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dvc.api
+import numpy as np
 import pandas as pd
 import yaml
-from dvc.exceptions import DvcException, PathMissingError
-from dvc.scm import SCMError
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.scm import map_scm_exception, resolve_rev
 
+from prefscan.clones import git
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, read_text
 from prefscan.paths import BASE, JUDGE_METRICS, SUMMARY
 from prefscan.tables import QUESTION_SCORES
 
+PARAMS = Path("params.yaml")
+# What is read of each of these files, by its dotted name, and whether it is text or a number. Other keys are the
+# business of the version that wrote them.
+READ: dict[Path, dict[str, type]] = {
+    PARAMS: {f"judge.{name}": str for name in ("kind", "name", "mode", "folder")}
+    | {"model.source.kind": str, "seed": float},
+    SUMMARY: {"recipe.cell": str} | {f"recipe.{name}": float for name in ("score", "score_low", "score_high")},
+    JUDGE_METRICS: {"without_reference.swapped.auc": float},
+}
+# Points: two revisions' scores of a question that are no further apart are one score. Another processor rounds the
+# judge's sums otherwise, by up to 1e-5 (docs/performance.md), and questions.csv rounds each score to 6 decimals.
+SAME_SCORE = 2e-5
 CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 # Parameters that decide how a result is reached or what it costs, and not what it is.
 NEUTRAL = {
@@ -51,34 +66,97 @@ class Revision(NamedTuple):
         return str(self.summary["recipe"]["cell"])
 
 
-def read_at(path: Path, revision: str | None) -> str:
-    """A file of a revision, or of the workspace; raises UserError where there is no such revision or file."""
-    if revision is None:
-        return read_text(path)
+def commit_of(revision: str) -> str:
+    """The hash of the commit that git or DVC's experiments call `revision`.
+
+    Raises UserError for a name that no commit has, and elsewhere than in the repository's root.
+    """
+    if not Path(".git").exists():  # all paths are relative to it
+        raise UserError(f"{Path.cwd()} is not the root of a git repository; run it in the repository's root")
+    refused = UserError(f"{revision!r} names no commit; name a branch, tag, commit or DVC experiment")
+    if not revision:  # which DVC takes for HEAD
+        raise refused
     try:
-        return str(dvc.api.read(str(path), rev=revision, encoding="utf-8"))
-    except (PathMissingError, FileNotFoundError):
+        with Repo() as repo, map_scm_exception():
+            found = resolve_rev(repo.scm, revision)
+        # What has a hash may be a tree, and a tag points to its commit.
+        return git("rev-parse", "--verify", f"{found}^{{commit}}").decode().strip()
+    except (DvcException, UserError):
+        raise refused from None
+
+
+def read_at(path: Path, revision: str, commit: str) -> str:
+    """A file of a commit, which errors call `revision`; raises UserError where it has none, ValueError beside UTF-8."""
+    try:
+        return git("cat-file", "blob", f"{commit}:{path}").decode()
+    except UserError:
         raise UserError(
             f"{revision} has no {path} in git; run `dvc repro` there with this version and commit the reports"
         ) from None
-    except (DvcException, SCMError) as error:
-        raise UserError(f"{revision}: {' '.join(str(error).split())}; name a branch, tag or commit") from None
+
+
+def checked(value: Any, wanted: dict[str, type]) -> dict[str, Any]:
+    """`value`, a mapping; raises ValueError with the first of the wanted names that is not text, or a finite number."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected keys and values, found {value!r:.100}")
+    found = dict(leaves(value))
+    for name, kind in wanted.items():
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if kind is str and not isinstance(found[name], str):
+            raise ValueError(f"{name} is {found[name]!r:.100} and no text")
+        if kind is float and not (isinstance(found[name], (int, float)) and math.isfinite(found[name])):
+            raise ValueError(f"{name} is {found[name]!r:.100} and no finite number")
+    return value
+
+
+def parse_scores(text: str) -> pd.DataFrame:
+    """The scores of reports/questions.csv as `Revision` has them.
+
+    Raises ValueError with the first column that is missing, question that stands twice, or score that is no number.
+    """
+    table = pd.read_csv(StringIO(text), float_precision="round_trip")
+    for column in ("question", "category", "base"):
+        if column not in table:
+            raise ValueError(f"column {column} is missing")
+    scores = table.set_index("question")
+    for question in scores.index[scores.index.duplicated()]:
+        raise ValueError(f"question {question} stands twice")
+    for model in scores.columns.drop("category"):
+        numbers = pd.to_numeric(scores[model], errors="coerce")
+        for question in scores.index[~np.isfinite(numbers)]:
+            raise ValueError(f"question {question}, {model}: {scores.loc[question, model]} is no finite number")
+    return scores
 
 
 def read_revision(revision: str | None) -> Revision:
-    """A revision by what `git rev-parse` or DVC's experiments call it; None is the workspace."""
-    try:
-        scores = pd.read_csv(StringIO(read_at(QUESTION_SCORES, revision)), float_precision="round_trip")
-        return Revision(
-            revision or "workspace",
-            yaml.safe_load(read_at(Path("params.yaml"), revision)),
-            json.loads(read_at(SUMMARY, revision)),
-            json.loads(read_at(JUDGE_METRICS, revision)),
-            scores.set_index("question"),
-            dict(pins(read_at(Path("constraints.txt"), revision))),
+    """A revision by what git or DVC's experiments call it; None is the workspace.
+
+    Raises UserError for a name that no commit has, a file that is missing, and a value in one that cannot be read.
+    """
+    name = "workspace" if revision is None else revision
+    commit = None if revision is None else commit_of(revision)
+
+    def read(path: Path, parse: Callable[[str], Any]) -> Any:
+        try:
+            return parse(read_text(path) if commit is None else read_at(path, name, commit))
+        except (*BAD_JSON, yaml.YAMLError) as error:
+            command = "dvc exp run" if path == PARAMS else "dvc repro"
+            raise UserError(
+                f"{name}: {path}: {' '.join(str(error).split())}; run `{command}` there, which writes it, and commit it"
+            ) from None
+
+    params = read(PARAMS, lambda text: checked(yaml.safe_load(text), READ[PARAMS]))
+    summary = read(SUMMARY, lambda text: checked(json.loads(text), READ[SUMMARY]))
+    judge = read(JUDGE_METRICS, lambda text: checked(json.loads(text), READ[JUDGE_METRICS]))
+    scores = read(QUESTION_SCORES, parse_scores)
+    found = Revision(name, params, summary, judge, scores, read(Path("constraints.txt"), lambda text: dict(pins(text))))
+    if found.recipe not in found.models:
+        raise UserError(
+            f"{name}: {QUESTION_SCORES}: column {found.recipe} is missing, the recipe of {SUMMARY}; run `dvc repro` "
+            "there, which writes both, and commit them"
         )
-    except (*BAD_JSON, yaml.YAMLError, KeyError) as error:
-        raise UserError(f"{revision or 'workspace'}: a committed file cannot be read: {error}") from None
+    return found
 
 
 def shared_models(revisions: list[Revision]) -> list[str]:
@@ -95,6 +173,11 @@ def shared_questions(revisions: list[Revision]) -> pd.Index:
         names = ", ".join(revision.name for revision in revisions)
         raise UserError(f"{names}: they share {len(shared)} questions, and a paired difference needs two")
     return shared
+
+
+def tied(scores: pd.Series, others: pd.Series) -> pd.Series:
+    """`scores`, in points, by question, with another revision's where the two are one score: their difference is 0."""
+    return scores.where((scores - others).abs() > SAME_SCORE, others)
 
 
 # DVC knows files and parameters: what is installed makes no stage stale.
@@ -123,8 +206,10 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def settings(revision: Revision) -> dict[str, Any]:
     """What decides a cell's result: the parameters but for the choice of cells, and the pinned versions."""
 
+    neutral = NEUTRAL | ({"judge.name"} if revision.params["judge"]["kind"] == "local" else set())  # as in judge_of
+
     def decides(name: str) -> bool:
-        return name.split(".")[0] not in CHOICE and NEUTRAL.isdisjoint((name, name.rpartition(".")[0]))
+        return name.split(".")[0] not in CHOICE and neutral.isdisjoint((name, name.rpartition(".")[0]))
 
     return {name: value for name, value in leaves(revision.params) if decides(name)} | revision.pins
 
