@@ -47,3 +47,8 @@ def test_the_workflow_with_a_right_to_write_runs_nothing_of_the_pull_request() -
     scripts = " ".join(step.get("run", "") for step in steps("review-comment.yaml"))
     assert not re.search(r"\b(python|make|bash|sh|source|eval)\b", scripts)
     assert WORKFLOWS["review-comment.yaml"][True]["workflow_run"]["workflows"] == [WORKFLOWS["review.yaml"]["name"]]
+
+
+def test_the_review_has_the_history_in_which_its_merge_base_is() -> None:
+    (checkout,) = (step for step in steps("review.yaml") if step.get("uses", "").startswith("actions/checkout@"))
+    assert checkout["with"]["fetch-depth"] == 0

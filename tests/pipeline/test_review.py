@@ -4,12 +4,15 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats
 
+from git_data import branch, make_repository
 from pipeline.workspace import Workspace
-from prefscan.review import STALE
-from prefscan.revisions import VERSIONS_NOTE
+from prefscan.review import STALE, difference_section
+from prefscan.revisions import VERSIONS_NOTE, read_revision
+from sweep_data import CELLS
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,7 @@ def test_a_branch_that_changes_beta_shows_the_recipes_difference(
     author: Workspace, sweep: Workspace, clone: Workspace
 ) -> None:
     text = review(clone, "--charts", "https://example.org/raw/")
+    assert text.startswith("# This sweep against origin/main\n\n")
     assert "no stage is stale" in text
     assert re.search(r"^\| params\.yaml +\| beta +\| 0\.1 +\| 0\.7 +\|$", text, re.MULTILINE)
     old, new = sweep.json("metrics/summary.json")["recipe"], author.json("metrics/summary.json")["recipe"]
@@ -53,8 +57,11 @@ def test_a_branch_that_changes_beta_shows_the_recipes_difference(
     difference = new["score"] - old["score"]
     assert f"the difference is **{difference:+.2f} [{low:+.2f}, {high:+.2f}]**, paired over 8 questions" in text
     assert difference != 0
-    assert "Not the recipe alone changed, and the difference is of all: train.learning_rate 0.0005 → 0.05." in text
+    assert "Beside the recipe, other settings changed, and the difference is of all: train.learning_rate " in text
+    assert "train.learning_rate 0.0005 → 0.05." in text
     assert "Models that both have: 1; with other scores: 0." in text  # the base
+    assert "Cells that only origin/main has: sigmoid-0.1-3, kto_pair-0.1-3." in text
+    assert "Cells that only workspace has: sigmoid-0.7-3." in text
     assert re.search(r"^\| metrics/summary\.json +\| recipe\.score +\|", text, re.MULTILINE)
     charts = re.findall(r"!\[(\w+)\]\(https://example\.org/raw/(\w+)\.png\)", text)
     assert charts == [(name, name) for name in ("score", "differences", "divergence", "margin")]
@@ -86,16 +93,98 @@ def test_other_changes_than_the_recipe_are_named(clone: Workspace) -> None:
     assert VERSIONS_NOTE in text
 
 
-def test_a_base_without_the_scores_gets_the_rest(clone: Workspace) -> None:
-    clone.git("checkout", "--quiet", "-b", "old", "origin/main")
-    clone.git("rm", "--quiet", "reports/questions.csv")
-    clone.commit("Lose the scores")
+def test_results_that_git_has_lost_are_stale(clone: Workspace) -> None:
+    clone.git("rm", "--quiet", "-r", "reports", "metrics")
+    clone.commit("Lose the results")
+    done = clone.run("sh", "-c", f"{sys.executable} -m prefscan.review origin/main > review.md; echo $?")
+    assert done.strip().endswith(str(STALE))
+    text = (clone.folder / "review.md").read_text()
+    assert "2 stages have not run with these parameters and this code, or their results are missing" in text
+    assert re.findall(r"^- `(\S+)`$", text, re.MULTILINE) == ["judge-check", "report"]
+    missing = dict(re.findall(r"^- `(\S+)` of `(\S+)`$", text, re.MULTILINE))
+    reports = [f"reports/{name}" for name in ("cells.csv", "charts", "questions.csv", "report.md")]
+    assert missing == dict.fromkeys([*reports, "metrics/summary.json"], "report") | {
+        "metrics/judge.json": "judge-check"
+    }
+    assert "No paired difference: metrics/summary.json is missing" in text
+
+
+def test_what_the_base_did_since_is_not_the_branchs(clone: Workspace) -> None:
+    clone.git("checkout", "--quiet", "-b", "onwards", "origin/main")
+    params = clone.folder / "params.yaml"
+    params.write_text(params.read_text().replace("\nthreads: 1\n", "\nthreads: 7\n"))
+    clone.commit("Go on")
     clone.git("checkout", "--quiet", "tuned")
+    left = clone.git("rev-parse", "--short", "origin/main").strip()
+    text = clone.run(sys.executable, "-m", "prefscan.review", "onwards")
+    assert text.startswith(f"# This sweep against {left}, the merge base with onwards\n\n")
+    assert f"`sigmoid-0.1-3` in {left} scores" in text
+    assert "threads" not in text
+
+
+def test_a_base_that_shares_no_commit_ends_with_a_sentence(author: Workspace, clone: Workspace, tmp_path: Path) -> None:
+    clone.git("checkout", "--quiet", "--orphan", "unrelated")
+    clone.commit("Begin")
+    text = clone.run(sys.executable, "-m", "prefscan.review", "origin/main", fails=True)
+    assert text == "prefscan: origin/main and HEAD share no commit; name the base that HEAD left\n"
+    author.git(
+        "clone", "--quiet", "--depth", "1", "--no-single-branch", f"file://{author.folder}", f"{tmp_path}/shallow"
+    )
+    text = review(Workspace(tmp_path / "shallow", clone.environment), fails=True)
+    words = "this clone is shallow, so `git fetch --unshallow`"
+    assert text == f"prefscan: origin/main and HEAD share no commit; {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics/summary.json", "[]", r"old: metrics/summary\.json: expected keys and values, found \[\]"),
+        ("params.yaml", "", r"old: params\.yaml: expected keys and values, found None"),
+        ("metrics/judge.json", "{}", r"old: metrics/judge\.json: without_reference\.swapped\.auc is missing"),
+        ("reports/questions.csv", None, r"old has no reports/questions\.csv in git"),
+    ],
+)
+def test_a_base_with_a_damaged_file_gets_the_rest(clone: Workspace, file: str, text: str | None, message: str) -> None:
+    clone.git("checkout", "--quiet", "-b", "old", "origin/main")
+    if text is None:
+        (clone.folder / file).unlink()
+    else:
+        (clone.folder / file).write_text(text)
+    clone.commit("Damage a file")
+    clone.git("checkout", "--quiet", "-b", "next")
+    for path in ("params.yaml", "dvc.lock", "metrics", "reports"):
+        clone.git("checkout", "--quiet", "tuned", "--", path)
+    clone.commit("Mend it")
     text = clone.run(sys.executable, "-m", "prefscan.review", "old")
-    assert "No paired difference: old has no reports/questions.csv in git" in text
+    assert re.search(rf"^No paired difference: {message}; run `dvc (exp run|repro)` there", text, re.MULTILINE)
+    assert "no stage is stale" in text
+    assert re.search(r"^\| params\.yaml +\| beta +\|", text, re.MULTILINE)
     assert "recipe.margin" in text
+    assert "](reports/charts/score.png)" in text
 
 
 def test_an_unknown_base_ends_with_a_sentence(clone: Workspace) -> None:
     text = clone.run(sys.executable, "-m", "prefscan.review", "nowhere", fails=True)
-    assert text == "prefscan: dvc params diff --md nowhere: ERROR: unknown Git revision 'nowhere'\n"
+    assert text == "prefscan: 'nowhere' names no commit; name a branch, tag, commit or DVC experiment\n"
+
+
+def test_the_same_recipe_by_a_renamed_judge_on_another_processor_is_the_same(in_tmp: Path, reported: Path) -> None:
+    make_repository(reported)
+
+    def rounded(scores: pd.DataFrame) -> pd.DataFrame:
+        scores[["base", *CELLS]] -= 1e-5
+        return scores
+
+    branch("same", lambda params: params["judge"].update(name="other"), rounded)
+    branch("threads", lambda params: params.update(threads=7))
+    branch("moved", change_scores=lambda scores: scores.assign(base=scores["base"] + 1))
+    main = read_revision("main")
+    text = difference_section(main, read_revision("same"))
+    assert "every one of 8 questions has the same score, to 2e-05 points." in text
+    assert "Models that both have: 5; with other scores: 0." in text
+    assert "settings changed" not in text
+    assert (
+        f"The recipe is the same; other settings changed: threads {main.params['threads']} → 7."
+        in difference_section(main, read_revision("threads"))
+    )
+    assert "with other scores: 1 (base)." in difference_section(main, read_revision("moved"))
