@@ -73,6 +73,8 @@ def test_a_category_with_one_reference_is_refused() -> None:
     few = {number: row for number, row in GOOD.items() if number not in math[1:]}
     with pytest.raises(UserError, match=r"corrected\.jsonl has 1 reference answers of category math"):
         versions(QUESTIONS, few)
+    two = {number: row for number, row in GOOD.items() if number not in math[2:]}
+    assert versions(QUESTIONS, two)[math[0]]["swapped"] == versions(QUESTIONS, two)[math[1]]["good"]
 
 
 def test_a_reference_without_question_or_words_is_refused() -> None:
@@ -121,7 +123,9 @@ def proportion_of_all(trials: int) -> Any:
     return pytest.approx(trials / (trials + 1.959964**2))
 
 
-def test_a_judge_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_that_knows_can_tell(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with chat_server(knowing) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         judge_check.main()
@@ -136,6 +140,10 @@ def test_a_judge_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPat
         for bad in ("swapped", "truncated"):
             low = proportion_of_all(15)
             assert found[bad] == {"auc": 1, "auc_low": low, "auc_high": 1} | dict.fromkeys(MARGIN, 7)
+    printed = capsys.readouterr().out
+    for name in ("without_reference", "with_reference"):
+        for bad in ("swapped", "truncated"):
+            assert f"{name}, {bad}: AUC 1.00 [0.80, 1.00]\n" in printed
 
 
 def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

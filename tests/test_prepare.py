@@ -354,6 +354,8 @@ def test_a_cap_keeps_the_first_held_out_pairs_and_no_training_pair_more(run: Run
     capped_train, capped, metrics = run(rows, heldout_max=5)
     assert (ids(capped_train), ids(capped)) == (ids(train), ids(heldout)[:5])
     assert metrics["dropped"]["over_heldout_max"] == len(heldout) - 5 > 0
+    for cap in (None, len(heldout)):
+        assert run(rows, heldout_max=cap)[2]["dropped"]["over_heldout_max"] == 0
 
 
 # Tokens -------------------------------------------------------------------------------------------

@@ -87,12 +87,15 @@ def test_verdicts_are_deterministic_and_independent_of_their_neighbours(judge: E
 
 
 def test_a_shared_beginning_is_computed_once(judge: ExpectedScore) -> None:
+    """Also where a prompt that shares little stands between them."""
     prompts = [Prompt("Judge.", "The same long instruction. " * 4 + end) for end in ("one", "two", "two")]
+    other = Prompt("Judge.", "Unlike these.")
     computed: list[int] = []
     judge.model.model.embed_tokens.register_forward_hook(lambda module, args, output: computed.append(args[0].shape[1]))
-    list(judge.verdicts(prompts))
+    list(judge.verdicts([prompts[0], other, *prompts[1:]]))
     tail = len(judge._encode("one<|im_end|>\n<|im_start|>assistant\nRating: [["))
-    assert computed == [len(judge.tokens(prompts[0])), 1, tail, 1, 1, 1]
+    rest = len(judge._encode("Unlike these.<|im_end|>\n<|im_start|>assistant\nRating: [["))
+    assert computed == [len(judge.tokens(prompts[0])), 1, tail, 1, 1, 1, rest, 1]
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -100,10 +103,15 @@ def test_batches_score_as_one_prompt_after_the_other(judge: ExpectedScore, tiny_
     prompts = [Prompt("Judge.", f"Answer {i}: " + "so it is β " * (i * 7 % 5)) for i in range(7)]
     alone = dict(judge.verdicts(prompts))
     batched = load_judge(LocalJudge.model_validate(local_judge(tiny_model, batch_size)))
-    passes: list[int] = []
-    batched.model.model.embed_tokens.register_forward_hook(lambda module, args, output: passes.append(args[0].shape[0]))
+    passes: list[tuple[int, int]] = []
+    batched.model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: passes.append(tuple(args[0].shape))
+    )
     together = dict(batched.verdicts(prompts))
-    assert max(passes) == min(batch_size, 7)
+    assert max(rows for rows, _ in passes) == min(batch_size, 7)
+    widths = [width for _, width in passes if width > 1]
+    assert widths == sorted(widths, reverse=True)  # longest first
+    assert widths[0] == max(len(judge.tokens(prompt)) for prompt in prompts)
     assert sorted(together) == sorted(alone)
     for place, verdict in alone.items():
         assert together[place].score == pytest.approx(verdict.score, abs=1e-4)
