@@ -28,8 +28,8 @@ def completion(content: Any) -> Reply:
     return Reply(body=json.dumps(body).encode())
 
 
-def error(status: int, message: str = "no") -> Reply:
-    return Reply(status, json.dumps({"error": {"message": message, "type": "e", "code": None}}).encode())
+def error(status: int, message: str = "no", code: str | None = None) -> Reply:
+    return Reply(status, json.dumps({"error": {"message": message, "type": "e", "code": code}}).encode())
 
 
 @dataclass

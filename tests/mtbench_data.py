@@ -145,6 +145,8 @@ def openai_judge(base_url: str, **changes: Any) -> dict[str, Any]:
         "base_url": base_url,
         "key_variable": "PREFSCAN_TEST_KEY",
         "max_tokens": 64,
+        "limit_field": "max_tokens",
+        "temperature": 0,
         "seed": None,
         "samples": 1,
         "concurrency": 2,

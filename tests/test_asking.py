@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,8 @@ def test_questions_are_asked_at_once_and_written_in_order(
 @pytest.mark.parametrize(
     ("fault", "requests", "message"),
     [
-        (error(400), 1, r"the server answered 400 \(BadRequestError\)"),
-        (error(500), 2, r"the server answered 500 \(InternalServerError\)"),
+        (error(400), 1, r"the server answered 400 \(BadRequestError: no\)"),
+        (error(500), 2, r"the server answered 500 \(InternalServerError: no\)"),
         (Reply(fault="closes"), 2, r"the request failed 2 times \(APIConnectionError\)"),
         (Reply(body=b"CUDA out of memory"), 1, r"the server sent no chat completion"),
         (
@@ -285,6 +286,36 @@ def test_a_server_of_another_kind_is_asked_for_the_key(
     with chat_server(lambda *_: completion("fine"), models) as server:
         ask_cell(in_tmp, monkeypatch, server.url)
         assert {request["model"] for request in server.requests} == {CELL}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "adapters", "name"),
+    [
+        ("vllm", CELL, {CELL: Path("models/adapters", CELL)}, CELL),
+        ("vllm", "base", {}, "base"),
+        ("transformers", "base", {}, "models/base"),
+    ],
+)
+@pytest.mark.usefixtures("trained")
+def test_a_server_that_the_stage_starts_is_asked_for_the_model_that_it_was_started_with(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, kind: str, key: str, adapters: dict[str, Path], name: str
+) -> None:
+    """A server of the test's own in place of vLLM, which is asked for `base` and adapters by their names."""
+    started: list[Any] = []
+    with chat_server(lambda *_: completion("fine")) as server:
+
+        @contextmanager
+        def running(*arguments: Any) -> Iterator[str]:
+            started.append(arguments[:3])
+            yield server.url
+
+        monkeypatch.setattr("prefscan.serving.running_server", running)
+        grid = {"loss": ["ipo"], "beta": [0.1], "steps": [8]}
+        write_params(in_tmp, answer=served(kind), loss="ipo", beta=0.1, steps=8, grid=grid)
+        monkeypatch.setattr(sys, "argv", ["answer", key])
+        answer.main()
+        assert started == [(kind, Path("models/base"), adapters)]
+        assert {request["model"] for request in server.requests} == {name}
 
 
 def test_a_server_that_cannot_be_reached_is_named(

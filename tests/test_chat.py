@@ -23,6 +23,13 @@ def test_the_wait_that_a_server_asks_for(header: str | None, seconds: float) -> 
     assert retry_after(status_error(header)) == seconds
 
 
+@pytest.mark.parametrize(("milliseconds", "seconds"), [("1500", 1.5), ("", 3), ("soon", 0), ("-1", 0), ("1e9", 600)])
+def test_milliseconds_go_before_seconds(milliseconds: str, seconds: float) -> None:
+    found = status_error("3")
+    found.response.headers["retry-after-ms"] = milliseconds
+    assert retry_after(found) == seconds
+
+
 def test_the_wait_until_a_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     assert 80 < retry_after(status_error(date)) <= 90

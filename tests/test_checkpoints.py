@@ -321,10 +321,11 @@ def test_another_number_of_threads_is_another_key(lay_out: Lay, monkeypatch: pyt
     assert torch.cuda.is_available() or key_now() != before
 
 
-def test_the_logs_place_is_no_part_of_the_key(lay_out: Lay) -> None:
+@pytest.mark.parametrize(("key", "value"), [("report_to", "wandb"), ("activation_checkpointing", True)])
+def test_what_changes_no_result_is_no_part_of_the_key(lay_out: Lay, key: str, value: Any) -> None:
     lay_out()
     before = key_now()
-    change("train.report_to", "wandb")
+    change(f"train.{key}", value)
     assert key_now() == before
 
 

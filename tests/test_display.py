@@ -35,6 +35,17 @@ def test_the_display_counts_expects_an_end_and_sums_the_cost() -> None:
     assert CELLS[1] not in shown
 
 
+def test_what_waits_for_a_judge_is_neither_expected_to_train_nor_paid_by_the_hour() -> None:
+    chains = [Chain(CELLS[0], (f"train@{CELLS[0]}",)), Chain("judge-base", ("mtbench-base",), computes=False)]
+    display = Display(chains, workers=1, usd_per_hour=36.0)
+    display.ended(Outcome(CELLS[0], 50.0, "node"))
+    display.update({"judge-base": Progress("mtbench-base")})
+    assert display.seconds_left() == 0
+    assert display.usd() == pytest.approx(50 * 36 / 3600)
+    display.ended(Outcome("judge-base", 1000.0, "node", usd=0.25))
+    assert display.usd() == pytest.approx(50 * 36 / 3600 + 0.25)
+
+
 def test_elsewhere_than_on_a_terminal_each_end_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display([Chain(name, ()) for name in CELLS], workers=1, usd_per_hour=None, console=Console(width=20))
     display.ended(Outcome(CELLS[0], 12.4, "node"))

@@ -55,6 +55,44 @@ def test_every_other_error_keeps_its_traceback(error: BaseException) -> None:
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    ("takes", "given", "said"),
+    [
+        (("cell",), [], "error: the following arguments are required: cell"),
+        (("cell",), ["ipo-0.5-24", "more"], "error: unrecognized arguments: more"),
+        ((), ["--force"], "error: unrecognized arguments: --force"),
+    ],
+)
+def test_a_command_takes_what_it_names_and_nothing_else(
+    takes: tuple[str, ...],
+    given: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/prefscan/train.py", *given])
+    with pytest.raises(SystemExit) as caught:
+        run_stage(raise_(AssertionError("it ran")), takes)
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: python -m prefscan.train [-h]")
+    assert said in printed
+
+
+def test_a_command_reads_its_arguments_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "ipo-0.5-24"])
+    read: list[str] = []
+    run_stage(lambda: read.extend(sys.argv[1:]), ("cell",))
+    assert read == ["ipo-0.5-24"]
+
+
+def test_help_is_the_modules_own_text_and_runs_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "prefscan.check", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Refuse wrong parameters before anything is computed." in done.stdout
+
+
 def save_tokenizer(folder: Path, model: Path) -> None:
     from transformers import AutoTokenizer
 

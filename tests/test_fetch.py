@@ -23,7 +23,10 @@ from hub import COMMIT, Hub
 from prefscan.errors import UserError, run_stage
 from prefscan.fetch import extract, fetch_model, fetch_pairs, fetch_questions, main, set_up_tokenizer
 from prefscan.files import sha256
+from prefscan.generation import prompt_ids
+from prefscan.models import load_tokenizer
 from prefscan.params import HubPairs, HubSource, Model, PackageFile, PackagePairs, Questions, load
+from tiny import CHAT_TEMPLATE, make_tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
 PAIRS = b'[{"question": "2 + 2?", "chosen": "4", "rejected": "5"}]\n'
@@ -335,7 +338,7 @@ def test_questions_cut_short_are_refused_and_leave_nothing(index: Path, temporar
 
 def test_a_package_file_that_is_no_gguf_is_refused(index: Path, temporary: Path, tmp_path: Path) -> None:
     source = PackageFile(**make_wheel(index, {"demo/README.md": b"# A model\n"}), file="demo/README.md")
-    model = Model(name="demo", source=source, pad_token=None, padding_side="left")
+    model = Model(name="demo", source=source, pad_token=None, padding_side="left", bos="template")
     with pytest.raises(UserError, match=r"model\.source\.file: demo/README\.md is no GGUF file; name one"):
         fetch_model(model, tmp_path / "out/base")
     assert_nothing_left(tmp_path / "out/base", temporary)
@@ -346,7 +349,7 @@ def test_a_package_file_that_is_no_gguf_is_refused(index: Path, temporary: Path,
 
 def hub_model(pad_token: str | None = None, **source: str) -> Model:
     where = HubSource(**{"kind": "hub", "repo": "someone/chat", "revision": COMMIT, **source})
-    return Model(name="Chat", source=where, pad_token=pad_token, padding_side="right")
+    return Model(name="Chat", source=where, pad_token=pad_token, padding_side="right", bos="template")
 
 
 @pytest.fixture
@@ -614,5 +617,45 @@ def test_the_padding_side_is_stored_with_a_tokenizer_that_says_none(
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("padding_side")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    set_up_tokenizer(folder, None, side)
+    set_up_tokenizer(folder, None, side, "template")
     assert AutoTokenizer.from_pretrained(folder).padding_side == side
+
+
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE, "{%- if messages %}{%- endif %}<u>"]
+)
+def test_every_prompt_begins_with_one_bos_where_it_shall(tmp_path: Path, template: str) -> None:
+    folder = make_tiny_model(tmp_path / "model", chat_template=template)
+    edit_json(folder / "tokenizer_config.json", bos_token="<unk>")
+    for _ in range(2):  # again adds no second one
+        set_up_tokenizer(folder, None, "left", "always")
+    tokenizer = load_tokenizer(folder)
+    plain = template.removeprefix("{{ bos_token }}")
+    assert tokenizer.chat_template == "{{ bos_token }}" + plain
+    conversation = [{"role": "user", "content": "Hello"}]
+    ids = prompt_ids(tokenizer, conversation)
+    assert ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = plain
+    assert ids[1:] == prompt_ids(tokenizer, conversation)
+
+
+def test_no_bos_is_added_where_the_template_decides(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    edit_json(folder / "tokenizer_config.json", bos_token="<unk>")
+    set_up_tokenizer(folder, None, "left", "template")
+    assert load_tokenizer(folder).chat_template == CHAT_TEMPLATE
+
+
+def test_a_bos_that_the_tokenizer_lacks_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    with pytest.raises(UserError, match=r"^model\.bos: always, but the tokenizer has no BOS token; set template"):
+        set_up_tokenizer(folder, None, "left", "always")
+    edit_json(folder / "tokenizer_config.json", bos_token="<unk>")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("default", "tools"):
+        (folder / f"additional_chat_templates/{name}.jinja").write_text(CHAT_TEMPLATE)
+    with pytest.raises(UserError, match=r"^model\.bos: always, but the tokenizer has several chat templates"):
+        set_up_tokenizer(folder, None, "left", "always")

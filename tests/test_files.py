@@ -171,6 +171,13 @@ def test_a_missing_file_is_named_with_the_commands_that_bring_it(read: Callable[
         read(tmp_path / "pairs.jsonl")
 
 
+@pytest.mark.parametrize("read", [read_text, read_json, read_jsonl])
+def test_what_is_no_file_is_named(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"pairs\.jsonl cannot be read: Is a directory; make it a file, and one"):
+        read(tmp_path / "pairs.jsonl")
+
+
 @pytest.mark.parametrize("before", [None, "before"])
 def test_a_full_disk_leaves_no_partial_and_no_changed_file(before: str | None, small_disk: Path) -> None:
     path = small_disk / "rows.jsonl"

@@ -17,12 +17,13 @@ import pytest
 import yaml
 
 from launch import make_sleeping
+from mtbench_data import openai_judge
 from prefscan import check
 from prefscan import launch as launch_stage
 from prefscan.clones import Chain
 from prefscan.errors import UserError
 from prefscan.launch import FAILED, STOPPED, plan_chains
-from prefscan.params import Agreement, Params
+from prefscan.params import Agreement, OpenAIJudge, Params
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
@@ -99,18 +100,20 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
     everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", "reference", "answer-base"]
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
     chains = plan_chains(params, everything, remote=False)
-    assert [chain.name for chain in chains] == ["inputs", "reference", "base", "judge-check", *keys]
+    assert [chain.name for chain in chains] == ["inputs", "reference", "base", "judge-base", "judge-check", *keys]
     after = {chain.name: chain.after for chain in chains}
     assert after["base"] == ("inputs",)
+    assert after["judge-base"] == ("base",)
     assert all(after[key] == ("inputs", "reference", "base") for key in keys)
     assert chains[-1].targets == of_cell(keys[-1])
+    assert [chain.name for chain in chains if not chain.computes] == ["inputs"]
     assert after["judge-check"] == ("inputs",)
     # The report is made where the launch began, at its end.
     assert {t for chain in chains for t in chain.targets} == {*everything} - {"report"}
     only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"], False)
     assert only == [
-        Chain("base", ("mtbench-base",)),
-        Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1]), after=("base",)),
+        Chain("judge-base", ("mtbench-base",)),
+        Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1])),
     ]
     assert plan_chains(params, ["report"], remote=False) == []
 
@@ -120,7 +123,7 @@ def test_a_judge_check_that_no_clone_could_make_or_hand_over_is_left_to_the_work
     stale = ["judge-check", "mtbench-base", "report"]
     agreement = Agreement(judgements="people.jsonl", answers="answers.jsonl")
     compared = params.model_copy(update={"agreement": agreement})
-    base = Chain("base", ("mtbench-base",))
+    base = Chain("judge-base", ("mtbench-base",))
     assert plan_chains(params, stale, remote=False) == [base, Chain("judge-check", ("judge-check",))]
     assert plan_chains(compared, stale, remote=False) == plan_chains(params, stale, remote=True) == [base]
 
@@ -131,8 +134,25 @@ def test_the_model_that_the_others_are_judged_against_goes_first(params: Params)
     chains = plan_chains(
         paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))], remote=False
     )
-    assert [chain.name for chain in chains][:3] == ["reference", keys[2], "base"]
-    assert {chain.after for chain in chains[2:]} == {("reference", keys[2])}
+    assert [chain.name for chain in chains][:4] == ["reference", keys[2], f"judge-{keys[2]}", "base"]
+    assert [chain.after for chain in chains][1:4] == [("reference",), (keys[2],), (keys[2],)]
+    assert {chain.after for chain in chains[4:]} == {("reference", keys[2])}
+
+
+def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Params) -> None:
+    """No training waits for it, and no GPU is held for it."""
+    keys = [cell.key for cell in params.grid.cells]
+    judge = OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))
+    asked = params.model_copy(update={"judge": judge})
+    stale = ["reference", "answer-base", "mtbench-base", "judge-check", *(s for key in keys for s in of_cell(key))]
+    chains = {chain.name: chain for chain in plan_chains(asked, stale, remote=False)}
+    assert {name for name, chain in chains.items() if not chain.computes} == {
+        *(f"judge-{name}" for name in ("base", "check", *keys))
+    }
+    for key in keys:
+        assert chains[key] == Chain(key, of_cell(key)[:-1], ("reference",))
+        assert chains[f"judge-{key}"] == Chain(f"judge-{key}", (f"mtbench@{key}",), (key, "base"), computes=False)
+    assert chains["judge-base"].after == ("base",)
 
 
 def make_logging(folder: Path, seconds: float) -> Path:
@@ -231,6 +251,31 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     again = dvc(work, "repro")
     assert again.stdout.count("is cached - skipping run") == len(taken), again.stdout + again.stderr
     assert (lock_of(work), ran(work)) == (taken, [])
+
+
+def test_a_judge_over_the_network_that_fails_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
+    work = make_logging(tmp_path / "work", 1)
+    params = yaml.safe_load((work / "params.yaml").read_text()) | {"judge": openai_judge("http://127.0.0.1:9/v1")}
+    (work / "params.yaml").write_text(yaml.safe_dump(params))
+    pipeline = yaml.safe_load((work / "dvc.yaml").read_text())
+    stages, fault = pipeline["stages"], tmp_path / "fault.txt"
+    for stage, name in (("mtbench-base", "base"), ("mtbench", "${key}-judge")):
+        stages[stage]["cmd"] = f"if grep -qx -e {name} {fault}; then exit 1; fi; {stages[stage]['cmd']}"
+    (work / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    fault.write_text(f"base\n{CELLS[1]}-judge\n")
+    code, output = launch(work, "--dirty")
+    assert code == FAILED, output
+    assert re.findall(r"^(\S+) failed on", output, re.MULTILINE) == ["judge-base", f"judge-{CELLS[1]}"]
+    every = {stage for key in CELLS for stage in of_cell(key)}
+    assert ran(work) == sorted(every - {f"mtbench@{CELLS[1]}"})
+    assert {*every, "answer-base", "mtbench-base"} - set(lock_of(work)) == {"mtbench-base", f"mtbench@{CELLS[1]}"}
+
+    fault.write_text("")
+    code, output = launch(work, "--dirty")
+    assert code == 0, output
+    assert ran(work) == [f"mtbench@{CELLS[1]}"]
+    assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
 
 
 def test_where_bits_differ_from_those_in_dvc_lock_each_stage_runs_once(tmp_path: Path) -> None:

@@ -293,6 +293,25 @@ def test_a_killed_stage_asks_for_no_kept_reply_again(in_tmp: Path, monkeypatch: 
     assert len(read_lines(JUDGEMENTS)) == 16
 
 
+def test_what_served_a_judge_is_listed_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(_: dict[str, Any], number: int) -> Reply:
+        served = {"system_fingerprint": f"fp_{9 - number % 5}"}
+        return Reply(body=json.dumps(json.loads(completion("[[7]]").body) | served).encode())
+
+    with chat_server(rate) as server:
+        prepare(in_tmp, openai_judge(server.url), monkeypatch)
+        mtbench.main()
+    assert json.loads(METRICS.read_text())["served_by"] == [f"m fp_{i}" for i in range(5, 10)]
+
+
+@pytest.mark.parametrize("key", ["nothing-0.1-24", "../base"])
+def test_a_model_that_is_no_cell_is_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["mtbench", key])
+    with pytest.raises(UserError, match=f"^cell '{re.escape(key)}' is not in the grid; its cells are "):
+        mtbench.main()
+
+
 def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

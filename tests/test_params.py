@@ -489,7 +489,7 @@ def test_each_bad_value_gets_its_own_sentence(tmp_path: Path) -> None:
         ("name: caf\u00e9".encode("latin-1"), " is not UTF-8: byte 0xe9 at offset 9; convert it first"),
         (b"", ": expected keys and values, found None; `dvc exp run` composes it"),
         (b"- beta", r": expected keys and values, found \['beta'\]; `dvc exp run` composes it"),
-        (None, " is missing; run `dvc repro` to make it, or `dvc pull` to fetch it"),
+        (None, " is missing; `git checkout .*params.yaml` restores it, `dvc exp run check` composes it anew"),
     ],
 )
 def test_a_file_that_is_no_parameters_ends_with_one_sentence(
@@ -500,6 +500,18 @@ def test_a_file_that_is_no_parameters_ends_with_one_sentence(
     with pytest.raises(UserError, match=f"params.yaml{message}") as caught:
         load(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5, 1, 2, 1.5])
+def test_rays_gpus_are_whole_above_one(gpus: float, tmp_path: Path) -> None:
+    params = yaml.safe_load(composed())
+    params["launch"]["num_gpus"] = gpus
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    if gpus == 1.5:
+        with pytest.raises(UserError, match=r"launch\.num_gpus: 1\.5 is refused: above 1, Ray takes whole GPUs alone"):
+            load(tmp_path / "params.yaml")
+    else:
+        assert load(tmp_path / "params.yaml").launch.num_gpus == gpus
 
 
 def test_a_recipe_outside_the_grid_is_refused(tmp_path: Path) -> None:

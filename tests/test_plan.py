@@ -109,6 +109,15 @@ def test_the_study_is_planned_before_its_data_is_there(
     assert found["all"][0] == str(55 * 160)
 
 
+def test_missing_questions_are_named_with_the_one_stage_that_fetches_them(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(in_tmp, local_judge("models/base"), monkeypatch)
+    shutil.rmtree(in_tmp / "data/questions")
+    with pytest.raises(UserError, match=r"^data/questions is missing; `dvc repro fetch@questions` fetches it"):
+        planned(capsys, "judge=gpt4")
+
+
 def test_a_local_judge_costs_nothing(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,10 +135,18 @@ def test_what_was_spent_is_shown(
 ) -> None:
     prices = {"input": 1.0, "output": 1.0}
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1", prices=prices, budget=2.5), monkeypatch)
-    write_lines(in_tmp / ".prefscan/judgements/spending.jsonl", [{"judge": "a", "usd": 0.75}, {"judge": "b", "usd": 1}])
+    ledger = in_tmp / ".prefscan/judgements/spending.jsonl"
+    write_lines(ledger, [{"judge": "a", "usd": 0.75}, {"judge": "b", "usd": 1}])
     sys.argv = ["plan"]
     plan.main()
-    assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in said
+    assert "on average" not in said
+    write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.02}])
+    plan.main()
+    assert "2 requests to gpt-4 cost 0.0150 USD on average; at that, 32 calls would cost about 0.48 USD." in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_no_workers_are_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +158,7 @@ def test_no_workers_are_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("judge=gpt5", "Could not find 'judge/gpt5'"),
+        ("judge=gpt2", "Could not find 'judge/gpt2'"),
         ("judge.nonsense=1", "Could not override 'judge.nonsense'"),
         ("beta", "missing EQUAL"),
         ("beta=", "ParserError"),

@@ -226,7 +226,7 @@ def test_the_summary_leads_with_the_recipe() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("losses", "kept"), [(["ipo"], "no held-out margin"), (["sigmoid", "ipo"], "98.0% to 98.0% of the held-out margin")]
+    ("losses", "kept"), [(["ipo"], "no held-out margin"), (["sigmoid", "ipo"], "98.0% of the held-out margin")]
 )
 def test_a_margin_that_could_not_be_kept_is_null(in_tmp: Path, losses: list[str], kept: str) -> None:
     """In one of two cells, and in the one cell that there is."""

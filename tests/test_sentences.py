@@ -1,14 +1,20 @@
 """The first lines of the report say what the metrics say, and no more."""
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 from mtbench_data import openai_judge
 from prefscan import report
 from prefscan.files import write_json
+from prefscan.sentences import difference_sentences
+from prefscan.stats import selected_best
 from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
 
 
@@ -59,6 +65,22 @@ def test_a_server_judge_needs_no_such_warning(in_tmp: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_single_cell_is_spoken_of_as_one(in_tmp: Path) -> None:
+    write_sweep(in_tmp, grid={"loss": ["sigmoid"], "beta": [0.5], "steps": [8]})
+    report.main()
+    assert Path("reports/report.md").read_text().startswith("# SmolLM2-135M-Instruct: 1 cell\n")
+    said = " ".join(leads())
+    for part in (
+        "1 cell of SmolLM2-135M-Instruct on ",
+        re.compile(r"the cell \d\.\d\d: MT-Bench score"),
+        re.compile(r"the cell lies [-+]\d\.\d\d from the base; with Holm's correction over 1 cell "),
+        re.compile(r"in [01] of 1 cell\."),
+        "kept 98.0% of the held-out margin",
+    ):
+        assert re.search(part if isinstance(part, re.Pattern) else re.escape(part), said), part
+
+
+@pytest.mark.usefixtures("quick")
 def test_scores_that_do_not_differ_detect_nothing(in_tmp: Path) -> None:
     """As where a judge of pairs always names the first answer: every turn is a tie."""
     write_sweep(in_tmp)
@@ -69,6 +91,16 @@ def test_scores_that_do_not_differ_detect_nothing(in_tmp: Path) -> None:
     said = " ".join(leads())
     assert "that says nothing of what could be detected." in said
     assert "80 % power" not in said
+
+
+def test_a_pick_is_shown_with_its_score_corrected_for_the_picking() -> None:
+    scores = {"base": [4.0] * 8, "a": [5, 3, 6, 4, 5, 2, 6, 5], "b": [3, 6, 4, 5, 4, 5, 3, 5.5]}
+    judged = {key: {"questions": {str(81 + i): score for i, score in enumerate(s)}} for key, s in scores.items()}
+    cells = pd.DataFrame({"cell": ["a", "b"], "loss": "ipo", "difference": 0.4, "standard_error": 0.4, "p_holm": 0.5})
+    _, picked = difference_sentences(cells, judged)
+    best = selected_best([scores["a"], scores["b"]])
+    assert best.low < best.corrected < best.apparent - 0.05 < best.apparent == 4.5
+    assert picked.endswith(f": ipo {best.corrected:.2f} [{best.low:.2f}, {best.high:.2f}] for 4.50 (a).")
 
 
 @pytest.mark.usefixtures("sweep")
@@ -87,6 +119,20 @@ def test_the_sentences_say_what_the_metrics_say() -> None:
     assert 0 < len(significant) < 4
     assert f"Holm's correction over 4 cells {', '.join(significant)} differ significantly" in differ
     assert f"smallest corrected p {min(float(row[3]) for row in rows.values()):.2f})" in differ
+    with open("reports/cells.csv") as file:
+        spreads = list(csv.DictReader(file))[1:]
+    differences = [float(row["difference"]) for row in spreads]
+    assert f"the cells lie {min(differences):+.2f} to {max(differences):+.2f} from the base" in differ
+    found = re.search(r"detect a difference of (\d+\.\d\d) or more with 80 % power", differ)
+    assert found
+    critical = stats.t.ppf(0.975, 7)
+    error = np.median([(float(row["difference_high"]) - float(row["difference"])) / critical for row in spreads])
+
+    def power(difference: float) -> float:
+        """Of the two-sided t test over 8 questions, by the noncentral t distribution."""
+        return float(stats.nct.sf(critical, 7, difference / error) + stats.nct.cdf(-critical, 7, difference / error))
+
+    assert power(float(found[1]) - 0.006) < 0.8 < power(float(found[1]) + 0.006)
     assert "sigmoid " in picked
     assert f"for {max(averages[:2]):.2f} (sigmoid-0.5-8)" in picked
     assert f"for {max(averages[2:]):.2f} (ipo-0.1-8)" in picked
@@ -108,8 +154,16 @@ def test_the_sentences_say_what_the_metrics_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"merge": {"format": "adapter"}}, "The answers come from the base with the adapter in fp32,"),
-        ({"answer": {"dtype": "bf16"}}, "The answers come from the merged model in bf16,"),
+        (
+            {"merge": {"format": "adapter"}},
+            "The answers come from the base with the adapter in fp32, whose margin is not measured: less precision can "
+            "cost some of it.",
+        ),
+        (
+            {"answer": {"dtype": "bf16"}},
+            "The answers come from the merged model in bf16, whose margin is not measured: rounding merged weights can "
+            "cost most of it. With merge.format: adapter the adapter keeps its own precision.",
+        ),
     ],
 )
 def test_a_model_that_answers_otherwise_than_measured_is_named(
@@ -117,4 +171,4 @@ def test_a_model_that_answers_otherwise_than_measured_is_named(
 ) -> None:
     write_sweep(in_tmp, **changes)
     report.main()
-    assert leads()[-1].startswith(said)
+    assert leads()[-1] == said

@@ -474,12 +474,14 @@ def test_where_one_axis_alone_varies_the_interval_is_that_of_its_means(flip: boo
     assert found.p_value == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
 
 
-def test_rest_that_exceeds_an_axis_never_makes_the_mean_surer_than_the_other_axis_alone() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.1], ids=["an axis", "both axes"])
+def test_rest_that_exceeds_an_axis_never_makes_the_mean_surer_than_the_other_axis_alone(scale: float) -> None:
     """Equal means of the seeds under noise within: MS of the seeds less that of the rest is negative."""
     noise = np.array([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
-    means = np.array([0.0, 1.0, 2.0, 5.0])
+    means = scale * np.array([0.0, 1.0, 2.0, 5.0])
     found = crossed_mean(means[:, None] + noise)
-    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, loc=2, scale=stats.sem(means)))
+    expected = stats.t.interval(0.95, 3, loc=2 * scale, scale=stats.sem(means))
+    assert (found.low, found.high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -661,7 +661,7 @@ def test_dvclive_logs_every_step_and_none_logs_nothing(fit: Fit) -> None:
     [("none", []), ("dvclive", []), ("wandb", ["wandb"]), ("tensorboard", ["tensorboard"])],
 )
 def test_the_log_goes_where_report_to_says(
-    train: Train, report_to: str, integrations: list[str], monkeypatch: pytest.MonkeyPatch
+    train: Train, report_to: str, integrations: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {})
     section = train.model_copy(update={"report_to": report_to})
@@ -670,8 +670,12 @@ def test_the_log_goes_where_report_to_says(
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
         assert train_stage.live_logging(section, cell) == []
-    places = {"TENSORBOARD_LOGGING_DIR": "runs/tensorboard/ipo-0.3-4"}
-    assert os.environ == (places if report_to == "tensorboard" else {})
+    places = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": "runs/tensorboard/ipo-0.3-4"},
+        "wandb": {"WANDB_DIR": str(in_tmp / "runs")},
+    }
+    assert os.environ == places.get(report_to, {})
+    assert Path("runs").exists() == (report_to == "wandb")
 
 
 # The stage.

@@ -117,7 +117,7 @@ def ask_question(
         body = request_body(server, model, conversation, temperature, max_new_tokens, number, ends)
         started = time.perf_counter()
         try:
-            found = complete(partial(client.chat.completions.create, **body), server.attempts)
+            found = complete(partial(client.chat.completions.create, **body), server.attempts, client.api_key)
         except NoReply as fault:
             raise UserError(
                 f"question {question['question_id']}, turn {turn + 1}: {fault}; what is answered is kept: see to the "

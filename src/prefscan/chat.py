@@ -1,12 +1,13 @@
 """Chat completions of an OpenAI-compatible server: one request, tried again where the fault may pass.
 
-A request is tried again on rate limits, time-outs, broken connections and server errors, with exponential back-off, and
-not before the server's Retry-After. What comes with status 200 may still be anything: the client checks no field. The
-key comes from an environment variable and goes nowhere else.
+A request is tried again a number of times on time-outs, broken connections and server errors, and for minutes on rate
+limits, which pass; with exponential back-off, and not before the server's Retry-After. What comes with status 200 may
+still be anything: the client checks no field. The key comes from an environment variable and goes nowhere else.
 """
 
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
 
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON
@@ -23,6 +24,7 @@ from prefscan.files import BAD_JSON
 PASSING = (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError)
 PASSING_STATUS = (408, 409)  # request timeout, conflict
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
+LIMITED = 900.0  # seconds from its first try in which a request that meets rate limits is tried again
 NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
 
 
@@ -66,10 +68,14 @@ def make_client(base_url: str | None, key_variable: str | None, timeout: float, 
 
 
 def retry_after(error: BaseException | None) -> float:
-    """The seconds that the server asked to wait, as a number or until a date (RFC 9110, 10.2.3); 0 when it did not."""
-    header = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
+    """The seconds that the server asked to wait, as a number or until a date (RFC 9110, 10.2.3); 0 when it did not.
+
+    OpenAI and Azure also send retry-after-ms, in milliseconds, which is finer and goes first.
+    """
+    headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
+    milliseconds, header = headers.get("retry-after-ms"), headers.get("retry-after", "")
     try:
-        seconds = float(header)
+        seconds = float(milliseconds) / 1000 if milliseconds else float(header)
     except ValueError:
         try:
             date = parsedate_to_datetime(header)
@@ -85,9 +91,17 @@ def may_be_billed(error: BaseException) -> bool:
 
 
 def passes(error: BaseException) -> bool:
-    return isinstance(error, PASSING) or (
-        isinstance(error, openai.APIStatusError) and error.status_code in PASSING_STATUS
-    )
+    """Whether the same request may succeed later; OpenAI sends the status of a rate limit for an empty account too."""
+    if isinstance(error, openai.APIStatusError):
+        passing = isinstance(error, PASSING) or error.status_code in PASSING_STATUS
+        return passing and error.code != "insufficient_quota"
+    return isinstance(error, PASSING)
+
+
+def words_of(error: openai.APIStatusError, key: str) -> str:
+    """What the server says is wrong, in one line of up to 200 characters, without the key; or nothing."""
+    said = error.body.get("message") if isinstance(error.body, dict) else error.body
+    return " ".join(said.replace(key, "…").split())[:200] if isinstance(said, str) else ""
 
 
 def counted(found: Any) -> tuple[int, int] | None:
@@ -97,18 +111,27 @@ def counted(found: Any) -> tuple[int, int] | None:
     return counts if all(isinstance(count, int) and count >= 0 for count in counts) else None  # type: ignore[return-value]
 
 
-def complete(send: Callable[[], Any], attempts: int) -> Reply:
+def complete(send: Callable[[], Any], attempts: int, key: str) -> Reply:
     """The reply to one request, which `send` makes; raises NoReply with the reason where there is none to use."""
     backoff = wait_random_exponential(multiplier=0.5, max=60)
 
     def wait(state: RetryCallState) -> float:
         return max(backoff(state), retry_after(state.outcome.exception() if state.outcome else None))
 
-    retrying = Retrying(retry=retry_if_exception(passes), stop=stop_after_attempt(attempts), wait=wait, reraise=True)
+    def stop(state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, openai.RateLimitError):
+            return time.monotonic() - state.start_time + wait(state) > LIMITED
+        return state.attempt_number >= attempts
+
+    retrying = Retrying(retry=retry_if_exception(passes), stop=stop, wait=wait, reraise=True)
     try:
         found = retrying(send)
     except openai.APIStatusError as error:
-        raise NoReply(f"the server answered {error.status_code} ({type(error).__name__})") from None
+        words = words_of(error, key)
+        raise NoReply(
+            f"the server answered {error.status_code} ({type(error).__name__}{f': {words}' if words else ''})"
+        ) from None
     except openai.OpenAIError as error:
         raise NoReply(f"the request failed {attempts} times ({type(error).__name__})") from None
     except BAD_JSON:

@@ -51,10 +51,14 @@ CODE = (
 )
 
 
+# Keys of `train` that change no result: they are not in dvc.yaml's list for the stage either.
+NO_RESULT = {"activation_checkpointing", "report_to"}
+
+
 def train_key(cell: Cell, train: Train, seed: int) -> str:
     parameters = {
         "cell": cell.model_dump(),
-        "train": train.model_dump(exclude={"report_to"}),  # where the log goes changes no result
+        "train": train.model_dump(exclude=NO_RESULT),
         "seed": seed,
     }
     return result_key(parameters, [TRAIN_PAIRS, HELDOUT_PAIRS, REFERENCE, BASE], CODE)

@@ -50,12 +50,13 @@ LOSS = re.compile(r"'loss': '?([-+.\de]+)")  # transformers' log of an update
 class Chain:
     """Stages that run one after the other in one clone, after the chains named in `after`.
 
-    A cell's chain has the cell's key for a name.
+    A cell's chain has the cell's key for a name. One that `computes` nothing fetches data or asks a server.
     """
 
     name: str
     targets: tuple[str, ...]
     after: tuple[str, ...] = ()
+    computes: bool = True
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,9 @@ def run_chain(
     try:
         with new_clone(chain.name, archive, place) as folder:
             error = run_stages(chain, folder, place, attempts, patience, report)
-            scores = folder / MTBENCH_METRICS / f"{chain.name}.json"
-            if not error and scores.exists():
-                usd = read_json(scores)["usd"]
+            judged = [target.removeprefix("mtbench")[1:] for target in chain.targets if target.startswith("mtbench")]
+            scores = [folder / MTBENCH_METRICS / f"{key}.json" for key in judged]
+            usd = sum(read_json(path)["usd"] for path in scores if path.exists())
     except OSError as fault:  # no room for the clone or the log, or no right to write them
         error = f"{type(fault).__name__}: {fault}; make room or access and launch again"
     return Outcome(chain.name, time.perf_counter() - started, os.uname().nodename, usd, error)

@@ -112,7 +112,8 @@ def key_variables(params: Params) -> list[str]:
     """The environment variables with keys that the stages of these parameters read."""
     server = params.answer.server
     named = [getattr(params.judge, "key_variable", None), server.key_variable if server else None]
-    named += ["WANDB_API_KEY"] if params.train.report_to == "wandb" else []
+    if params.train.report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        named.append("WANDB_API_KEY")
     return sorted({name for name in named if name})
 
 
@@ -246,10 +247,9 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
     shipped = ray.put(archive)
     task = ray.remote(run_on_node)
     refs: dict[str, Any] = {}
-    no_gpu = {"inputs", "judge-check"} if params.judge.kind == "openai" else {"inputs"}
     for chain in chains:
-        gpus = 0 if chain.name in no_gpu else launch.num_gpus
-        options = {"num_cpus": launch.num_cpus, "num_gpus": gpus, "max_retries": launch.attempts - 1}
+        cpus, gpus = (launch.num_cpus, launch.num_gpus) if chain.computes else (min(launch.num_cpus, 1), 0)
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": launch.attempts - 1}
         before = [refs[name] for name in chain.after]
         refs[chain.name] = task.options(name=chain.name, **options).remote(
             chain, shipped, place, needs, launch, board, *before

@@ -37,22 +37,26 @@ class Display:
             )
 
     def seconds_left(self) -> float | None:
-        """By the mean of the cells that have been trained and ended well; None before the first has."""
+        """Of the cells to train, by the mean of those that ended well; None before the first has."""
         trained = {chain.name for chain in self.chains if any(t.startswith("train@") for t in chain.targets)}
         ended = [o.seconds for o in self.outcomes.values() if not o.error and o.name in trained]
         if not ended:
             return None
         mean, now = sum(ended) / len(ended), time.monotonic()
         left = 0.0
-        for name in (chain.name for chain in self.chains if chain.name not in self.outcomes):
+        for name in trained - set(self.outcomes):
             left += max(mean - (now - self.began[name]), 0) if name in self.began else mean
         return left / self.workers
 
     def usd(self) -> float:
-        """What the judgements cost, kept ones included, and the chains' hours where a price of an hour is set."""
-        running = [name for name in self.began if name not in self.outcomes]
-        seconds = sum(outcome.seconds for outcome in self.outcomes.values())
-        seconds += sum(time.monotonic() - self.began[name] for name in running)
+        """What the judgements cost, kept ones included, and the hours of what computes where an hour has a price."""
+        computing = {chain.name for chain in self.chains if chain.computes}
+        seconds = sum(outcome.seconds for name, outcome in self.outcomes.items() if name in computing)
+        seconds += sum(
+            time.monotonic() - began
+            for name, began in self.began.items()
+            if name in computing and name not in self.outcomes
+        )
         return sum(outcome.usd for outcome in self.outcomes.values()) + (self.usd_per_hour or 0) * seconds / 3600
 
     def __rich__(self) -> Group:

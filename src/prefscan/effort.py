@@ -52,7 +52,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def cell_seconds(cell: Cell, train: Train, speed: Speed) -> float:
-    """Training and answers of a cell, without start-ups, held-out metrics, merge and judging."""
+    """Training and answers of a cell, without start-ups, held-out metrics, merge, log-ratios and judging."""
     pairs = read_json(PREPARE_METRICS)["train"] if cell.steps == "epoch" else 0
     return train.updates(cell.steps, pairs) * speed.update + speed.answers
 
@@ -78,7 +78,8 @@ def sentences(cells: list[Cell], params: Params, speed: Speed | None, workers: i
     end = datetime.now() + timedelta(hours=together)
     return [
         f"{left}: {hours:,.1f} hours of a worker{gpus}, by {speed.update:.2f} s an update and {speed.answers:.0f} s of "
-        f"answers (means of {speed.cells} finished cells; start-up, merge and judging are not in it).",
+        f"answers (means of {speed.cells} finished cells; start-up, held-out pairs, merge, log-ratios and judging are "
+        "not in it).",
         f"On {workers} workers: {together:,.1f} hours, expected end {end:%a %d %b %H:%M} if they began now.",
         f"Disk: {len(cells) * speed.size / 1e9:,.1f} GB of adapters and merged models in DVC's cache.",
     ]

@@ -1,10 +1,12 @@
 """The one exception whose text is meant for the user, and how a stage ends with it."""
 
+import argparse
 import errno
 import gc
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -13,9 +15,22 @@ class UserError(Exception):
     """A mistake or a fault outside prefscan; its text names the key or file, the value found and the way out."""
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; end with one sentence on standard error and exit status 1 where the user can mend it."""
+def run_stage(main: Callable[[], None], takes: tuple[str, ...] | None = None) -> None:
+    """Run a stage's `main`; end with one sentence on standard error and exit status 1 where the user can mend it.
+
+    `takes` names the arguments that the command takes, for its help and to refuse others before `main` reads them; None
+    where `main` parses its own.
+    """
     gc.freeze()  # what was imported stays, and is walked neither by the collector nor at the interpreter's end
+    if takes is not None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m prefscan.{Path(sys.argv[0]).stem}",
+            description=sys.modules["__main__"].__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name in takes:
+            parser.add_argument(name)
+        parser.parse_args()
     try:
         main()
     except UserError as error:

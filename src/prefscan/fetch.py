@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from prefscan.errors import CANNOT_WRITE, UserError, run_stage
 from prefscan.files import new_folder, read_jsonl
@@ -143,8 +143,26 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> None:
-    """Store the pad token and padding side with the tokenizer; raises UserError without pad token or chat template."""
+def begin_with_bos(tokenizer: Any) -> None:
+    """Have the chat template put the BOS token before every conversation, where it does not.
+
+    In the template it reaches whatever renders one: training, answers, servers, judges. Raises UserError without a BOS
+    token, and for a tokenizer with several templates.
+    """
+    if tokenizer.bos_token is None:
+        raise UserError("model.bos: always, but the tokenizer has no BOS token; set template")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError("model.bos: always, but the tokenizer has several chat templates; set template")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    if not rendered.startswith(tokenizer.bos_token):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str, bos: str) -> None:
+    """Store the pad token, the padding side and whether prompts begin with BOS with the tokenizer.
+
+    Raises UserError without a pad token or a chat template, and as `begin_with_bos` does.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -168,6 +186,8 @@ def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str) -> 
         raise UserError(
             "model.source: the tokenizer has no chat template, and prefscan never guesses one; choose a chat model"
         )
+    if bos == "always":
+        begin_with_bos(tokenizer)
     tokenizer.save_pretrained(folder)
 
 
@@ -189,7 +209,7 @@ def fetch_model(model: Model, destination: Path = BASE) -> None:
                 f"model.source: {model.name} has no safetensors file; prefscan loads nothing else, since other weight "
                 "formats can run code: choose a revision that has safetensors"
             )
-        set_up_tokenizer(folder, model.pad_token, model.padding_side)
+        set_up_tokenizer(folder, model.pad_token, model.padding_side, model.bos)
 
 
 def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) -> None:

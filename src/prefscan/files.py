@@ -61,11 +61,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Raises UserError for a missing file and for one that is not UTF-8."""
+    """Raises UserError for a missing file, one that cannot be read and one that is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run `dvc repro` to make it, or `dvc pull` to fetch it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; make it a file, and one that you may read") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it first"
@@ -73,7 +75,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a missing file, one that is not UTF-8 and one that is not JSON."""
+    """Raises UserError as `read_text` does, and for a file that is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -82,7 +84,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Raises UserError for a missing file, one that is not UTF-8 and the first line that is not JSON."""
+    """Raises UserError as `read_text` does, and for the first line that is not JSON."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():

@@ -61,30 +61,35 @@ STOPPED = 130
 def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chain]:
     """The stale stages as chains, in an order in which none stands before what it waits for.
 
-    Every mtbench stage reads the answers of `judge.against`, so that model's chain goes before all others. The judge
-    check goes beside the cells. It is left to the workspace where `agreement` names files, which may be there alone,
-    and where results travel by a `remote`: `dvc push` leaves out what git keeps, as the check's metrics.
+    Every mtbench stage reads the answers of `judge.against`, so that model's answers go before. A judge of this machine
+    follows in the chain of each other model. One that is asked over the network has chains of its own, which hold no
+    GPU while they wait for it, and whose faults stop no training. The judge check goes beside the cells. It is left to
+    the workspace where `agreement` names files, which may be there alone, and where results travel by a `remote`:
+    `dvc push` leaves out what git keeps, as the check's metrics.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
         cell.key: tuple(f"{stage}@{cell.key}" for stage in CELL_STAGES) for cell in params.grid.cells
     }
-    first = params.judge.against
-    check = {} if params.agreement or remote else {"judge-check": ("judge-check",)}
-    stages = {"inputs": INPUTS, "reference": ("reference",), first: models.pop(first), **check, **models}
-    after = {
-        "inputs": [],
-        "reference": ["inputs"],
-        first: ["inputs"] if first == "base" else ["inputs", "reference"],
-        "judge-check": ["inputs"],
-    }
+    first, asked = params.judge.against, params.judge.kind == "openai"
     found: list[Chain] = []
-    for name, names in stages.items():
-        targets = tuple(stage for stage in names if stage in stale)
-        if targets:
+
+    def add(name: str, stages: Iterable[str], after: Iterable[str] = (), *, computes: bool = True) -> None:
+        if targets := tuple(stage for stage in stages if stage in stale):
             there = {chain.name for chain in found}
-            waits = after.get(name, ["inputs", "reference", first])
-            found.append(Chain(name, targets, tuple(other for other in waits if other in there)))
+            found.append(Chain(name, targets, tuple(other for other in after if other in there), computes))
+
+    add("inputs", INPUTS, computes=False)
+    add("reference", ["reference"], ["inputs"])
+    for key in (first, *(key for key in models if key != first)):
+        shared = ("inputs",) if key == "base" else ("inputs", "reference")
+        if asked or key == first:
+            add(key, models[key][:-1], shared)
+            add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
+        else:
+            add(key, models[key], [*shared, first])
+        if key == first and not (params.agreement or remote):
+            add("judge-check", ["judge-check"], ["inputs"], computes=not asked)
     return found
 
 

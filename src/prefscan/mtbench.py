@@ -284,6 +284,8 @@ def self_comparison(answers: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[
 def main() -> None:
     params = load()
     (key,) = sys.argv[1:]
+    if key != "base":
+        params.cell(key)
     settings = params.judge
     answers = read_records(ANSWERS / f"{key}.jsonl", Answer, ["question_id"])
     judgements: list[dict[str, Any]] = []
@@ -307,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, takes=("model",))

@@ -20,7 +20,6 @@ import pandas as pd
 import vl_convert
 
 from prefscan.files import new_folder, read_text, write_text
-from prefscan.paths import REPORTS
 
 
 class Figure(NamedTuple):
@@ -77,14 +76,14 @@ def environment(autoescape: bool) -> jinja2.Environment:
     return found
 
 
-def write_answers(title: str, models: dict[str, Any], questions: list[Any]) -> None:
-    """reports/answers.html: two models' answers side by side, with the judge's words."""
+def write_answers(root: Path, title: str, models: dict[str, Any], questions: list[Any]) -> None:
+    """answers.html in the folder `root`: two models' answers side by side, with the judge's words."""
     pages = environment(autoescape=True)
     script = own_script("answers.js")
     page = pages.get_template("answers.html").render(
         title=title, data={"models": models, "questions": questions}, script=script, hashes=policy_hash(script)
     )
-    write_text(REPORTS / "answers.html", page)
+    write_text(root / "answers.html", page)
 
 
 def write_report(

@@ -112,6 +112,7 @@ class Model(Section):
     source: Annotated[PackageFile | HubSource, Field(discriminator="kind")]
     pad_token: str | None
     padding_side: Literal["left", "right"]
+    bos: Literal["template", "always"]
 
 
 class Data(Section):
@@ -316,6 +317,8 @@ class OpenAIJudge(Judge):
     base_url: str | None
     key_variable: str
     max_tokens: Positive
+    limit_field: Literal["max_tokens", "max_completion_tokens"]
+    temperature: Literal[0] | None
     seed: int | None
     samples: Positive
     concurrency: Positive
@@ -416,6 +419,8 @@ class Params(Section):
 
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and validate params.yaml; raises UserError naming each wrong key, the value found and what is allowed."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; `git checkout {path}` restores it, `dvc exp run check` composes it anew")
     try:
         raw = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:

@@ -37,7 +37,7 @@ def dvc(*arguments: str) -> str:
 def compose(overrides: list[str], path: Path) -> Params:
     """Write params.yaml as `dvc exp run -S …` would compose it from conf/, and return what it says.
 
-    Raises UserError for an override or a file of conf/ that is refused, and for for a loss that is not known.
+    Raises UserError for an override or a file of conf/ that is refused, and for a loss that is not known.
     """
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException

@@ -27,7 +27,7 @@ from prefscan.judges.openai import ChatJudge
 from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
-from prefscan.paths import ANSWERS, judge_store
+from prefscan.paths import ANSWERS, QUESTIONS, judge_store
 from prefscan.pipeline import compose, stale_stages
 from prefscan.revisions import CHOICE
 
@@ -110,6 +110,8 @@ def main() -> None:
     if not isinstance(judge, OpenAIJudge):
         console.print(f"The judge {judge.name} runs on this machine and costs nothing.")
         return
+    if not QUESTIONS.exists():
+        raise UserError(f"{QUESTIONS} is missing; `dvc repro fetch@questions` fetches it, and nothing else")
     asker, files = ChatJudge(judge, judge_store()), Files(*load_questions(), load_references(judge.references))
     numbers = (Column(name, justify="right") for name in ("calls left", "tokens in", "tokens out", "USD"))
     table = Table(Column("model", no_wrap=True), *numbers, title="Judging, at most")
@@ -124,9 +126,15 @@ def main() -> None:
     table.add_section()
     table.add_row("all", *_printed(total, judge))
     console.print(table)
-    spent = Spending(judge_store() / "spending.jsonl", judge.budget).spent
+    spending = Spending(judge_store() / "spending.jsonl", judge.budget)
     budget = "no judge.budget" if judge.budget is None else f"judge.budget {judge.budget:.2f} USD"
-    console.print(f"Spent so far: {spent:.2f} USD; {budget}.")
+    console.print(f"Spent so far: {spending.spent:.2f} USD; {budget}.")
+    if judge.prices and (paid := spending.by_judge[judge.name]):
+        usd = sum(paid) / len(paid)
+        console.print(
+            f"{len(paid)} requests to {judge.name} cost {usd:.4f} USD on average; at that, {total[0]:,} calls would "
+            f"cost about {total[0] * usd:,.2f} USD."
+        )
 
 
 def _printed(row: list[int | float], judge: OpenAIJudge) -> list[str]:

@@ -7,7 +7,7 @@ cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -15,7 +15,7 @@ from prefscan import charts
 from prefscan.errors import run_stage
 from prefscan.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.pages import Figure, Table, write_answers, write_report
-from prefscan.params import Cell, load
+from prefscan.params import Cell, Params, load
 from prefscan.paths import (
     ANSWER_COST,
     ANSWER_METRICS,
@@ -33,7 +33,7 @@ from prefscan.paths import (
     TRAIN_COST,
     TRAIN_METRICS,
 )
-from prefscan.sentences import score_name, sentences
+from prefscan.sentences import counted, score_name, sentences
 from prefscan.tables import (
     COLUMNS,
     QUESTION_SCORES,
@@ -194,15 +194,33 @@ def words(judgement: dict[str, Any]) -> str:
     return f"{judgement['g1_judgment']}\n\n[in the other order]\n\n{judgement['g2_judgment']}"
 
 
-def main() -> None:
-    params = load()
-    cells = params.grid.cells
-    keys = ("base", *(cell.key for cell in cells))
-    remove_other_cells(FOLDERS, set(keys))
+class Results(NamedTuple):
+    """What the stages made of the models, by their keys, and the questions that were asked."""
+
+    judged: dict[str, Any]
+    answers: dict[str, list[Any]]
+    judgements: dict[str, list[Any]]
+    questions: list[Any]
+
+
+def read_results(keys: tuple[str, ...]) -> Results:
     judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
-    prepared, judge = read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
     answers = {key: read_jsonl(ANSWERS / f"{key}.jsonl") for key in keys}
     judgements = {key: read_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys}
+    answered = {answer["question_id"] for answer in answers["base"]}
+    questions = [
+        {"number": question["question_id"], "category": question["category"], "turns": question["turns"]}
+        for question in read_jsonl(QUESTIONS / "question.jsonl")
+        if question["question_id"] in answered
+    ]
+    return Results(judged, answers, judgements, questions)
+
+
+def write_pages(params: Params, cells: list[Cell], results: Results, folder: Path, title: str) -> pd.DataFrame:
+    """The pages, charts and cells.csv of these cells into the folder; returns the table of them."""
+    judged, answers, judgements, questions = results
+    keys = tuple(judged)
+    prepared, judge = read_json(PREPARE_METRICS), read_json(JUDGE_METRICS)
     table = table_of_cells(cells, params.recipe, judged, answers)
     everything = pd.concat([pd.DataFrame([base_row(judged)]), table])
     base_tokens = everything["mean_tokens"].iloc[0]
@@ -218,24 +236,27 @@ def main() -> None:
         judge_check(judge),
         left_out(prepared),
     ]
-    answered = {answer["question_id"] for answer in answers["base"]}
-    questions = [
-        {"number": question["question_id"], "category": question["category"], "turns": question["turns"]}
-        for question in read_jsonl(QUESTIONS / "question.jsonl")
-        if question["question_id"] in answered
-    ]
-    title = f"{params.model.name}: {len(cells)} cells"
     lines = sentences(params, table, judged, prepared, judge)
-    write_report(REPORTS, title, lines, figures, tables, list(dict.fromkeys(table["loss"])), answers=True)
-    write_answers(title, answer_pages(keys, answers, judgements), questions)
-    write_text(REPORTS / "cells.csv", everything.to_csv(index=False))
+    write_report(folder, title, lines, figures, tables, list(dict.fromkeys(table["loss"])), answers=True)
+    write_answers(folder, title, answer_pages(keys, answers, judgements), questions)
+    write_text(folder / "cells.csv", everything.to_csv(index=False))
+    return table
+
+
+def main() -> None:
+    params = load()
+    cells = params.grid.cells
+    keys = ("base", *(cell.key for cell in cells))
+    remove_other_cells(FOLDERS, set(keys))
+    results = read_results(keys)
+    table = write_pages(params, cells, results, REPORTS, title=f"{params.model.name}: {counted(len(cells), 'cell')}")
     # In git, unlike metrics/mtbench: reviews and comparisons pair by question without DVC's cache.
-    write_text(QUESTION_SCORES, question_table(questions, judged).to_csv(index=False))
+    write_text(QUESTION_SCORES, question_table(results.questions, results.judged).to_csv(index=False))
     # One file for all models, where FastChat's show_result looks for it.
-    combined = [judgement for key in keys for judgement in judgements[key]]
+    combined = [judgement for key in keys for judgement in results.judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
-    write_json(SUMMARY, summarise(table, params.recipe, judged["base"]))
+    write_json(SUMMARY, summarise(table, params.recipe, results.judged["base"]))
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, takes=())

@@ -21,16 +21,27 @@ def score_name(judge: LocalJudge | OpenAIJudge) -> str:
     return f"win rate against {judge.against}, ties half (0 to 1)"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def span(values: pd.Series, form: str) -> str:
+    """The smallest and the greatest of the values by this format, or the one that all of them print as."""
+    low, high = format(values.min(), form), format(values.max(), form)
+    return low if low == high else f"{low} to {high}"
+
+
 def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[str]:
     """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
     significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
-    verdict = f"{', '.join(significant)} differ" if len(significant) else "none differs"
+    verdict = f"{', '.join(significant)} differ{'s' * (len(significant) == 1)}" if len(significant) else "none differs"
     questions = len(judged["base"]["questions"])
     spread = cells["standard_error"].median() * questions**0.5
     detectable = minimum_detectable_difference(spread, questions) if spread > TIE else None
+    subject = "cell lies" if len(cells) == 1 else "cells lie"
     lines = [
-        f"Paired by question, the cells lie {cells['difference'].min():+.2f} to {cells['difference'].max():+.2f} from "
-        f"the base; with Holm's correction over {len(cells)} cells {verdict} significantly (smallest corrected p "
+        f"Paired by question, the {subject} {span(cells['difference'], '+.2f')} from the base; with Holm's correction "
+        f"over {counted(len(cells), 'cell')} {verdict} significantly (smallest corrected p "
         f"{cells['p_holm'].min():.2f}). "
         + (
             "Of most cells every question lies equally far from the base: that says nothing of what could be detected."
@@ -93,14 +104,15 @@ def sentences(
     base = judged["base"]
     questions = len(base["questions"])
     lines.append(
-        f"{len(cells)} cells of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
+        f"{counted(len(cells), 'cell')} of {params.model.name} on {params.data.name}: losses {_listed(cells['loss'])}; "
         f"β {_listed(cells['beta'])}; steps {_listed(cells['steps'])}. {prepared['train']} training and "
         f"{prepared['heldout']} held-out pairs of {prepared['rows']}; {questions} MT-Bench questions, two turns each."
     )
     lines.append(
-        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the cells "
-        f"{cells['score'].min():.2f} to {cells['score'].max():.2f}: {score_name(params.judge)}; 95 % intervals over "
-        f"{questions} questions. One seed was trained, so nothing here tells a loss from the luck of a seed."
+        f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the "
+        f"{'cell' if len(cells) == 1 else 'cells'} {span(cells['score'], '.2f')}: {score_name(params.judge)}; 95 % "
+        f"intervals over {questions} questions. One seed was trained, so nothing here tells a loss from the luck of a "
+        "seed."
     )
     lines += difference_sentences(cells, judged)
     grids = {
@@ -115,25 +127,28 @@ def sentences(
         )
     moved = (cells["margin_low"] > 0).sum()
     lines.append(
-        f"Held-out reward accuracy is {cells['accuracy'].min():.2f} to {cells['accuracy'].max():.2f} beside the base's "
+        f"Held-out reward accuracy is {span(cells['accuracy'], '.2f')} beside the base's "
         f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin, a sum over tokens for every loss, "
-        f"is above zero beyond its 95 % interval, before any correction, in {moved} of {len(cells)} cells. "
+        f"is above zero beyond its 95 % interval, before any correction, in {moved} of {counted(len(cells), 'cell')}. "
         "β means something else in each loss: equal β is not equal strength."
     )
     lines.append(own_loss_sentence(cells))
     kept = cells["margin_kept"].dropna()
-    share = f"{kept.min():.1%} to {kept.max():.1%} of the held-out margin" if len(kept) else "no held-out margin"
+    share = f"{span(kept, '.1%')} of the held-out margin" if len(kept) else "no held-out margin"
     merge, answer = params.merge, params.answer
     lines.append(
         f"The merges, in {merge.dtype}, kept {share}, computed in fp32 over the first {cells['merge_pairs'].max()} of "
-        f"these pairs; {cells['share_cut'].min():.0%} to {cells['share_cut'].max():.0%} of the answers were cut at "
+        f"these pairs; {span(cells['share_cut'], '.0%')} of the answers were cut at "
         f"{answer.max_new_tokens} tokens."
     )
     if merge.format == "adapter" or answer.dtype != "fp32":
         answering = "the base with the adapter" if merge.format == "adapter" else "the merged model"
+        # Weights rounded to bf16 lost 84 % of a small adapter's margin once, for which merge.dtype refuses it.
+        drowned = merge.format == "model" and answer.dtype == "bf16"
+        cost = "rounding merged weights can cost most of it" if drowned else "less precision can cost some of it"
         lines.append(
-            f"The answers come from {answering} in {answer.dtype}, whose margin is not measured: less precision than "
-            "fp32 can cost some of it."
+            f"The answers come from {answering} in {answer.dtype}, whose margin is not measured: {cost}."
+            + (" With merge.format: adapter the adapter keeps its own precision." if drowned else "")
         )
     return lines
 

@@ -305,6 +305,18 @@ def minimum_detectable_difference(
     return float(brentq(excess_power, 0, float(enough), xtol=1e-10)) * sd_of_differences / questions**0.5
 
 
+def _mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Of `[questions, seeds]`, crossed: the mean squares of the questions, of the seeds and of the rest."""
+    questions, seeds = scores.shape
+    of_questions, of_seeds = scores.mean(axis=1), scores.mean(axis=0)
+    rest = scores - of_questions[:, None] - of_seeds + scores.mean()
+    return (
+        seeds * float(of_questions.var(ddof=1)),
+        questions * float(of_seeds.var(ddof=1)),
+        float((rest**2).sum()) / ((questions - 1) * (seeds - 1)),
+    )
+
+
 def variance_components(scores: ArrayLike) -> VarianceComponents:
     """Where the variance of `[questions, seeds, answer_samples, judge_samples]` comes from, in points squared.
 
@@ -330,14 +342,12 @@ def variance_components(scores: ArrayLike) -> VarianceComponents:
         answer = max(total - noise, 0.0)
         noise = total / answers
     of_trainings = of_answers.mean(axis=2)
-    of_questions, of_seeds = of_trainings.mean(axis=1), of_trainings.mean(axis=0)
     if seeds > 1:
-        rest = of_trainings - of_questions[:, None] - of_seeds + of_trainings.mean()
-        total = float((rest**2).sum()) / ((questions - 1) * (seeds - 1))
-        question_seed = max(total - noise, 0.0)
-        seed = max(float(of_seeds.var(ddof=1)) - total / questions, 0.0)
-        noise = total / seeds
-    question = max(float(of_questions.var(ddof=1)) - noise, 0.0)
+        _, of_seeds, rest = _mean_squares(of_trainings)
+        question_seed = max(rest - noise, 0.0)
+        seed = max((of_seeds - rest) / questions, 0.0)
+        noise = rest / seeds
+    question = max(float(of_trainings.mean(axis=1).var(ddof=1)) - noise, 0.0)
     return VarianceComponents(question, seed, question_seed, answer, judge)
 
 
@@ -355,15 +365,8 @@ def crossed_mean(scores: ArrayLike) -> CrossedMean:
     _at_least(2, questions)
     if seeds < 2:
         raise ValueError(f"needs at least two seeds, got {seeds}")
-    mean = float(array.mean())
-    of_questions, of_seeds = array.mean(axis=1), array.mean(axis=0)
-    rest = array - of_questions[:, None] - of_seeds + mean
+    mean, squares = float(array.mean()), _mean_squares(array)
     freedoms = questions - 1, seeds - 1, (questions - 1) * (seeds - 1)
-    squares = (
-        seeds * float(of_questions.var(ddof=1)),
-        questions * float(of_seeds.var(ddof=1)),
-        float((rest**2).sum()) / freedoms[2],
-    )
     largest = max(squares[:2])
     total = squares[0] + squares[1] - squares[2]
     if total > largest:

@@ -338,12 +338,15 @@ def training_arguments(
 
 
 def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
-    """DVCLive into runs/dvclive/CELL; the other back ends need no callback of ours.
+    """DVCLive into runs/dvclive/CELL, the files of other back ends into runs/ as well; they need no callback of ours.
 
     The log of a cell that goes on from a checkpoint starts there; its curve in metrics/curves is whole.
     """
     if train.report_to == "tensorboard":  # which would write beside the checkpoints, and go with them
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RUNS / "tensorboard" / cell.key))
+    if train.report_to == "wandb":  # which would write an offline run into a launch's clone, and it would go with that
+        RUNS.mkdir(exist_ok=True)  # W&B takes a temporary folder in place of one that is not there
+        os.environ.setdefault("WANDB_DIR", str(RUNS.absolute()))
     if train.report_to != "dvclive" or not world().is_main_process:
         return []
     from dvclive import Live
@@ -487,4 +490,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, takes=("cell",))

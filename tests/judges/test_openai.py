@@ -32,6 +32,7 @@ KEY = "sk-test"
         ("[[10.0]]", 10),
         ("First [[7]]; so, Rating: [[7]]", 7),
         ("a [list] of [things], then [[3]]", 3),
+        ("`[[ -f x ]] && echo [[0, 1], [1, 0]]` is right: [[9]]", 9),
     ],
 )
 def test_a_rating_is_read(text: str, score: float) -> None:
@@ -46,7 +47,9 @@ def test_a_rating_is_read(text: str, score: float) -> None:
         ("Rating: [7]", "no rating of the form [[n]] in the reply"),
         ("", "no rating of the form [[n]] in the reply"),
         ("[[7]] and [[3]]", "2 different ratings of the form [[n]] in the reply"),
-        ("[[7]] and [[7.0]] and [[A]]", "3 different ratings of the form [[n]] in the reply"),
+        ("[[7]] and [[7.0]] and [[A]]", "2 different ratings of the form [[n]] in the reply"),
+        ("[[7]] or [[8/10]]", "2 different ratings of the form [[n]] in the reply"),
+        ("[[good]] and [[fine]]", "2 different ratings of the form [[n]] in the reply"),
         *(
             (f"Rating: [[{rating}]]", f"rating {rating!r} is no number from 1 to 10")
             for rating in (
@@ -137,13 +140,17 @@ def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
 @pytest.mark.parametrize(
     ("replies", "reason", "count"),
     [
-        ([error(500)] * 4, "the server answered 500 (InternalServerError)", 4),
-        ([error(429)] * 4, "the server answered 429 (RateLimitError)", 4),
+        ([error(500)] * 4, "the server answered 500 (InternalServerError: no)", 4),
         ([Reply(fault="closes")] * 4, "the request failed 4 times (APIConnectionError)", 4),
         ([error(500), error(429), Reply(fault="closes"), error(502)], "the server answered 502", 4),
-        ([error(401)], "the server answered 401 (AuthenticationError)", 1),
-        ([error(400)], "the server answered 400 (BadRequestError)", 1),
-        ([error(404)], "the server answered 404 (NotFoundError)", 1),
+        ([error(401)], "the server answered 401 (AuthenticationError: no)", 1),
+        ([error(400)], "the server answered 400 (BadRequestError: no)", 1),
+        ([error(404, "no model\n gpt-4")], "the server answered 404 (NotFoundError: no model gpt-4)", 1),
+        ([Reply(400, b"{}")], "the server answered 400 (BadRequestError)", 1),
+        ([Reply(400, b"<html>", content_type="text/html")], "the server answered 400 (BadRequestError: <html>)", 1),
+        ([error(401, f"wrong key {KEY}.")], "the server answered 401 (AuthenticationError: wrong key ….)", 1),
+        ([error(400, "x" * 999)], f"the server answered 400 (BadRequestError: {'x' * 200})", 1),
+        ([error(429, code="insufficient_quota")], "the server answered 429 (RateLimitError: no)", 1),
         ([error(429), error(401)], "the server answered 401", 2),
         ([Reply(body=b'{"choices": [{"mess')], "the server sent no chat completion", 1),
         ([Reply(body=b"")], "the server sent no chat completion", 1),
@@ -161,7 +168,7 @@ def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
         ([completion("Rating: [[12]]"), completion("[[0]]")], "rating '0' is no number from 1 to 10", 2),
         ([completion("8/10"), completion("[[8/10]]")], "rating '8/10' is no number from 1 to 10", 2),
         ([completion("[[7]] or [[8]]"), completion("fine")], "no rating of the form [[n]] in the reply", 2),
-        ([completion("fine"), error(400)], "the server answered 400 (BadRequestError)", 2),
+        ([completion("fine"), error(400)], "the server answered 400 (BadRequestError: no)", 2),
     ],
 )
 def test_a_fault_is_a_verdict_without_score(replies: list[Reply], reason: str, count: int) -> None:
@@ -251,6 +258,8 @@ def test_the_model_and_fingerprint_that_served_are_kept() -> None:
     verdict, _ = ask([Reply(body=json.dumps(body).encode())])
     assert verdict.served_by == "gpt-4-0613 fp_1"
     assert ask([GOOD])[0].served_by == "m"
+    reminded, _ = ask([completion("Well."), Reply(body=json.dumps(body).encode())])
+    assert (reminded.score, reminded.served_by) == (6, "gpt-4-0613 fp_1")
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -306,7 +315,7 @@ def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     for _ in range(20):
-        ask([error(429)] * 8, attempts=8)
+        ask([error(503)] * 8, attempts=8)
     by_attempt = [waits[i::7] for i in range(7)]
     longest = [max(group) for group in by_attempt]
     assert all(late > early for early, late in itertools.pairwise(longest))
@@ -324,6 +333,25 @@ def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
     limited = Reply(429, error(429).body, headers={"Retry-After": asked})
     verdict, requests = ask([limited, GOOD])
     assert (verdict.score, len(requests), waits) == (6, 2, [waited])
+
+
+def test_rate_limits_are_waited_for_by_time_and_not_by_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    limited = Reply(429, error(429).body, headers={"Retry-After-Ms": "45000", "Retry-After": "7"})
+    verdict, requests = ask([*[limited] * 9, GOOD], attempts=1)
+    assert (verdict.score, len(requests), clock) == (6, 10, [9 * 45.0])
+    clock[0] = 0.0
+    verdict, requests = ask([limited] * 99, attempts=1)
+    assert verdict.reason == "the server answered 429 (RateLimitError: no)"
+    assert (len(requests), clock) == (1 + 900 // 45, [900.0])
+
+
+def test_a_model_that_reasons_gets_the_fields_that_it_takes() -> None:
+    _, (request,) = ask([GOOD], limit_field="max_completion_tokens", temperature=None)
+    assert request["max_completion_tokens"] == 64
+    assert not {"max_tokens", "temperature"} & set(request)
 
 
 def test_the_server_may_send_more_than_openai_does() -> None:

@@ -103,7 +103,8 @@ def shrink(folder: Path, packages: Path) -> None:
         (conf / name).write_text(json.dumps(value))  # JSON is YAML
 
     hub = {"kind": "hub", "repo": "tests/tiny", "revision": REVISION}
-    write("model/tiny.yaml", {"name": "tiny", "source": hub, "pad_token": None, "padding_side": "left"})
+    tokens = {"pad_token": None, "padding_side": "left", "bos": "template"}
+    write("model/tiny.yaml", {"name": "tiny", "source": hub, **tokens})
     source = make_wheel(packages, "tinypairs", {"tinypairs/pairs.json": json.dumps(sharegpt_rows(32))})
     limits = {"max_prompt_length": 256, "max_length": 256, "heldout_share": 0.4, "heldout_max": None}
     write(

@@ -27,6 +27,7 @@ from prefscan.params import OpenAIJudge
 from prefscan.paths import judge_store
 
 BRACKETED = re.compile(r"\[\[([^\[\]]*)\]\]")
+NUMBER = re.compile(r"\s*[-+]?[0-9.]+(/[0-9]+)?\s*")  # what may be meant for a rating, even a wrong one
 REMINDERS = {
     "single": "Your reply has no rating that can be read. Answer again with one rating only, a number from 1 to 10 in "
     'exactly this format: "[[rating]]", for example: "Rating: [[5]]".',
@@ -36,8 +37,12 @@ REMINDERS = {
 
 
 def parse_rating(text: str) -> Verdict:
-    """The one rating in a reply; no score when there is none, when several differ, or when it is not from 1 to 10."""
-    ratings = set(BRACKETED.findall(text))
+    """The one rating in a reply; no score when there is none, when several differ, or when it is not from 1 to 10.
+
+    Other brackets beside ratings, as in quoted code `[[ -f x ]]`, are no ratings.
+    """
+    bracketed = set(BRACKETED.findall(text))
+    ratings = {found for found in bracketed if NUMBER.fullmatch(found)} or bracketed
     if len(ratings) != 1:
         found = f"{len(ratings)} different ratings" if ratings else "no rating"
         return Verdict(None, text, f"{found} of the form [[n]] in the reply")
@@ -92,13 +97,15 @@ class ChatJudge:
 
     def request(self, prompt: Prompt, *later: dict[str, str]) -> dict[str, Any]:
         """The body of a request, without key."""
-        seed = {} if self.judge.seed is None else {"seed": self.judge.seed + prompt.sample}
+        judge = self.judge
+        seed = {} if judge.seed is None else {"seed": judge.seed + prompt.sample}
+        temperature = {} if judge.temperature is None else {"temperature": judge.temperature}
         first = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         return {
-            "model": self.judge.name,
+            "model": judge.name,
             "messages": [*first, *later],
-            "temperature": 0,
-            "max_tokens": self.judge.max_tokens,
+            judge.limit_field: judge.max_tokens,
+            **temperature,
             **seed,
         }
 
@@ -126,7 +133,7 @@ class ChatJudge:
                 purchase.usd = price(self.judge.prices, *tokens) if tokens else most
                 return found
 
-        reply = complete(send, self.judge.attempts)
+        reply = complete(send, self.judge.attempts, client.api_key)
         self.replies.put(request, sample, reply)
         return reply
 

@@ -6,6 +6,7 @@ way may have been billed, and counts with its most.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,12 +39,18 @@ class Purchase:
 
 
 class Spending:
-    """USD spent by the judges of a workspace: the sum over the lines of `ledger`, one a request that cost something."""
+    """USD spent by the judges of a workspace: the sum over the lines of `ledger`, one a request that cost something.
+
+    `by_judge` has what each request cost that is in the ledger when this is made, by the judge's name.
+    """
 
     def __init__(self, ledger: Path, budget: float | None) -> None:
         self.ledger = ledger
         self.budget = budget
-        self.spent = sum(row["usd"] for row in read_jsonl(ledger)) if ledger.exists() else 0.0
+        self.by_judge: defaultdict[str, list[float]] = defaultdict(list)
+        for row in read_jsonl(ledger) if ledger.exists() else ():
+            self.by_judge[row["judge"]].append(row["usd"])
+        self.spent = sum(sum(requests) for requests in self.by_judge.values())
         self.under_way: list[Purchase] = []
         self.changed = Condition()
 
