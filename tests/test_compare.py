@@ -61,12 +61,16 @@ def test_what_all_have_is_paired_question_by_question() -> None:
         first, moved = (revision.scores.loc[questions, model] for revision in known[:2])
         row = table.loc[(model, "seed1")]
         assert row["score"] == pytest.approx(moved.mean())
+        mean_interval = stats.t.interval(0.95, len(moved) - 1, loc=moved.mean(), scale=stats.sem(moved))
+        assert (row["score_low"], row["score_high"]) == pytest.approx(mean_interval)
         interval = stats.ttest_rel(moved, first).confidence_interval() if model != "base" else None
         if interval:
             assert (row["difference_low"], row["difference_high"]) == pytest.approx((interval.low, interval.high))
             lead = stats.ttest_rel(moved, known[1].scores.loc[questions, "base"]).confidence_interval()
             assert (row["lead_low"], row["lead_high"]) == pytest.approx((lead.low, lead.high))
         assert row["difference"] == pytest.approx((moved - first).mean())
+        counts = (moved > first).sum(), (moved == first).sum(), (moved < first).sum()
+        assert (row["wins"], row["ties"], row["losses"]) == counts
         assert pd.isna(table.loc[(model, "main"), "difference"])
     # Holm over all eight comparisons: the smallest of their p-values is multiplied by eight.
     ours = [
@@ -93,10 +97,12 @@ def test_seeds_become_a_spread() -> None:
         expected = crossed_mean(array)
         assert (row["lead"], row["lead_low"], row["lead_high"]) == (expected.mean, expected.low, expected.high)
         assert row["lead"] == pytest.approx(np.mean(means))
-        # The spread of three means, less what eight questions leave in them (two-way analysis of variance).
+        # The spread of three means, less what eight questions leave in them (two-way analysis of variance), and of
+        # eight means, less what three seeds leave in them.
         rest = array - array.mean(1, keepdims=True) - array.mean(0) + array.mean()
-        expected = max(np.var(means, ddof=1) - (rest**2).sum() / (7 * 2) / 8, 0) ** 0.5
-        assert row["seed_sd"] == pytest.approx(expected)
+        square = (rest**2).sum() / (7 * 2)
+        assert row["seed_sd"] == pytest.approx(max(np.var(means, ddof=1) - square / 8, 0) ** 0.5)
+        assert row["question_sd"] == pytest.approx(max(np.var(array.mean(1), ddof=1) - square / 3, 0) ** 0.5)
 
 
 @pytest.mark.usefixtures("repository")
@@ -129,14 +135,49 @@ def test_the_report_says_what_cannot_be_concluded(
 
 
 @pytest.mark.usefixtures("repository")
-def test_the_report_shows_the_seeds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_shows_the_scores_and_the_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = run(monkeypatch, "main", "seed1", "seed2")
     assert page.title == "3 revisions"
     said = capsys.readouterr().out
-    assert "Over the 3 seeds of main, seed1, seed2, the spread of a cell's lead between trainings is" in said
+    known = revisions("main", "seed1", "seed2")
+    models, questions = known[0].models, shared_questions(known)
+    shifts = {f"{m} in {r.name}": r.scores[m] - known[0].scores[m] for m in models for r in known[1:]}
+    means = [shift.mean() for shift in shifts.values()]
+    p_values = holm([stats.ttest_1samp(shift, 0).pvalue if shift.any() else 1.0 for shift in shifts.values()])
+    (apart,) = (name for name, p in zip(shifts, p_values, strict=True) if p <= 0.05)
+    assert (
+        f"Paired by question, the models lie {min(means):+.2f} to {max(means):+.2f} from the same in main; with Holm's "
+        f"correction over 10 comparisons {apart} differs significantly." in said
+    )
+    seed_sd = spread_of_seeds(known, models, questions).spread["seed_sd"]
+    assert (
+        "Over the 3 seeds of main, seed1, seed2, the spread of a cell's lead between trainings is "
+        f"{min(seed_sd):.2f} to {max(seed_sd):.2f} points (standard deviation)" in said
+    )
     assert "Their judges are not the same" not in said
+    bars, differences, scores = page.tables[0], page.tables[1], page.tables[-3]
+    columns = {name: [name, f"{name}_low", f"{name}_high"] for name in ("score", "lead", "difference")}
+    counted = ["wins", "ties", "losses"]
+    assert bars[0] == ["cell", "revision", *columns["score"]]
+    assert differences[0] == ["cell", "revision", *columns["difference"], "p_holm", *counted]
+    interval = ["95 % low", "95 % high"]
+    leads = ["minus its base", *interval, "minus main", *interval]
+    assert scores[0] == ["cell", "revision", "score", *interval, *leads, "p, Holm", "won", "tied", "lost"]
+    table = scores_of(known, models, questions).set_index(["cell", "revision"])
+    place = (models[2], "seed1")
+    base, moved = table.loc[("base", "main")], table.loc[place]
+    assert scores[1] == ["base", "main", *(f"{value:.2f}" for value in base[columns["score"]]), *["–"] * 10]
+    assert scores[1 + 2 * len(known) + 1] == [
+        *place,
+        *(f"{value:.2f}" for value in moved[columns["score"]]),
+        *(f"{value:+.2f}" for value in moved[columns["lead"] + columns["difference"]]),
+        f"{moved['p_holm']:.2f}",
+        *(f"{value:.0f}" for value in moved[counted]),
+    ]
     assert [row[0] for row in page.tables[-1]] == ["cell", *CELLS]
-    assert page.tables[-2][1:] == [["seed", *(str(r.params["seed"]) for r in revisions("main", "seed1", "seed2"))]]
+    assert page.tables[-2][1:] == [["seed", *(str(r.params["seed"]) for r in known)]]
 
 
 @pytest.mark.usefixtures("repository")
