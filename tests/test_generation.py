@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, JambaConfig, MambaConfig, MistralConfig
 
 from prefscan import generation
 from prefscan.errors import UserError
@@ -228,6 +228,15 @@ STATES = {
         mamba_d_ssm=32,
         mamba_n_heads=4,
         mamba_d_head=8,
+        mamba_d_state=4,
+    ),
+    "layers with a state beside layers with keys and values": JambaConfig(
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
         mamba_d_state=4,
     ),
 }

@@ -181,6 +181,22 @@ def test_in_bf16_the_head_keeps_the_gradient_of_tokens_that_are_nearly_certain(m
     assert error.max() < 0.05
 
 
+def test_the_head_takes_logits_whose_exponential_overflows() -> None:
+    torch.manual_seed(0)
+    hidden, head, targets = 100 * torch.randn(20, 32), torch.randn(64, 32), torch.arange(20)
+    exact = hidden.double().requires_grad_()
+    expected = (exact @ head.double().T).log_softmax(-1)[targets, targets]
+    ours = hidden.clone().requires_grad_()
+    logps = shared._TokenLogps.apply(ours, head, targets)
+    torch.testing.assert_close(logps.double(), expected, atol=1e-3, rtol=1e-6)
+    weights = torch.linspace(-1, 1.3, 20)
+    (weights * logps).sum().backward()
+    (weights * expected).sum().backward()
+    assert exact.grad is not None
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-3, rtol=0)
+
+
 def test_a_trainable_head_is_refused() -> None:
     model = tiny_lm("llama")
     model.get_output_embeddings().requires_grad_(True)
@@ -245,6 +261,18 @@ def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused(
     for lengths in ((3, 6, 2), (4, 1, 5)):
         with pytest.raises(UserError, match=r"a pair of 9 tokens exceeds .* window of 8; lower data\.max_length, or"):
             packed_logps(model, [*fitting, *random_pairs([lengths])])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_reaches_the_attention(dropout: float) -> None:
+    module: Any = torch.nn.Module()
+    query, key, value = (torch.randn(1, heads, sum(LENGTHS[1]), 8) for heads in (4, 2, 2))
+    outputs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"dropout": dropout, "pair_lengths": LENGTHS[1:2]}
+        outputs.append(shared.prefix_shared_attention(module, query, key, value, None, **options)[0])
+    assert torch.equal(*outputs) == (dropout == 0)
 
 
 def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

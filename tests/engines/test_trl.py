@@ -43,11 +43,15 @@ def test_equals_the_shared_engine_and_plain_forwards(
     torch.testing.assert_close(theirs, plain, atol=1e-4, rtol=0)
 
 
-def test_repeated_calls_give_the_same_bits(tiny_model: Path, mixed_pairs: list[dict[str, Any]]) -> None:
+def test_repeated_calls_give_the_same_bits_and_wrap_the_head_once(
+    tiny_model: Path, mixed_pairs: list[dict[str, Any]]
+) -> None:
     model = random_adapter(load_model(tiny_model, "fp32"))
     first = padded_logps(model, mixed_pairs)
+    wrapped = model.get_base_model().forward
     for _ in range(2):
         assert torch.equal(padded_logps(model, mixed_pairs), first)
+    assert model.get_base_model().forward == wrapped
 
 
 def test_gradients_equal_those_of_the_shared_engine(tiny_model: Path, mixed_pairs: list[dict[str, Any]]) -> None:
