@@ -181,8 +181,8 @@ def main() -> None:
         adapters[served_name(cell.key)] = adapter
     log = RUNS / "server/all.log"
     with running_server("vllm", BASE, adapters, params.answer.dtype, log, port=port, name=served_name("base")) as url:
-        print(f"base and {len(adapters)} cells: dvc repro, with answer.server.base_url: {url}", flush=True)
-        try:
+        try:  # at once: Ctrl-C may come as soon as the address is read
+            print(f"base and {len(adapters)} cells: dvc repro, with answer.server.base_url: {url}", flush=True)
             signal.pause()
         except KeyboardInterrupt:
             print("stopping")
