@@ -219,25 +219,14 @@ def test_a_models_own_settings_for_sampling_do_not_count(model: Any, tokenizer: 
     assert model.generation_config.to_dict() == before
 
 
+HEADS = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 STATES = {
     "a state alone": MambaConfig(state_size=4),
     "a state beside keys and values": FalconH1Config(
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mamba_d_ssm=32,
-        mamba_n_heads=4,
-        mamba_d_head=8,
-        mamba_d_state=4,
+        **HEADS, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4
     ),
     "layers with a state beside layers with keys and values": JambaConfig(
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=1,
-        mamba_d_state=4,
+        **HEADS, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4
     ),
 }
 

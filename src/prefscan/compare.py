@@ -28,6 +28,7 @@ from prefscan.revisions import (
     shared_questions,
     tied,
 )
+from prefscan.sentences import counted
 from prefscan.stats import clustered_mean, crossed_mean, holm, paired_difference, variance_components
 from prefscan.tables import span, spanned, with_interval
 
@@ -123,7 +124,7 @@ def sentences(
     """What was compared, what differs beyond the choice of questions, and what cannot be concluded."""
     first, names = revisions[0].name, ", ".join(revision.name for revision in revisions)
     lines = [
-        f"{len(revisions)} revisions, {names}: {_count(len(models) - 1, 'cell')} and the base are in all of them, "
+        f"{len(revisions)} revisions, {names}: {counted(len(models) - 1, 'cell')} and the base are in all of them, "
         f"judged on the same {len(questions)} questions."
     ]
     for revision in revisions:
@@ -132,7 +133,7 @@ def sentences(
             lines.append(f"Left out, since another revision lacks them: {', '.join(missed)} of {revision.name}.")
         unasked = len(revision.scores) - len(questions)
         if unasked:
-            asked = _count(unasked, "question")
+            asked = counted(unasked, "question")
             lines.append(f"Left out, since another revision did not ask them: {asked} of {revision.name}.")
     apart = {name for revision in revisions for name in changed(judge_of(revisions[0]), judge_of(revision))}
     if apart:
@@ -164,7 +165,7 @@ def sentences(
             f"{spread['seed_sd'].min():.2f} to {spread['seed_sd'].max():.2f} points (standard deviation); "
             + (
                 "for other questions and other trainings alike, and with Holm's correction over "
-                f"{_count(len(spread), 'cell')}, the lead of {told} is significant."
+                f"{counted(len(spread), 'cell')}, the lead of {told} is significant."
                 if len(trained) >= FEWEST_SEEDS
                 else "two seeds are too few to tell a lead from their luck."
             )
@@ -172,10 +173,6 @@ def sentences(
     if not seeds:
         lines.append("No two revisions differ in the seed alone: none of this tells a method from the luck of a seed.")
     return lines
-
-
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'' if number == 1 else 's'}"
 
 
 def tables_of(
