@@ -1,5 +1,6 @@
 """Hours, disk and the expected end, against numbers worked out by hand."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def test_sentences_say_what_is_known(params: Params) -> None:
     assert unknown.startswith(f"{len(cells)} of {len(cells)} cells are left to run; none has finished")
     gpus = params.model_copy(update={"launch": params.launch.model_copy(update={"num_gpus": 2.0})})
     work: Any = [Cell(loss="ipo", beta=0.1, steps=100), Cell(loss="ipo", beta=0.5, steps=100)]
+    began = datetime.now()
     hours, end, disk = sentences(work, gpus, Speed(3, update=30.0, answers=600.0, size=2e9), 2)
+    ends = {f"{now + timedelta(hours=1):%a %d %b %H:%M}" for now in (began, datetime.now())}
     assert "2.0 hours of a worker, 4.0 GPU hours, by 30.00 s an update and 600 s of answers (means of 3" in hours
-    assert end.startswith("On 2 workers: 1.0 hours, expected end ")
+    assert end in {f"On 2 workers: 1.0 hours, expected end {then} if they began now." for then in ends}
     assert disk == "Disk: 4.0 GB of adapters and merged models in DVC's cache."

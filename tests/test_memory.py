@@ -33,6 +33,7 @@ def test_the_longest_batch_is_the_largest_that_the_engine_lays_out(engine: str, 
 def test_the_longest_packed_batch() -> None:
     assert longest_batch(random_pairs(LENGTHS), 2, "shared") == (3 + 2 + 30) + (20 + 1 + 1)
     assert longest_batch(random_pairs(LENGTHS), 2, "trl") == 2 * 2 * (3 + 30)
+    assert longest_batch(random_pairs([(9, 4, 5), (3, 31, 2)]), 2, "trl") == 2 * 2 * (3 + 31)
     assert longest_batch(random_pairs(LENGTHS), 99, "shared") == sum(map(sum, LENGTHS))
 
 

@@ -87,12 +87,16 @@ class Launch:
         return self.output.read_text()
 
 
-def stage_processes(scratch: Path, module: str) -> list[psutil.Process]:
-    """The processes of a stage that run in a clone: of the stage itself, not of the shell around it."""
+def stage_processes(scratch: Path, module: str, raylet: int | None = None) -> list[psutil.Process]:
+    """The processes of a stage that run in a clone: of the stage itself, not of the shell around it.
+
+    With the process id of a node's `raylet`, those of that node.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if f"prefscan.{module}" in process.cmdline() and Path(process.cwd()).is_relative_to(scratch):
+            in_clone = f"prefscan.{module}" in process.cmdline() and Path(process.cwd()).is_relative_to(scratch)
+            if in_clone and (raylet is None or raylet in (parent.pid for parent in process.parents())):
                 found.append(process)
         except psutil.Error:
             continue
@@ -111,13 +115,13 @@ def test_whatever_is_killed_a_cluster_gives_the_hashes_of_dvc_repro(
     scratch = tmp_path / "scratch"
     launch = Launch(work, cluster.address)
 
-    def running(module: str, count: int = 1) -> psutil.Process:
-        return launch.wait_for(lambda: (found := stage_processes(scratch, module))[count - 1 :] and found[0])
+    def running(module: str, raylet: int | None = None) -> psutil.Process:
+        return launch.wait_for(lambda: stage_processes(scratch, module, raylet))[0]
 
-    running("train", count=2)
     (second,) = cluster.worker_nodes
+    lost = running("train", second.all_processes["raylet"][0].process.pid)
     cluster.remove_node(second, allow_graceful=False)
-    launch.wait_for(lambda: len(stage_processes(scratch, "train")) == 1)
+    launch.wait_for(lambda: lost not in stage_processes(scratch, "train"))
     running("train").send_signal(signal.SIGKILL)
     ray_worker(running("answer")).send_signal(signal.SIGKILL)
     ray_worker(running("mtbench")).send_signal(signal.SIGKILL)
