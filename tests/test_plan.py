@@ -99,6 +99,20 @@ def test_a_plan_before_any_answer_bounds_what_is_then_asked(
     assert int(composed["base"][1]) > int(there["base"][1])
 
 
+@pytest.mark.parametrize("mode", ["single", "pair"])
+def test_stale_answers_to_compare_with_make_a_pair_of_answers_stale(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1", mode=mode, against="base"), monkeypatch)
+    nothing = planned(capsys)
+    for key in ("base", CELL):
+        write_lines(in_tmp / f"data/mt_bench/model_answer/{key}.jsonl", make_answers(QUESTIONS, key))
+    there = planned(capsys)
+    assert there[CELL] != nothing[CELL]
+    monkeypatch.setattr(plan, "stale_stages", lambda **_: ["answer-base"])
+    assert planned(capsys)[CELL] == (nothing if mode == "pair" else there)[CELL]
+
+
 def test_the_study_is_planned_before_its_data_is_there(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
