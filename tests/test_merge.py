@@ -3,9 +3,11 @@ import shutil
 import sys
 import weakref
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefscan import merge as merge_stage
 from prefscan import paths
+from prefscan.engines import load_engine
 from prefscan.errors import UserError
 from prefscan.files import sha256
 from prefscan.merge import merge_cell
@@ -53,10 +56,11 @@ def save_adapter(scale: float) -> Any:
     return policy
 
 
-def set_merge(params: Any, merge: Merge) -> None:
+def set_merge(params: Any, merge: Merge, answer_dtype: str = "fp32") -> None:
     grid = params.grid.model_copy(update={"loss": ["sigmoid"], "beta": [0.1], "steps": [8]})
+    answer = params.answer.model_copy(update={"dtype": answer_dtype})
     recipe = {"loss": "sigmoid", "beta": 0.1, "steps": 8}
-    written = params.model_copy(update={"grid": grid, "merge": merge, **recipe}).model_dump()
+    written = params.model_copy(update={"grid": grid, "merge": merge, "answer": answer, **recipe}).model_dump()
     Path("params.yaml").write_text(yaml.safe_dump(written))
 
 
@@ -246,6 +250,64 @@ def test_the_format_adapter_writes_a_manifest_alone(policy: Any, monkeypatch: py
     assert [path.name for path in MERGED.iterdir()] == ["manifest.json"]
     with torch.no_grad():
         torch.testing.assert_close(load_cell(MERGED, "fp32")(IDS).logits, policy(IDS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format"), [("fp32", "model"), ("fp32", "adapter"), ("bf16", "model"), ("bf16", "adapter")]
+)
+def test_the_margin_is_measured_of_the_model_that_answers(
+    policy: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, format: str
+) -> None:
+    """As transformers and PEFT load base and cell in the dtype of the answers."""
+    set_merge(params, section(format=format), dtype)
+    metrics = run_main(monkeypatch)
+    if dtype == "fp32" and format == "model":  # it is the merged model, measured as such
+        assert not [name for name in metrics if "answer" in name]
+        return
+    base, cell = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).requires_grad_(False)
+        for folder in (paths.BASE, MERGED if format == "model" else paths.BASE)
+    )
+    if format == "adapter":
+        cell = PeftModel.from_pretrained(cell, ADAPTER).eval()
+    engine = load_engine("shared")
+    changes = []
+    for pair in pairs[:12]:
+        with torch.no_grad():
+            of_cell, of_base = (torch.stack(engine.pair_logps(m, engine.collate([pair], 0))) for m in (cell, base))
+        chosen, rejected = (of_cell - of_base).double()
+        changes.append((chosen - rejected).item())
+    low, high = scipy.stats.t.interval(0.95, 11, fmean(changes), scipy.stats.sem(changes))
+    assert metrics["answer_dtype"] == dtype
+    assert metrics["answering_pairs"] == 12  # all; the merge is checked on 8
+    found = [metrics[f"margin_answering{end}"] for end in ("", "_low", "_high")]
+    assert found == pytest.approx([fmean(changes), low, high], abs=1e-5)
+    trained = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:12])
+    if dtype == "fp32":
+        assert found[0] == pytest.approx(trained, abs=1e-4)
+    else:  # rounding shows, and leaves most of it
+        assert 0.01 < abs(found[0] / trained - 1) < 0.8
+
+
+def test_one_model_is_in_memory_at_a_time(policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any) -> None:
+    alive: list[weakref.ref[Any]] = []
+    loads = []
+
+    def watched(load: Any) -> Any:
+        def load_and_watch(folder: Path, dtype: str, *others: Any, **place: Any) -> Any:
+            loads.append((str(folder), dtype, sum(ref() is not None for ref in alive)))
+            model = load(folder, dtype, *others, **place)
+            alive.append(weakref.ref(next(module for module in model.modules() if isinstance(module, torch.nn.Linear))))
+            return model
+
+        return load_and_watch
+
+    monkeypatch.setattr(merge_stage, "load_model", watched(merge_stage.load_model))
+    monkeypatch.setattr(merge_stage, "load_cell", watched(merge_stage.load_cell))
+    set_merge(params, section(format="adapter"), "bf16")
+    run_main(monkeypatch)
+    base = str(paths.BASE)
+    assert loads == [(base, "fp32", 0), (base, "bf16", 0), (str(MERGED), "bf16", 0)]
 
 
 @pytest.mark.parametrize(("dtype", "format"), [("fp32", "model"), ("fp16", "model"), ("fp32", "adapter")])

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mtbench_data import openai_judge
 from prefscan import report
-from prefscan.files import write_json
+from prefscan.files import read_json, write_json
 from prefscan.sentences import difference_sentences
 from prefscan.stats import selected_best
 from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
@@ -152,23 +152,29 @@ def test_the_sentences_say_what_the_metrics_say() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "model", "way_out"),
     [
+        ({"merge": {"format": "adapter"}, "answer": {"dtype": "bf16"}}, "the base with the adapter in bf16", ""),
         (
-            {"merge": {"format": "adapter"}},
-            "The answers come from the base with the adapter in fp32, whose margin is not measured: less precision can "
-            "cost some of it.",
-        ),
-        (
-            {"answer": {"dtype": "bf16"}},
-            "The answers come from the merged model in bf16, whose margin is not measured: rounding merged weights can "
-            "cost most of it. With merge.format: adapter the adapter keeps its own precision.",
+            {"answer": {"dtype": "fp16"}},
+            "the merged model in fp16",
+            " With merge.format: adapter the adapter keeps its own precision.",
         ),
     ],
 )
-def test_a_model_that_answers_otherwise_than_measured_is_named(
-    in_tmp: Path, changes: dict[str, Any], said: str
+def test_the_margin_of_a_model_that_answers_otherwise_than_merged_is_said(
+    in_tmp: Path, changes: dict[str, Any], model: str, way_out: str
 ) -> None:
+    """Of four cells, the one whose interval ends at zero is not above it."""
     write_sweep(in_tmp, **changes)
+    for i, path in enumerate(sorted(Path("metrics/merge").iterdir())):
+        measured = {"margin_answering": 1.5 + i, "margin_answering_low": float(i), "margin_answering_high": 3.0 + i}
+        write_json(path, read_json(path) | measured)
     report.main()
-    assert leads()[-1] == said
+    assert leads()[-1] == (
+        f"The answers come from {model}, whose held-out margin against the base in that precision is 1.50 to 4.50 nats "
+        "where training ended with 1.00 to 7.00: above zero beyond its 95 % interval, before any correction, in 3 of 4 "
+        f"cells.{way_out}"
+    )
+    row = Path("reports/report.md").read_text().split("| margin as it answers, nats | 95 % low | 95 % high |")[1]
+    assert "| 1.50 | 0.00 | 3.00 |" in row

@@ -230,7 +230,7 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
         "cell's own, on a scale of its own, and lower is better. Intervals as in the charts."
     )
     tables = [
-        Table("All cells", reading, everything, COLUMNS),
+        Table("All cells", reading, everything, {name: form for name, form in COLUMNS.items() if name in everything}),
         *spread(keys, judgements),
         costs(keys, judged),
         judge_check(judge),

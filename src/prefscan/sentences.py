@@ -141,14 +141,16 @@ def sentences(
         f"these pairs; {span(cells['share_cut'], '.0%')} of the answers were cut at "
         f"{answer.max_new_tokens} tokens."
     )
-    if merge.format == "adapter" or answer.dtype != "fp32":
-        answering = "the base with the adapter" if merge.format == "adapter" else "the merged model"
-        # Weights rounded to bf16 lost 84 % of a small adapter's margin once, for which merge.dtype refuses it.
-        drowned = merge.format == "model" and answer.dtype == "bf16"
-        cost = "rounding merged weights can cost most of it" if drowned else "less precision can cost some of it"
+    if "margin_answering" in cells:
+        model = "the base with the adapter" if merge.format == "adapter" else "the merged model"
+        above = (cells["margin_answering_low"] > 0).sum()
         lines.append(
-            f"The answers come from {answering} in {answer.dtype}, whose margin is not measured: {cost}."
-            + (" With merge.format: adapter the adapter keeps its own precision." if drowned else "")
+            f"The answers come from {model} in {answer.dtype}, whose held-out margin against the base in that "
+            f"precision is {span(cells['margin_answering'], '.2f')} nats where training ended with "
+            f"{span(cells['margin'], '.2f')}: above zero beyond its 95 % interval, before any correction, "
+            f"in {above} of {counted(len(cells), 'cell')}."
+            # Weights rounded to bf16 lost 84 % of a small adapter's margin once, for which merge.dtype refuses it.
+            + (" With merge.format: adapter the adapter keeps its own precision." if merge.format == "model" else "")
         )
     return lines
 
