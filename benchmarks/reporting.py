@@ -80,7 +80,8 @@ def write_cell(root: Path, key: str, draw: random.Random) -> None:
     )
     cost = {"seconds": 900.0, "tokens_per_second": 4000.0, "peak_memory_gib": 30.0}
     write_json(root / f"metrics/cost/train/{key}.json", cost)
-    write_json(root / f"metrics/merge/{key}.json", {"margin_kept": 1.0, "weights_changed": 0.9, "pairs": 4})
+    merge = {"margin_kept": 1.0, "weights_changed": 0.9, "pairs": 4}
+    write_json(root / f"metrics/merge/{key}.json", merge | spanned("margin_answering", draw.uniform(0, 9), 1.0))
     steps = range(1, int(key.rsplit("-", 1)[1]) + 1)
     lines = (f"{step},{draw.random()},{draw.random()},0.5,1.0,0.001" for step in steps)
     header = "step,loss,reward_margin,reward_accuracy,grad_norm,learning_rate"

@@ -68,6 +68,22 @@ def test_sweep_none_runs_one_cell(sweep: Workspace, tmp_path: Path) -> None:
     assert list(work.json("metrics/summary.json")["highest"]) == ["ipo"]
 
 
+@pytest.mark.slow
+def test_answers_of_base_and_adapter_in_bf16_train_nothing_anew(sweep: Workspace, tmp_path: Path) -> None:
+    """As the 7B study answers; the report says what margin that model has."""
+    work = sweep.copy(tmp_path / "work")
+    options = ["sweep=none", "merge.format=adapter", "answer.dtype=bf16"]
+    ran = stages_run(work.dvc("exp", "run", *(part for option in options for part in ("-S", option))))
+    models = [f"{stage}@sigmoid-0.1-3" for stage in CELL_STAGES if stage != "train"]
+    assert set(ran) == {*models, "check", "answer-base", "mtbench-base", "report"}
+    margin = work.json("metrics/merge/sigmoid-0.1-3.json")
+    assert margin["answering_pairs"] == work.json("metrics/prepare.json")["heldout"] > margin["pairs"]
+    said = f"whose held-out margin against the base in that precision is {margin['margin_answering']:.2f} nats"
+    assert f"The answers come from the base with the adapter in bf16, {said}" in work.folder.joinpath(
+        "reports/report.md"
+    ).read_text(encoding="utf-8")
+
+
 def test_queue_takes_two_experiments(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     work.dvc("exp", "run", "--queue", "-S", "beta=0.3,0.7")
