@@ -27,6 +27,7 @@ import yaml
 from prefscan.errors import UserError, run_stage
 from prefscan.files import write_json
 from prefscan.params import load
+from prefscan.paths import SPLITS
 
 ROOT = Path(__file__).parents[1]
 SHARE = {"train": 0.7, "merge": 0.1, "answer": 0.1, "mtbench": 0.1}  # of a cell's seconds
@@ -46,13 +47,14 @@ def sleeping_stages(seconds: float, judge_against: str) -> dict[str, Any]:
     inputs = ["model", "pairs", "questions"]
     judged = [f"data/answers/{judge_against}.txt"]
     judge = stage("metrics/judge.txt", ["data/model.txt", "data/questions.txt"])
+    references = [f"data/reference/{split}.txt" for split in SPLITS]
     nap = {name: share * seconds for name, share in SHARE.items()}
     return {
         "check": stage("data/checked.txt", ["conf/start.txt"], params=("grid",)),
         "fetch": {"foreach": inputs, "do": stage("data/${item}.txt", ["data/checked.txt"])},
         "prepare": stage("data/prepared.txt", ["data/model.txt", "data/pairs.txt"]),
-        "reference": stage("data/reference.txt", ["data/prepared.txt"]),
-        "train": cells | stage("models/adapters/${key}.txt", ["data/reference.txt"], nap["train"]),
+        "reference": {"foreach": list(SPLITS), "do": stage("data/reference/${item}.txt", ["data/prepared.txt"])},
+        "train": cells | stage("models/adapters/${key}.txt", references, nap["train"]),
         "merge": cells | stage("models/merged/${key}.txt", ["models/adapters/${key}.txt"], nap["merge"]),
         "answer-base": stage("data/answers/base.txt", ["data/model.txt", *asked]),
         "answer": cells | stage("data/answers/${key}.txt", ["models/merged/${key}.txt", *asked], nap["answer"]),
@@ -71,7 +73,8 @@ def make_sleeping(folder: Path, count: int, seconds: float, **launch: Any) -> Pa
     """A committed repository with this one's parameters, but for those of `launch`, and `count` cells that sleep."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     betas = [round(0.1 + i / 100, 2) for i in range(count)]
-    params |= {"loss": "sigmoid", "beta": betas[0], "grid": {"loss": ["sigmoid"], "beta": betas, "steps": [24]}}
+    grid = {"loss": ["sigmoid"], "beta": betas, "steps": [24]}
+    params |= {"loss": "sigmoid", "beta": betas[0], "steps": 24, "grid": grid}
     params["launch"] |= launch
     for name in (".dvc", "conf"):
         (folder / name).mkdir(parents=True)
@@ -107,7 +110,9 @@ def measure(workers: int, cells: int, seconds: float) -> dict[str, float]:
         whole = time.perf_counter() - started
         if process.wait() or len(taken) != cells:
             raise UserError(f"the launch ended with {process.returncode} and {len(taken)} of {cells} cells")
-    shared = max(ends[name] for name in ("inputs", "reference", "base"))  # the judge check runs beside the cells
+    # The judge check runs beside the cells.
+    waited_for = ("inputs", *(f"reference-{split}" for split in SPLITS), "base")
+    shared = max(ends[name] for name in waited_for)
     together = round(max(ends.values()) - shared, 1)
     return {
         "workers": workers,

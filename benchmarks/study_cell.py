@@ -29,7 +29,7 @@ from prefscan.errors import UserError, run_stage
 from prefscan.files import read_json, write_json, write_text
 from prefscan.models import load_tokenizer
 from prefscan.params import Cell
-from prefscan.paths import ANSWER_COST, BASE, QUESTIONS, TRAIN_COST, TRAIN_PAIRS
+from prefscan.paths import ANSWER_COST, BASE, QUESTIONS, SPLITS, TRAIN_COST, TRAIN_PAIRS
 from train_step import base_model, machine
 
 SRC = Path(__file__).resolve().parents[1] / "src"
@@ -69,7 +69,8 @@ def main() -> None:
     rows = options.rows.split(",")
     _, key = parameters(options, rows[0])
     result: dict[str, Any] = {"machine": machine(), "cell": key, "stages": {}}
-    stages = [(name, rows[0]) for name in ("reference", "train", "merge")] + [("answer", count) for count in rows]
+    splits = [(f"reference {split}", rows[0]) for split in SPLITS]
+    stages = [*splits, ("train", rows[0]), ("merge", rows[0]), *(("answer", count) for count in rows)]
     print(f"{result['machine']['gpu']}, {key}, answers of {options.max_new_tokens} tokens a turn", flush=True)
     vocabulary = len(load_tokenizer(BASE))
     with tempfile.TemporaryDirectory() as place, base_model("mistral-7b", vocabulary) as weights:
@@ -81,8 +82,8 @@ def main() -> None:
         (folder / BASE).symlink_to(weights)
         for stage, count in stages:
             write_text(folder / "params.yaml", parameters(options, count)[0])
-            words = [] if stage == "reference" else [key]
-            seconds, peak = peak_of_gpu([sys.executable, "-m", f"prefscan.{stage}", *words], folder)
+            module, *words = stage.split()
+            seconds, peak = peak_of_gpu([sys.executable, "-m", f"prefscan.{module}", *(words or [key])], folder)
             name = f"answer, {count} at once" if stage == "answer" else stage
             result["stages"][name] = {"seconds": seconds, "gpu_gib": peak}
             speed = ""

@@ -18,10 +18,10 @@ from peft import LoraConfig, get_peft_model
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
 from prefscan import answer, generation
-from prefscan.answer import answer_questions, divergence, even_groups, log_ratio, select_questions
+from prefscan.answer import answer_questions, divergence, even_groups, log_ratios, select_questions, token_logprobs
 from prefscan.errors import UserError
 from prefscan.files import write_json
-from prefscan.generation import SeededSampling, end_tokens
+from prefscan.generation import Reply, SeededSampling, end_tokens
 from prefscan.models import load_cell, load_model, load_tokenizer, manifest
 from prefscan.params import Answer
 
@@ -221,12 +221,29 @@ def test_the_base_has_no_divergence_from_itself_and_another_model_has(model: Any
     other = copy.deepcopy(model)
     other.model.layers[0].mlp.down_proj.weight.data *= 3
     found = divergence(answered, other)
-    ratios = [[log_ratio(reply, other) for reply in both] for both in answered]
+    ratios = [[ratio for reply in both for ratio in log_ratios([reply], other)] for both in answered]
     count = sum(len(reply.tokens) for both in answered for reply in both)
-    assert found["per_reply"] == pytest.approx(sum(map(sum, ratios)) / 16)
-    assert found["per_token"] == pytest.approx(sum(map(sum, ratios)) / count)
+    assert found["per_reply"] == pytest.approx(sum(map(sum, ratios)) / 16, abs=1e-5)
+    assert found["per_token"] == pytest.approx(sum(map(sum, ratios)) / count, abs=1e-6)
     assert found["per_reply_low"] < found["per_reply"] < found["per_reply_high"]
     assert abs(found["per_reply"]) > 1e-3
+
+
+def test_turns_that_go_on_share_a_forward_pass(model: Any) -> None:
+    """The second prompt begins with what the first turn read and said; the third, rendered otherwise, does not."""
+    turns = [([5, 60, 7], [33, 90]), ([5, 60, 7, 33, 90, 8, 61], [34, 35, 36]), ([5, 60, 9], [91, 92])]
+    replies = [Reply("", prompt, tokens, [0.0] * len(tokens), False, 0.0) for prompt, tokens in turns]
+    lengths: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = token_logprobs(replies, model)
+    hook.remove()
+    assert lengths == [9, 4]  # of the second turn with the first within it, and of the third
+    for (prompt, tokens), own in zip(turns, found, strict=True):
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
+        assert own == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("own", ["b", ["b", "c"], ["<|im_end|>"], None])
@@ -428,7 +445,7 @@ def save_adapter(tiny_model: Path, folder: Path) -> None:
 def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base, and a cell of which merge has written a manifest; each as `dvc repro` runs it."""
     prepare(in_tmp, tiny_model, monkeypatch, "base")
-    cell = "sigmoid-0.1-24"  # the recipe of the committed params.yaml
+    cell = "sigmoid-0.1-16"  # the recipe of the committed params.yaml
     save_adapter(tiny_model, in_tmp / "models/adapters" / cell)
     write_json(
         Path("models/merged", cell, "manifest.json"), manifest(Path("models/base"), Path("models/adapters", cell))

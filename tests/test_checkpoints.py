@@ -274,7 +274,7 @@ def test_other_parameters_are_another_key(lay_out: Lay, key: str, value: Any) ->
 
 
 @pytest.mark.parametrize(
-    "path", [paths.TRAIN_PAIRS, paths.HELDOUT_PAIRS, paths.REFERENCE, paths.BASE / "config.json"], ids=str
+    "path", [*paths.SPLITS["train"], *paths.SPLITS["heldout"], paths.BASE / "config.json"], ids=str
 )
 def test_other_data_is_another_key(lay_out: Lay, path: Path) -> None:
     lay_out()

@@ -138,6 +138,10 @@ def test_outputs_of_dvc_lock_are_lost_where_neither_the_cache_nor_the_remote_has
     assert lost_stages(["train@a"], remote=False) == {"train@a"}  # it has not run
     dvc("repro")
     assert lost_stages(["train@a"], remote=False) == lost_stages([], remote=True) == set()
+    lock = Path("dvc.lock").read_text()
+    Path("dvc.lock").write_text(lock + lock.partition("stages:\n")[2].replace("train@a", "train@of-another-grid"))
+    assert lost_stages(["train@a"], remote=False) == {"train@of-another-grid"}
+    Path("dvc.lock").write_text(lock)
     assert lost_stages(["train@a"], remote=True) == {"train@a"}  # a clone elsewhere sees no cache of the workspace
     push_current(["train@a"])
     assert not (repository / "remote").exists()

@@ -12,12 +12,12 @@ CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
 
 
 def test_the_display_counts_expects_an_end_and_sums_the_cost() -> None:
-    names = ["reference", *CELLS]
-    chains = [Chain(name, (name if name == "reference" else f"train@{name}",)) for name in names]
+    names = ["reference-train", *CELLS]
+    chains = [Chain(name, ("reference@train" if name == "reference-train" else f"train@{name}",)) for name in names]
     display = Display(chains, workers=1, usd_per_hour=36.0, console=Console(width=100, force_terminal=True))
     assert display.seconds_left() is None
-    display.update({"reference": Progress("reference"), CELLS[0]: Progress("train", "3 of 24", "0.69")})
-    display.ended(Outcome("reference", 100.0, "node"))
+    display.update({"reference-train": Progress("reference"), CELLS[0]: Progress("train", "3 of 24", "0.69")})
+    display.ended(Outcome("reference-train", 100.0, "node"))
     assert display.seconds_left() is None  # no cell has ended, and what cells share says nothing of them
     display.ended(Outcome(CELLS[0], 50.0, "node", usd=0.25))
     display.update({CELLS[1]: Progress("train", "3 of 24", "0.69")})

@@ -589,12 +589,17 @@ def test_the_command_fetches_what_the_parameters_name(
 
 
 @pytest.mark.slow
-def test_the_default_model_loads_and_knows_a_capital(tmp_path: Path) -> None:
+def test_the_default_model_loads_and_knows_a_capital(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
     import torch
 
     from prefscan.models import load_model, load_tokenizer
 
+    parsed = []
+    parse = gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: (parsed.append(path), parse(self, path))[1])
     fetch_model(load(REPOSITORY / "params.yaml").model, tmp_path)
+    assert len(parsed) == 1  # it takes seconds
     tokenizer, model = load_tokenizer(tmp_path), load_model(tmp_path, "fp32")
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not getattr(model.config, "quantization_config", None)

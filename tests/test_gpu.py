@@ -25,14 +25,15 @@ from mtbench_data import local_judge
 from prefscan import checkpoints, paths
 from prefscan import train as train_stage
 from prefscan.engines import load_engine, shared
+from prefscan.files import read_jsonl
 from prefscan.generation import SeededSampling, generate, prompt_ids
 from prefscan.judges import Prompt, load_judge
 from prefscan.memory import activation_bytes, longest_batch
 from prefscan.merge import merge_cell
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, LocalJudge, Merge, Train
-from prefscan.reference import reference_rows
-from prefscan.train import PairTrainer, train_cell, with_reference
+from prefscan.reference import reference_rows, with_reference
+from prefscan.train import PairTrainer, train_cell
 from tiny import heads_of_64, random_adapter, random_pairs
 from train_data import Killed, run_train, with_recipe, write_inputs
 
@@ -171,7 +172,7 @@ def fit(in_tmp: Path, wide_model: Path, study: Train, pairs: list[Any]) -> Fit:
         model = load_model(*loading).requires_grad_(False)
         tokenizer = load_tokenizer(wide_model)
         rows = reference_rows(model, load_engine(train.engine), pairs, train.batch_size, tokenizer.pad_token_id)
-        reference = {row["id"]: row for row in rows}
+        reference = list(rows)
         sides = (with_reference(side, reference) for side in (pairs[:TRAINING], pairs[TRAINING:]))
         model.set_attn_implementation("sdpa")
         cell = Cell(loss=loss, beta=0.1, steps=steps)
@@ -330,7 +331,8 @@ def test_a_merge_on_the_gpu_is_the_one_on_the_cpu(
     lay_out()
     run_train(CELL)
     merge = Merge(dtype="fp16", format="model", check_pairs=8)
-    options = paths.BASE, paths.ADAPTERS / CELL, pairs[TRAINING:], merge, study
+    heldout = with_reference(*map(read_jsonl, paths.SPLITS["heldout"]))
+    options = paths.BASE, paths.ADAPTERS / CELL, heldout, merge, study
     merged, metrics = merge_cell(*options)
     assert {weight.device.type for weight in merged.parameters()} == {"cuda"}
     with monkeypatch.context() as patch:

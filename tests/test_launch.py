@@ -27,6 +27,8 @@ from prefscan.params import Agreement, OpenAIJudge, Params
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
+REFERENCES = ("reference@train", "reference@heldout")
+OF_REFERENCE = ("reference-train", "reference-heldout")  # their chains
 STAGES = ("train", "merge", "answer", "mtbench")
 
 
@@ -97,14 +99,15 @@ def own_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Params) -> None:
     keys = [cell.key for cell in params.grid.cells]
-    everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", "reference", "answer-base"]
+    everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", *REFERENCES, "answer-base"]
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
     chains = plan_chains(params, everything, remote=False)
-    assert [chain.name for chain in chains] == ["inputs", "reference", "base", "judge-base", "judge-check", *keys]
+    names = ["inputs", "base", "judge-base", *OF_REFERENCE, "judge-check", *keys]
+    assert [chain.name for chain in chains] == names
     after = {chain.name: chain.after for chain in chains}
     assert after["base"] == ("inputs",)
     assert after["judge-base"] == ("base",)
-    assert all(after[key] == ("inputs", "reference", "base") for key in keys)
+    assert all(after[key] == ("inputs", *OF_REFERENCE, "base") for key in keys)
     assert chains[-1].targets == of_cell(keys[-1])
     assert [chain.name for chain in chains if not chain.computes] == ["inputs"]
     assert after["judge-check"] == ("inputs",)
@@ -132,11 +135,11 @@ def test_the_model_that_the_others_are_judged_against_goes_first(params: Params)
     keys = [cell.key for cell in params.grid.cells]
     paired = params.model_copy(update={"judge": params.judge.model_copy(update={"against": keys[2]})})
     chains = plan_chains(
-        paired, ["reference", "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))], remote=False
+        paired, [*REFERENCES, "answer-base", "mtbench-base", *(s for key in keys for s in of_cell(key))], remote=False
     )
-    assert [chain.name for chain in chains][:4] == ["reference", keys[2], f"judge-{keys[2]}", "base"]
-    assert [chain.after for chain in chains][1:4] == [("reference",), (keys[2],), (keys[2],)]
-    assert {chain.after for chain in chains[4:]} == {("reference", keys[2])}
+    assert [chain.name for chain in chains][:5] == [*OF_REFERENCE, keys[2], f"judge-{keys[2]}", "base"]
+    assert [chain.after for chain in chains][2:5] == [OF_REFERENCE, (keys[2],), (keys[2],)]
+    assert {chain.after for chain in chains[5:]} == {(*OF_REFERENCE, keys[2])}
 
 
 def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Params) -> None:
@@ -144,13 +147,13 @@ def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Pa
     keys = [cell.key for cell in params.grid.cells]
     judge = OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))
     asked = params.model_copy(update={"judge": judge})
-    stale = ["reference", "answer-base", "mtbench-base", "judge-check", *(s for key in keys for s in of_cell(key))]
+    stale = [*REFERENCES, "answer-base", "mtbench-base", "judge-check", *(s for key in keys for s in of_cell(key))]
     chains = {chain.name: chain for chain in plan_chains(asked, stale, remote=False)}
     assert {name for name, chain in chains.items() if not chain.computes} == {
         *(f"judge-{name}" for name in ("base", "check", *keys))
     }
     for key in keys:
-        assert chains[key] == Chain(key, of_cell(key)[:-1], ("reference",))
+        assert chains[key] == Chain(key, of_cell(key)[:-1], OF_REFERENCE)
         assert chains[f"judge-{key}"] == Chain(f"judge-{key}", (f"mtbench@{key}",), (key, "base"), computes=False)
     assert chains["judge-base"].after == ("base",)
 
@@ -227,7 +230,7 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     assert re.search(rf"{CELLS[1]} failed on \S+:\n(.*\n)*  prefscan: a fault\n", output)
     assert "Traceback" not in output
     assert ran(work) == sorted([*of_cell(CELLS[0]), f"train@{CELLS[1]}", *of_cell(CELLS[2])])
-    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), "reference", "mtbench-base", "judge-check"} <= set(lock_of(work))
+    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), *REFERENCES, "mtbench-base", "judge-check"} <= set(lock_of(work))
     # What git keeps and DVC's cache does not is taken over as well.
     assert "Running stage 'judge-check'" in log(work, "judge-check")
     assert "Running stage 'judge-check'" not in output
@@ -283,16 +286,17 @@ def test_where_bits_differ_from_those_in_dvc_lock_each_stage_runs_once(tmp_path:
     work, processor = make_logging(tmp_path / "work", 1), tmp_path / "processor.txt"
     pipeline = yaml.safe_load((work / "dvc.yaml").read_text())
     stages = pipeline["stages"]
-    for stage in ("reference", "answer-base"):
-        stages[stage]["cmd"] = f"echo {stage} >> {tmp_path}/ran.txt; {stages[stage]['cmd']}"
+    for stage, name in (("reference", "reference@${item}"), ("answer-base", "answer-base")):
+        body = stages[stage].get("do", stages[stage])
+        body["cmd"] = f"echo {name} >> {tmp_path}/ran.txt; {body['cmd']}"
     for stage in ("reference", "answer-base", "train"):
-        body = stages[stage]
+        body = stages[stage].get("do", stages[stage])
         body["cmd"] += f" && cat {processor} >> {body['outs'][0]}"
     (work / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     processor.write_text("one\n")
     code, output = launch(work, "--dirty")
     assert code == 0, output
-    every = sorted(["reference", "answer-base", *(stage for key in CELLS for stage in of_cell(key))])
+    every = sorted([*REFERENCES, "answer-base", *(stage for key in CELLS for stage in of_cell(key))])
     assert ran(work) == every
     first = lock_of(work)
 
@@ -304,7 +308,7 @@ def test_where_bits_differ_from_those_in_dvc_lock_each_stage_runs_once(tmp_path:
     assert ran(work) == every
     again = lock_of(work)
     assert again.keys() == first.keys()
-    assert again["reference"]["outs"] != first["reference"]["outs"]
+    assert again[REFERENCES[0]]["outs"] != first[REFERENCES[0]]["outs"]
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
 
 

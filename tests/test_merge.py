@@ -22,6 +22,7 @@ from prefscan.files import sha256
 from prefscan.merge import merge_cell
 from prefscan.models import DTYPES, load_cell, load_model, set_evaluation
 from prefscan.params import Merge, Train, load
+from prefscan.reference import reference_rows, with_reference
 from tiny import plain_logps, random_adapter, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -40,11 +41,22 @@ def training(**update: Any) -> Train:
     return load(ROOT / "params.yaml").train.model_copy(update={"engine": "shared", "quantization": "none"} | update)
 
 
+def referenced(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
+    """The pairs as the reference stage leaves them, computed one by one as the merge does."""
+    model = load_model(paths.BASE, train.dtype, train.quantization).requires_grad_(False)
+    return with_reference(pairs, list(reference_rows(model, load_engine(train.engine), pairs, 1, pad_token_id=2)))
+
+
+def merged_cell(pairs: list[Any], merge: Merge, train: Train) -> tuple[Any, dict[str, Any]]:
+    return merge_cell(paths.BASE, ADAPTER, referenced(pairs, train), merge, train)
+
+
 @pytest.fixture
 def policy(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: Any) -> Any:
     """The working directory as dvc has it before a merge, and base + adapter as trained."""
     shutil.copytree(tiny_model, paths.BASE)
     write_rows(paths.HELDOUT_PAIRS, pairs[:12])
+    write_rows(paths.HELDOUT_REFERENCE, referenced(pairs[:12], training()))
     set_merge(params, section())
     return save_adapter(scale=0.1)
 
@@ -87,7 +99,7 @@ def mean_margin(policy: Any, base: Any, pairs: list[Any]) -> float:
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
 def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any], engine: str) -> None:
-    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), training(engine=engine))
+    merged, metrics = merged_cell(pairs[:8], section(), training(engine=engine))
     expected = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:8])
     assert abs(expected) > 0.1
     assert metrics["margin_adapter"] == pytest.approx(expected, abs=1e-4)
@@ -107,7 +119,7 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
     for scale in (1.0, 1e-4):
         save_adapter(scale)
         for dtype in ("fp32", "fp16"):
-            _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), training())
+            _, metrics = merged_cell(pairs[:8], section(dtype), training())
             assert metrics["margin_adapter"] != 0
             kept[scale, dtype], changed[scale, dtype] = metrics["margin_kept"], metrics["weights_changed"]
     assert kept[1.0, "fp32"] == pytest.approx(1, abs=1e-3)
@@ -122,7 +134,7 @@ def test_rounding_away_a_small_adapter_is_detected(policy: Any, pairs: list[Any]
 def test_a_zero_adapter_has_no_margin_to_keep_and_changes_no_weight(policy: Any, pairs: list[Any], dtype: str) -> None:
     """The tiny base's weights are no fp16 numbers: rounding the base is not the adapter's doing."""
     save_adapter(scale=0.0)
-    _, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(dtype), training())
+    _, metrics = merged_cell(pairs[:8], section(dtype), training())
     assert metrics["margin_adapter"] == 0
     assert metrics["margin_kept"] is None
     assert metrics["weights_changed"] == 0
@@ -142,7 +154,7 @@ def test_weights_are_merged_and_counted_as_with_a_second_base(
     base.save_pretrained(paths.BASE)
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     get_peft_model(load_model(paths.BASE, "fp32"), config).save_pretrained(ADAPTER)
-    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:2], section(dtype), training(engine="trl"))
+    merged, metrics = merged_cell(pairs[:2], section(dtype), training(engine="trl"))
     assert merged.config.tie_word_embeddings == tied
     expected: Any = PeftModel.from_pretrained(load_model(paths.BASE, "fp32"), ADAPTER).merge_and_unload()
     after, before = (
@@ -161,7 +173,7 @@ def test_one_fp32_model_is_loaded_and_on_a_gpu_only_where_it_fits(
     policy: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch, fits: bool
 ) -> None:
     """A GPU that is none: what would be loaded there goes to the CPU as well."""
-    expected = merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training())[1]
+    expected = merged_cell(pairs[:2], section(), training())[1]
     loaded = []
 
     def load_there(*arguments: Any, place: torch.device) -> Any:
@@ -172,7 +184,7 @@ def test_one_fp32_model_is_loaded_and_on_a_gpu_only_where_it_fits(
     monkeypatch.setattr(merge_stage, "device", lambda: torch.device("cuda"))
     size = sum(4 * weight.numel() for weight in load_file(paths.BASE / "model.safetensors").values())
     monkeypatch.setattr(merge_stage, "free_bytes", lambda: size + merge_stage.ROOM - (not fits))
-    assert merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training())[1] == expected
+    assert merged_cell(pairs[:2], section(), training())[1] == expected
     assert loaded == ["cuda" if fits else "cpu"]
 
 
@@ -186,10 +198,10 @@ def test_the_margin_to_keep_is_that_of_the_4_bit_base_the_adapter_was_trained_on
     set_evaluation(policy)
     policy.save_pretrained(ADAPTER)
     section_4_bit = training(quantization=quantization, dtype="fp32")
-    merged, metrics = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), section_4_bit)
+    merged, metrics = merged_cell(pairs[:8], section(), section_4_bit)
     trained = mean_margin(policy, base, pairs[:8])
     assert metrics["margin_adapter"] == pytest.approx(trained, abs=1e-4)
-    _, unquantized = merge_cell(paths.BASE, ADAPTER, pairs[:8], section(), training())
+    _, unquantized = merged_cell(pairs[:8], section(), training())
     assert abs(unquantized["margin_adapter"] - trained) > 0.01
     assert metrics["margin_merged"] == unquantized["margin_merged"]  # of the base as published, in both
     assert metrics["margin_kept"] == metrics["margin_merged"] / metrics["margin_adapter"]
@@ -212,7 +224,7 @@ def test_the_4_bit_base_is_freed_before_the_fp32_one_is_loaded(
         return model
 
     monkeypatch.setattr(merge_stage, "load_model", load_and_watch)
-    merge_cell(paths.BASE, ADAPTER, pairs[:2], section(), training(quantization="nf4", dtype="bf16"))
+    merged_cell(pairs[:2], section(), training(quantization="nf4", dtype="bf16"))
     assert loads == [("bf16", "nf4", False, []), ("fp32", [False, False])]
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import yaml
 
 from prefscan import paths, reference
 from prefscan.engines import load_engine
+from prefscan.errors import UserError
 from prefscan.models import load_model
-from prefscan.reference import micro_batches, reference_rows
+from prefscan.reference import micro_batches, reference_rows, with_reference
 from tiny import plain_logps, write_rows
 
 
@@ -47,15 +49,44 @@ def test_micro_batches_hold_each_pair_once(count: int, size: int, sizes: list[in
     assert [pair for batch in batches for pair in batch] == list(range(count))
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_the_stage_writes_training_pairs_then_held_out_ones(
-    in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: Any, engine: str
+def test_the_stage_writes_the_rows_of_one_split(
+    in_tmp: Path,
+    tiny_model: Path,
+    pairs: list[dict[str, Any]],
+    params: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    split: str,
 ) -> None:
     shutil.copytree(tiny_model, paths.BASE)
-    write_rows(paths.TRAIN_PAIRS, pairs[:7])
-    write_rows(paths.HELDOUT_PAIRS, pairs[7:10])
+    sides = {"train": pairs[:7], "heldout": pairs[7:10]}
+    for name, (path, _) in paths.SPLITS.items():
+        write_rows(path, sides[name])
     train = params.train.model_copy(update={"engine": engine, "batch_size": 4, "dtype": "fp32", "quantization": "none"})
     Path("params.yaml").write_text(yaml.safe_dump(params.model_copy(update={"train": train}).model_dump()))
+    monkeypatch.setattr(sys, "argv", ["reference", split])
     reference.main()
-    rows = [json.loads(line) for line in paths.REFERENCE.read_text().splitlines()]
-    assert rows == expected_rows(load_model(tiny_model, "fp32"), pairs[:10])
+    written = [path for _, path in paths.SPLITS.values() if path.exists()]
+    assert written == [paths.SPLITS[split][1]]
+    rows = [json.loads(line) for line in written[0].read_text().splitlines()]
+    assert rows == expected_rows(load_model(tiny_model, "fp32"), sides[split])
+
+
+def test_an_unknown_split_is_refused(in_tmp: Path, params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(params.model_dump()))
+    monkeypatch.setattr(sys, "argv", ["reference", "test"])
+    with pytest.raises(UserError, match=r"^reference of what\? got 'test'; one of train, heldout$"):
+        reference.main()
+
+
+def test_the_reference_goes_to_its_pair_whatever_the_order() -> None:
+    pairs = [{"id": name, "prompt_ids": [1]} for name in "ab"]
+    columns = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "chosen_tokens": 3, "rejected_tokens": 4}
+    reference = [
+        {"id": name} | {key: value * scale for key, value in columns.items()} for name, scale in (("b", 2), ("a", 1))
+    ]
+    first, second = with_reference(pairs, reference)
+    assert first == {"id": "a", "prompt_ids": [1]} | columns
+    assert second["ref_chosen_logps"] == -2.0

@@ -34,7 +34,7 @@ from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, Lora, Train
-from prefscan.reference import reference_rows
+from prefscan.reference import COLUMNS, reference_rows, with_reference
 from prefscan.train import (
     PairTrainer,
     accuracy,
@@ -43,7 +43,6 @@ from prefscan.train import (
     train_cell,
     training_arguments,
     with_mismatched,
-    with_reference,
 )
 from tiny import plain_logps, sharegpt_rows
 from train_data import write_inputs
@@ -105,7 +104,7 @@ def fit(
         rows = reference_rows(
             model, load_engine(section.engine), pairs[:TRAINING] + heldout, section.batch_size, tokenizer.pad_token_id
         )
-        reference = {row["id"]: row for row in rows}
+        reference = list(rows)
         model.set_attn_implementation("sdpa")
         return train_cell(
             Cell(loss=loss, beta=beta, steps=steps),
@@ -584,7 +583,7 @@ def test_dropout_is_off_in_a_4_bit_bases_evaluation(
 ) -> None:
     model = load_model(wide_model, "fp32", "nf4").requires_grad_(False)
     trainer, _ = four_bit_training(model, load_tokenizer(wide_model), four_bit, pairs[:8], [], evaluate=False)
-    rows = [pair | dict.fromkeys(train_stage.REFERENCE_COLUMNS, 1.0) for pair in pairs[:8]]
+    rows = [pair | dict.fromkeys(COLUMNS, 1.0) for pair in pairs[:8]]
     assert trainer.held_out(rows, 4) == trainer.held_out(rows, 4)
     batch = trainer.collate(rows)
     trainer.model.train()
@@ -780,21 +779,9 @@ def test_a_missing_reference_row_and_an_unknown_cell_are_refused(
     message: str,
 ) -> None:
     lay_out(in_tmp, tiny_model, pairs[:4], heldout, params, train)
-    rows = paths.REFERENCE.read_text().splitlines(keepends=True)
-    paths.REFERENCE.write_text("".join(rows[lost:]))
+    rows = paths.TRAIN_REFERENCE.read_text().splitlines(keepends=True)
+    paths.TRAIN_REFERENCE.write_text("".join(rows[lost:]))
     monkeypatch.setattr(sys, "argv", ["train", key])
     with pytest.raises(UserError, match=message):
         train_stage.main()
     assert not paths.ADAPTERS.exists()
-
-
-def test_the_reference_goes_to_its_pair_whatever_the_order() -> None:
-    pairs = [{"id": name, "prompt_ids": [1]} for name in "ab"]
-    columns = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "chosen_tokens": 3, "rejected_tokens": 4}
-    reference = {
-        name: {"id": name} | {key: value * scale for key, value in columns.items()}
-        for name, scale in (("b", 2), ("a", 1))
-    }
-    first, second = with_reference(pairs, reference)
-    assert first == {"id": "a", "prompt_ids": [1]} | columns
-    assert second["ref_chosen_logps"] == -2.0

@@ -23,10 +23,9 @@ def write_inputs(folder: Path, base: Path, pairs: list[Any], heldout: list[Any],
     model = load_model(base, train.dtype, train.quantization).requires_grad_(False)
     engine, pad = load_engine(train.engine), load_tokenizer(base).pad_token_id
     shutil.copytree(base, folder / paths.BASE)
-    write_rows(folder / paths.TRAIN_PAIRS, pairs)
-    write_rows(folder / paths.HELDOUT_PAIRS, heldout)
-    rows = reference_rows(model, engine, pairs + heldout, train.batch_size, pad)
-    write_rows(folder / paths.REFERENCE, list(rows))
+    for rows, (place, reference) in zip((pairs, heldout), paths.SPLITS.values(), strict=True):
+        write_rows(folder / place, rows)
+        write_rows(folder / reference, list(reference_rows(model, engine, rows, train.batch_size, pad)))
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
 
 

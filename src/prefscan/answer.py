@@ -1,7 +1,7 @@
 """Answer the MT-Bench questions with one model, in FastChat's answer format.
 
     python -m prefscan.answer base
-    python -m prefscan.answer ipo-0.5-24
+    python -m prefscan.answer ipo-0.5-16
 
 Both turns, the model's own chat template, FastChat's temperature for each category. What is answered is kept in
 .prefscan/answers, and a stage that was killed goes on from there with the same bits.
@@ -169,16 +169,36 @@ def answer_questions(
 
 
 @torch.no_grad()
-def token_logprobs(reply: Reply, model: PreTrainedModel) -> list[float]:
-    """log π(token | prompt and the tokens before) in nats, for each token of the reply."""
-    ids = torch.tensor([reply.prompt + reply.tokens], device=model.device)
-    logits = model(input_ids=ids[:, :-1], logits_to_keep=len(reply.tokens)).logits[0].float()
-    return logits.log_softmax(-1).gather(-1, ids[0, -len(reply.tokens) :, None])[:, 0].double().tolist()
+def token_logprobs(replies: Sequence[Reply], model: PreTrainedModel) -> list[list[float]]:
+    """log π(token | prompt and the tokens before) in nats, for each token of each reply of a conversation.
+
+    A reply whose prompt begins with the prompt and the tokens of the one before shares its forward pass.
+    """
+    found: list[list[float]] = []
+    passes: list[list[Reply]] = []
+    for reply in replies:
+        last = passes[-1][-1] if passes else None
+        read = last.prompt + last.tokens if last else []
+        if last and reply.prompt[: len(read)] == read:
+            passes[-1].append(reply)
+        else:
+            passes.append([reply])
+    for together in passes:
+        ids = torch.tensor(together[-1].prompt + together[-1].tokens, device=model.device)
+        # The place before a token predicts it.
+        places = [torch.arange(len(r.prompt), len(r.prompt) + len(r.tokens), device=model.device) - 1 for r in together]
+        logits = model(input_ids=ids[None, :-1], logits_to_keep=torch.cat(places)).logits[0].float()
+        chosen = logits.log_softmax(-1).gather(-1, ids[torch.cat(places) + 1, None])[:, 0].double()
+        found += [part.tolist() for part in chosen.split([len(reply.tokens) for reply in together])]
+    return found
 
 
-def log_ratio(reply: Reply, base: PreTrainedModel) -> float:
-    """log π(reply | prompt) − log π_base(reply | prompt) in nats, the sum over the reply's tokens."""
-    return sum(reply.logprobs) - sum(token_logprobs(reply, base))
+def log_ratios(replies: Sequence[Reply], base: PreTrainedModel) -> list[float]:
+    """log π(reply | prompt) − log π_base(reply | prompt) in nats, summed over tokens, for each of the replies."""
+    return [
+        sum(reply.logprobs) - sum(of_base)
+        for reply, of_base in zip(replies, token_logprobs(replies, base), strict=True)
+    ]
 
 
 def divergence(answers: Sequence[Sequence[Reply]], base: PreTrainedModel) -> dict[str, float]:
@@ -188,7 +208,7 @@ def divergence(answers: Sequence[Sequence[Reply]], base: PreTrainedModel) -> dic
     to 0.7, so this is the mean log-ratio of what the policy says under the benchmark, which can be negative; it is
     comparable between cells. The interval takes a question, both turns together, as one observation.
     """
-    ratios = [[log_ratio(reply, base) for reply in both] for both in answers]
+    ratios = [log_ratios(both, base) for both in answers]
     per_reply, low, high = mean_interval([fmean(both) for both in ratios])
     tokens = sum(len(reply.tokens) for both in answers for reply in both)
     return {
@@ -296,7 +316,10 @@ def answers_of_server(
 
 def with_logprobs(answers: list[list[Reply]], model: PreTrainedModel) -> list[list[Reply]]:
     """The replies with their log-probabilities under the model that gave them."""
-    return [[replace(reply, logprobs=token_logprobs(reply, model)) for reply in both] for both in answers]
+    return [
+        [replace(reply, logprobs=own) for reply, own in zip(both, token_logprobs(both, model), strict=True)]
+        for both in answers
+    ]
 
 
 ENGINES = {"transformers": answers_here, "openai": answers_of_server}

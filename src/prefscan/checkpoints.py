@@ -25,7 +25,7 @@ from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, sha256, write_json
 from prefscan.keys import result_key
 from prefscan.params import Cell, Train
-from prefscan.paths import BASE, CHECKPOINTS, HELDOUT_PAIRS, REFERENCE, TRAIN_PAIRS
+from prefscan.paths import BASE, CHECKPOINTS, HELDOUT_PAIRS, HELDOUT_REFERENCE, TRAIN_PAIRS, TRAIN_REFERENCE
 
 SEAL = "seal.json"
 FIRST = 30  # seconds of training before a save: a laptop's cell takes two minutes
@@ -61,7 +61,8 @@ def train_key(cell: Cell, train: Train, seed: int) -> str:
         "train": train.model_dump(exclude=NO_RESULT),
         "seed": seed,
     }
-    return result_key(parameters, [TRAIN_PAIRS, HELDOUT_PAIRS, REFERENCE, BASE], CODE)
+    inputs = [TRAIN_PAIRS, HELDOUT_PAIRS, TRAIN_REFERENCE, HELDOUT_REFERENCE, BASE]
+    return result_key(parameters, inputs, CODE)
 
 
 def checkpoint_folder(cell: Cell, train: Train, seed: int) -> Path:

@@ -19,8 +19,10 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from unittest.mock import patch
 
 from prefscan.errors import CANNOT_WRITE, UserError, run_stage
 from prefscan.files import new_folder, read_jsonl
@@ -127,19 +129,22 @@ def matching_files(folder: Path, patterns: list[str]) -> list[Path]:
 
 def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file to fp32 safetensors with its tokenizer and chat template."""
+    import gguf as library
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without dequantize=True the model keeps a quantizer, which cannot be saved or trained.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-        trust_remote_code=False,
-    )
+    # transformers parses the file for the configuration, for the weights and for the tokenizer, seconds each.
+    with patch.object(library, "GGUFReader", cache(library.GGUFReader)):
+        # Without dequantize=True the model keeps a quantizer, which cannot be saved or trained.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
 
 

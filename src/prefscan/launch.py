@@ -50,6 +50,7 @@ from prefscan.clones import (
 )
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
+from prefscan.paths import SPLITS
 from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages
 
 INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
@@ -65,7 +66,7 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     follows in the chain of each other model. One that is asked over the network has chains of its own, which hold no
     GPU while they wait for it, and whose faults stop no training. The judge check goes beside the cells. It is left to
     the workspace where `agreement` names files, which may be there alone, and where results travel by a `remote`:
-    `dvc push` leaves out what git keeps, as the check's metrics.
+    `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
@@ -75,21 +76,24 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     found: list[Chain] = []
 
     def add(name: str, stages: Iterable[str], after: Iterable[str] = (), *, computes: bool = True) -> None:
-        if targets := tuple(stage for stage in stages if stage in stale):
-            there = {chain.name for chain in found}
+        there = {chain.name for chain in found}
+        if name not in there and (targets := tuple(stage for stage in stages if stage in stale)):
             found.append(Chain(name, targets, tuple(other for other in after if other in there), computes))
 
     add("inputs", INPUTS, computes=False)
-    add("reference", ["reference"], ["inputs"])
     for key in (first, *(key for key in models if key != first)):
-        shared = ("inputs",) if key == "base" else ("inputs", "reference")
+        shared = ["inputs"]
+        if key != "base":
+            for split in SPLITS:
+                add(f"reference-{split}", [f"reference@{split}"], ["inputs"])
+                shared.append(f"reference-{split}")
+            if not (params.agreement or remote):
+                add("judge-check", ["judge-check"], ["inputs"], computes=not asked)
         if asked or key == first:
             add(key, models[key][:-1], shared)
             add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
         else:
             add(key, models[key], [*shared, first])
-        if key == first and not (params.agreement or remote):
-            add("judge-check", ["judge-check"], ["inputs"], computes=not asked)
     return found
 
 

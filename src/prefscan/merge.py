@@ -1,6 +1,6 @@
 """Merge a cell's adapter into the base, and measure what the merge kept.
 
-    python -m prefscan.merge ipo-0.5-24
+    python -m prefscan.merge ipo-0.5-16
 
 Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So can another base: one
 trained on a 4-bit base is merged into the base as published. So the stage compares the held-out margin of the merged
@@ -41,7 +41,8 @@ from prefscan.models import (
     set_evaluation,
 )
 from prefscan.params import Merge, Train, load
-from prefscan.paths import ADAPTERS, BASE, HELDOUT_PAIRS, MERGE_METRICS, MERGED
+from prefscan.paths import ADAPTERS, BASE, HELDOUT_PAIRS, HELDOUT_REFERENCE, MERGE_METRICS, MERGED
+from prefscan.reference import with_reference
 
 # Bytes on the GPU beside the fp32 weights: the adapter, copies of the weight being merged, a pair's activations.
 ROOM = 4 * 2**30
@@ -53,7 +54,7 @@ def margins(model: nn.Module, engine: Engine, pairs: list[Any], description: str
     rows = []
     for pair in track(pairs, description):
         chosen, rejected = engine.pair_logps(model, engine.collate([pair], 0))
-        rows.append((chosen - rejected).double().cpu())
+        rows.append((chosen.double() - rejected.double()).cpu())  # as differences of the reference's columns
     return torch.cat(rows)
 
 
@@ -82,9 +83,9 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return policy
 
 
-def base_margins(policy: PeftModel, engine: Engine, pairs: list[Any]) -> torch.Tensor:
-    with policy.disable_adapter():
-        return margins(policy, engine, pairs, "base")
+def reference_margins(pairs: list[Any]) -> torch.Tensor:
+    """Those of the base as it was trained on, which the reference stage has computed."""
+    return torch.tensor([pair["ref_chosen_logps"] - pair["ref_rejected_logps"] for pair in pairs], dtype=torch.float64)
 
 
 def free_memory() -> None:
@@ -96,10 +97,9 @@ def free_memory() -> None:
 def margin_on_4_bit(
     base: Path, adapter: Path, pairs: list[Any], engine: Engine, dtype: str, quantization: str, double: bool
 ) -> float:
-    """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; both are freed again."""
+    """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; the model is freed again."""
     policy = with_adapter(load_model(base, dtype, quantization, double).requires_grad_(False), adapter)
-    before = base_margins(policy, engine, pairs)
-    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - before).mean().item()
+    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - reference_margins(pairs)).mean().item()
     del policy
     free_memory()
     return margin
@@ -153,8 +153,9 @@ def merge_cell(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The merged model, in fp32 holding values of `merge.dtype`, and what the merge kept.
 
-    `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs. For an
-    adapter trained on a 4-bit base, `margin_adapter` is measured on that base and against it: what the training made.
+    `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs, which have
+    the reference's columns. For an adapter trained on a 4-bit base, `margin_adapter` is measured on that base and
+    against it: what the training made.
     """
     engine = load_engine(train.engine)
     loading = train.dtype, train.quantization, train.double_quantization
@@ -163,7 +164,11 @@ def merge_cell(
     model = load_fp32(base)
     size = sum(weight.numel() for weight in model.parameters())
     policy = with_adapter(model, adapter)
-    before = base_margins(policy, engine, pairs)
+    if quantized or train.dtype != "fp32":  # the reference is of another base than the one merged into
+        with policy.disable_adapter():
+            before = margins(policy, engine, pairs, "base")
+    else:
+        before = reference_margins(pairs)
     if margin_adapter is None:
         margin_adapter = (margins(policy, engine, pairs, "base + adapter") - before).mean().item()
     changed = merge_weights(policy, merge.dtype)
@@ -187,7 +192,8 @@ def main() -> None:
     params = load()
     (key,) = sys.argv[1:]
     params.cell(key)
-    pairs, merge, dtype = read_jsonl(HELDOUT_PAIRS), params.merge, params.answer.dtype
+    pairs = with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE))
+    merge, dtype = params.merge, params.answer.dtype
     merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs[: merge.check_pairs], merge, params.train)
     with new_folder(MERGED / key) as folder:
         if merge.format == "adapter":
@@ -197,7 +203,7 @@ def main() -> None:
             merged.save_pretrained(folder)
             load_tokenizer(BASE).save_pretrained(folder)
     del merged
-    if merge.format == "adapter" or dtype != "fp32":
+    if params.answers_otherwise:
         metrics |= margin_answering(BASE, MERGED / key, pairs, load_engine(params.train.engine), dtype)
     write_json(MERGE_METRICS / f"{key}.json", metrics)
     kept = metrics["margin_kept"]

@@ -2,19 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from prefscan.errors import UserError
 from prefscan.files import read_json, sha256
+
+if TYPE_CHECKING:  # it takes seconds to import, and the prepare stage loads no model
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MANIFEST = "manifest.json"
@@ -49,7 +46,7 @@ def load_model(
     quantization: str = "none",
     double_quantization: bool = False,
     place: torch.device | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """A causal language model in evaluation mode, on this machine's device, or on `place` if it is not quantised.
 
     Raises UserError for a folder without safetensors.
@@ -116,7 +113,7 @@ def parts_of_cell(folder: Path) -> tuple[Path, Path | None]:
     return base, adapter
 
 
-def load_cell(folder: Path, dtype: str) -> PreTrainedModel:
+def load_cell(folder: Path, dtype: str) -> "PreTrainedModel":
     """A merged model, or the base with its adapter applied; raises UserError as `parts_of_cell` does."""
     base, adapter = parts_of_cell(folder)
     if adapter is None:

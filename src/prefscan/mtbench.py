@@ -1,7 +1,7 @@
 """Judge a model's MT-Bench answers with FastChat's prompts, in FastChat's judgement format.
 
     python -m prefscan.mtbench base
-    python -m prefscan.mtbench ipo-0.5-24
+    python -m prefscan.mtbench ipo-0.5-16
 
 A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. With
 `judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for a win, ½

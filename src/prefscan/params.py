@@ -407,6 +407,11 @@ class Params(Section):
     def recipe(self) -> Cell:
         return Cell(loss=self.loss, beta=self.beta, steps=self.steps)
 
+    @property
+    def answers_otherwise(self) -> bool:
+        """Whether cells answer with other numbers than were merged: the adapter beside its base, or another dtype."""
+        return self.merge.format == "adapter" or self.answer.dtype != "fp32"
+
     def cell(self, key: str) -> Cell:
         """The cell of the grid with this key; raises UserError for any other."""
         for cell in self.grid.cells:

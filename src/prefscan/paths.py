@@ -10,7 +10,9 @@ QUESTIONS = Path("data/questions")
 TRAIN_PAIRS = Path("data/pairs/train.jsonl")
 HELDOUT_PAIRS = Path("data/pairs/heldout.jsonl")
 PREPARE_METRICS = Path("metrics/prepare.json")
-REFERENCE = Path("data/reference.jsonl")
+TRAIN_REFERENCE = Path("data/reference/train.jsonl")
+HELDOUT_REFERENCE = Path("data/reference/heldout.jsonl")
+SPLITS = {"train": (TRAIN_PAIRS, TRAIN_REFERENCE), "heldout": (HELDOUT_PAIRS, HELDOUT_REFERENCE)}
 
 # One file or folder a cell, named by its key.
 ADAPTERS = Path("models/adapters")

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.utils.serialize import modify_yaml
-from yaml import YAMLError
 
 from prefscan.check import check_losses
 from prefscan.errors import UserError
@@ -44,7 +44,7 @@ def compose(overrides: list[str], path: Path) -> Params:
     from omegaconf.errors import OmegaConfBaseException
 
     given = " ".join(overrides)
-    refused = DvcException, HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError
+    refused = DvcException, HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError
     try:
         compose_and_dump(path, str(Path("conf").resolve()), None, "config", "", overrides)
     except refused as error:
@@ -89,14 +89,17 @@ def push_current(stale: Collection[str]) -> None:
 
 
 def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
-    """The stale stages whose outputs, as dvc.lock has them, are not in the cache, or not in the default `remote`.
+    """The entries of dvc.lock that are no use in a clone where the stale stages run, and the stale stages without one.
 
+    They are those of stages that the pipeline no longer has, as of another grid, which DVC would parse again for every
+    stage that it runs, and of the stale stages whose outputs are not in the cache, or not in the default `remote`.
     Where dependencies and command are as in dvc.lock, DVC 3.67 looks for those outputs alone, and runs the stage again
     though its run-cache may have what it made here (`StageCache.restore`). So it is on another machine than the one
     that wrote dvc.lock, since another processor rounds otherwise. Raises UserError for a remote that cannot be asked.
     """
     try:
         with Repo() as repo:
+            stages = {stage.addressing for stage in repo.index.stages}
             outputs = {
                 stage.addressing: [out.hash_info.value for out in stage.outs if out.use_cache]
                 for stage in repo.index.stages
@@ -106,7 +109,9 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
             there = set(repo.cloud.get_remote_odb(command="launch").oids_exist(wanted)) if remote and wanted else set()
     except (DvcException, OSError) as error:
         raise UserError(f"the DVC remote cannot be asked: {' '.join(str(error).split())}") from None
-    return {name for name, values in outputs.items() if not values or not there.issuperset(values)}
+    lock = yaml.load(Path("dvc.lock").read_text(), yaml.CSafeLoader) if Path("dvc.lock").exists() else {"stages": {}}
+    lost = {name for name, values in outputs.items() if not values or not there.issuperset(values)}
+    return lost | (lock["stages"].keys() - stages)
 
 
 def forget(lock: Path, stages: Collection[str]) -> None:

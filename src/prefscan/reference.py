@@ -1,11 +1,13 @@
 """The base model's log-probability of every response, once for the whole sweep.
 
-    python -m prefscan.reference
+    python -m prefscan.reference train      # data/reference/train.jsonl
+    python -m prefscan.reference heldout    # data/reference/heldout.jsonl
 
 Writes one row a pair: `id`, `ref_chosen_logps` and `ref_rejected_logps` (nats, summed over the response) and the token
 counts `chosen_tokens` and `rejected_tokens`. Every train cell reads it and makes no reference pass.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 from rich.progress import track
 
 from prefscan.engines import Engine, load_engine
-from prefscan.errors import run_stage
+from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl, write_jsonl
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Train, load
-from prefscan.paths import BASE, HELDOUT_PAIRS, REFERENCE, TRAIN_PAIRS
+from prefscan.paths import BASE, SPLITS, TRAIN_REFERENCE
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
 
 
 def micro_batches(pairs: list[Any], size: int) -> Iterator[list[Any]]:
@@ -42,6 +46,17 @@ def reference_rows(
             }
 
 
+def with_reference(pairs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with the columns of their rows; raises UserError for a pair that the reference stage has not seen."""
+    rows = {row["id"]: row for row in reference}
+    missing = [pair["id"] for pair in pairs if pair["id"] not in rows]
+    if missing:
+        raise UserError(
+            f"{TRAIN_REFERENCE.parent} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again"
+        )
+    return [pair | {key: rows[pair["id"]][key] for key in COLUMNS} for pair in pairs]
+
+
 def load_base(train: Train) -> torch.nn.Module:
     """The frozen base model in the dtype and quantisation that training uses."""
     model = load_model(BASE, train.dtype, train.quantization, train.double_quantization)
@@ -51,12 +66,16 @@ def load_base(train: Train) -> torch.nn.Module:
 def main() -> None:
     params = load()
     train = params.train
-    pairs = read_jsonl(TRAIN_PAIRS) + read_jsonl(HELDOUT_PAIRS)
+    (split,) = sys.argv[1:]
+    if split not in SPLITS:
+        raise UserError(f"reference of what? got {split!r}; one of {', '.join(SPLITS)}")
+    path, reference = SPLITS[split]
+    pairs = read_jsonl(path)
     rows = reference_rows(
         load_base(train), load_engine(train.engine), pairs, train.batch_size, load_tokenizer(BASE).pad_token_id
     )
-    write_jsonl(REFERENCE, list(track(rows, "reference log-probabilities", total=len(pairs))))
+    write_jsonl(reference, list(track(rows, "reference log-probabilities", total=len(pairs))))
 
 
 if __name__ == "__main__":
-    run_stage(main, takes=())
+    run_stage(main, takes=("split",))

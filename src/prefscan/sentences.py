@@ -141,7 +141,7 @@ def sentences(
         f"these pairs; {span(cells['share_cut'], '.0%')} of the answers were cut at "
         f"{answer.max_new_tokens} tokens."
     )
-    if merge.format == "adapter" or answer.dtype != "fp32":
+    if params.answers_otherwise:
         model = "the base with the adapter" if merge.format == "adapter" else "the merged model"
         above = (cells["margin_answering_low"] > 0).sum()
         lines.append(

@@ -1,6 +1,6 @@
 """Tune a LoRA adapter with one loss, at one β, for a number of steps.
 
-    python -m prefscan.train ipo-0.5-24
+    python -m prefscan.train ipo-0.5-16
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
 losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage. With
@@ -45,13 +45,14 @@ from prefscan.paths import (
     CHECKPOINTS,
     CURVES,
     HELDOUT_PAIRS,
-    REFERENCE,
+    HELDOUT_REFERENCE,
     RUNS,
     TRAIN_COST,
     TRAIN_METRICS,
     TRAIN_PAIRS,
+    TRAIN_REFERENCE,
 )
-from prefscan.reference import load_base, micro_batches
+from prefscan.reference import COLUMNS, load_base, micro_batches, with_reference
 
 CURVE_COLUMNS = {
     "step": "step",
@@ -108,7 +109,7 @@ class PairTrainer(TokenisedTrainer):
         weight = 1.0 if pairs else 0.0
         pairs = pairs or [self.train_dataset[0]]
         batch: dict[str, Any] = {"weight": weight}
-        batch |= {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in REFERENCE_COLUMNS}
+        batch |= {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in COLUMNS}
         batch["pairs"] = self.engine.collate(pairs, self.pad_token_id)
         if LOSSES[self.cell.loss].mismatched:
             batch["mismatched"] = self.engine.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
@@ -129,7 +130,7 @@ class PairTrainer(TokenisedTrainer):
 
     def logps(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogps:
         chosen, rejected = self.pair_logps(model, inputs["pairs"])
-        reference = {key: inputs[key].to(chosen.device) for key in REFERENCE_COLUMNS}
+        reference = {key: inputs[key].to(chosen.device) for key in COLUMNS}
         return PairLogps(
             chosen=chosen,
             rejected=rejected,
@@ -233,20 +234,9 @@ def keep_whole_nats(plugin: FullyShardedDataParallelPlugin) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
-
-
 def accuracy(logps: PairLogps) -> Tensor:
     """1 where the chosen response gained more log-probability than the rejected, ½ for a tie; shape `[B]`."""
     return (torch.sign(logps.chosen_logratio - logps.rejected_logratio) + 1) / 2
-
-
-def with_reference(pairs: list[dict[str, Any]], reference: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs with the reference's columns; raises UserError for a pair that the reference stage has not seen."""
-    missing = [pair["id"] for pair in pairs if pair["id"] not in reference]
-    if missing:
-        raise UserError(f"{REFERENCE} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again")
-    return [pair | {key: reference[pair["id"]][key] for key in REFERENCE_COLUMNS} for pair in pairs]
 
 
 MISMATCHED = {"chosen_ids": "other_chosen_ids", "rejected_ids": "other_rejected_ids"}
@@ -396,7 +386,7 @@ def train_cell(
     training that diverges, and for a LoRA target that the model lacks.
     """
     refuse_targets(model, train.lora.targets)
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS]
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
         columns += MISMATCHED.values()
@@ -474,13 +464,12 @@ def main() -> None:
         if params.train.accelerate:
             return launch(params.train.accelerate, "prefscan.train", key)
     checkpoints = from_main(lambda: checkpoint_folder(cell, params.train, params.seed))
-    reference = {row["id"]: row for row in read_jsonl(REFERENCE)}
     trainer, metrics, cost = train_cell(
         cell,
         params.train,
         params.seed,
-        with_reference(read_jsonl(TRAIN_PAIRS), reference),
-        with_reference(read_jsonl(HELDOUT_PAIRS), reference),
+        with_reference(read_jsonl(TRAIN_PAIRS), read_jsonl(TRAIN_REFERENCE)),
+        with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE)),
         load_base(params.train),
         load_tokenizer(BASE),
         checkpoints,

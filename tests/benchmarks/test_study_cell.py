@@ -44,7 +44,10 @@ def test_each_stage_leaves_its_line_and_figures(
     study_cell.main()
     result = json.loads(Path("result.json").read_text())
     stages = result["stages"]
-    assert list(stages) == ["reference", "train", "merge", "answer, 3 at once", "answer, auto at once"]
+    assert list(stages) == [
+        *("reference train", "reference heldout", "train", "merge"),
+        *("answer, 3 at once", "answer, auto at once"),
+    ]
     assert all(stage["seconds"] > stage.get("within", 0) for stage in stages.values())
     assert ["tokens_per_second" in stage for stage in stages.values()] == [False, True, False, True, True]
     printed = capfd.readouterr().out

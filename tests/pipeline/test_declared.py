@@ -24,7 +24,8 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "fetch@pairs": ("fetch", ["pairs"], set()),
     "fetch@questions": ("fetch", ["questions"], set()),
     "prepare": ("prepare", [], set()),
-    "reference": ("reference", [], set()),
+    "reference@train": ("reference", ["train"], set()),
+    "reference@heldout": ("reference", ["heldout"], set()),
     "train": ("train", [CELL], {f"train.losses.{name}" for name in Losses.model_fields}),  # each by its own loss
     "merge": ("merge", [CELL], set()),
     "answer-base": ("answer", ["base"], SERVER),
@@ -89,7 +90,11 @@ def declared(stage: str, folder: Path) -> set[str]:
     """The leaves below the keys that a stage declares."""
     stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
     name, _, item = stage.partition("@")
-    keys = [stages["fetch"]["foreach"][item]["params"]] if item else stages[name]["params"]
+    stage_or_loop = stages[name]
+    if name == "fetch":
+        keys = [stage_or_loop["foreach"][item]["params"]]
+    else:
+        keys = stage_or_loop.get("do", stage_or_loop)["params"]
     values = yaml.safe_load((folder / "params.yaml").read_text())
     return {leaf for leaf in leaves(values) if any(leaf == key or leaf.startswith(f"{key}.") for key in keys)}
 

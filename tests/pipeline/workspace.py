@@ -128,7 +128,7 @@ def shrink(folder: Path, packages: Path) -> None:
         assert f"- {group}: {name}\n" in config
         config = config.replace(f"- {group}: {name}\n", f"- {group}: tiny\n")
     config = config[: config.index("questions:")]
-    config = config.replace("steps: 24 ", "steps: 3 ")
+    config = config.replace("steps: 16 ", "steps: 3 ")
     questions = {
         "mt_bench": mt_bench | {"folder": "bench"},
         "corrected": corrected | {"file": "corrected/reference.jsonl"},

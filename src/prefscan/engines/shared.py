@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from prefscan.errors import UserError
 
@@ -117,7 +116,6 @@ def prefix_shared_attention(
             query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True, kernel_options=KERNEL
         )
         return out.transpose(1, 2).contiguous(), None
-    groups = query.shape[1] // key.shape[1]
     sizes = [size for lengths in pair_lengths for size in lengths]
     # Splits and not slices: the gradient of a slice is a tensor of the whole row, to be filled with zeros and added.
     queries, keys, values = (iter(states.split(sizes, dim=2)) for states in (query, key, value))
@@ -127,12 +125,13 @@ def prefix_shared_attention(
         outputs.append(
             F.scaled_dot_product_attention(
                 queries,
-                repeat_kv(torch.cat(keys, dim=2), groups),
-                repeat_kv(torch.cat(values, dim=2), groups),
+                torch.cat(keys, dim=2),
+                torch.cat(values, dim=2),
                 attn_mask=mask,
                 dropout_p=dropout,
                 scale=scaling,
                 is_causal=mask is None,
+                enable_gqa=True,
             )
         )
 
