@@ -83,8 +83,13 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return policy
 
 
+def base_margins(policy: PeftModel, engine: Engine, pairs: list[Any]) -> torch.Tensor:
+    with policy.disable_adapter():
+        return margins(policy, engine, pairs, "base")
+
+
 def reference_margins(pairs: list[Any]) -> torch.Tensor:
-    """Those of the base as it was trained on, which the reference stage has computed."""
+    """Those of the base, as the reference stage has computed them."""
     return torch.tensor([pair["ref_chosen_logps"] - pair["ref_rejected_logps"] for pair in pairs], dtype=torch.float64)
 
 
@@ -97,9 +102,10 @@ def free_memory() -> None:
 def margin_on_4_bit(
     base: Path, adapter: Path, pairs: list[Any], engine: Engine, dtype: str, quantization: str, double: bool
 ) -> float:
-    """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; the model is freed again."""
+    """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; both are freed again."""
     policy = with_adapter(load_model(base, dtype, quantization, double).requires_grad_(False), adapter)
-    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - reference_margins(pairs)).mean().item()
+    before = base_margins(policy, engine, pairs)
+    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - before).mean().item()
     del policy
     free_memory()
     return margin
@@ -164,11 +170,9 @@ def merge_cell(
     model = load_fp32(base)
     size = sum(weight.numel() for weight in model.parameters())
     policy = with_adapter(model, adapter)
-    if quantized or train.dtype != "fp32":  # the reference is of another base than the one merged into
-        with policy.disable_adapter():
-            before = margins(policy, engine, pairs, "base")
-    else:
-        before = reference_margins(pairs)
+    # Else the reference is of another base than the one merged into, or rounded by what shared its micro-batch.
+    exact = train.dtype == "fp32" and not quantized
+    before = reference_margins(pairs) if exact else base_margins(policy, engine, pairs)
     if margin_adapter is None:
         margin_adapter = (margins(policy, engine, pairs, "base + adapter") - before).mean().item()
     changed = merge_weights(policy, merge.dtype)
