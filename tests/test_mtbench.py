@@ -49,7 +49,7 @@ def by_id(rows: list[dict[str, Any]]) -> dict[int, Any]:
 
 QUESTIONS = by_id(make_questions(1))
 ANSWERS = make_answers([*QUESTIONS.values()])
-OTHERS = make_answers([*QUESTIONS.values()], "ipo-0.1-24")
+OTHERS = make_answers([*QUESTIONS.values()], "ipo-0.1-16")
 REFERENCES = by_id(make_references([*QUESTIONS.values()], "stock"))
 
 
@@ -304,7 +304,7 @@ def test_what_served_a_judge_is_listed_in_order(in_tmp: Path, monkeypatch: pytes
     assert json.loads(METRICS.read_text())["served_by"] == [f"m fp_{i}" for i in range(5, 10)]
 
 
-@pytest.mark.parametrize("key", ["nothing-0.1-24", "../base"])
+@pytest.mark.parametrize("key", ["nothing-0.1-16", "../base"])
 def test_a_model_that_is_no_cell_is_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     monkeypatch.setattr(sys, "argv", ["mtbench", key])
@@ -480,21 +480,21 @@ def test_pairs_are_what_show_result_prints(in_tmp: Path, monkeypatch: pytest.Mon
         return completion(f"[[{letters[text]}]]")
 
     with chat_server(rate) as server:
-        prepare(in_tmp, openai_judge(server.url, mode="pair", against="ipo-0.1-24", samples=samples), monkeypatch)
-        write_lines(in_tmp / "data/mt_bench/model_answer/ipo-0.1-24.jsonl", OTHERS)
+        prepare(in_tmp, openai_judge(server.url, mode="pair", against="ipo-0.1-16", samples=samples), monkeypatch)
+        write_lines(in_tmp / "data/mt_bench/model_answer/ipo-0.1-16.jsonl", OTHERS)
         mtbench.main()
         assert len(server.requests) == 32 * samples
         rows, metrics = read_lines(JUDGEMENTS), json.loads(METRICS.read_text())
         assert len(rows) == 16 * samples
-        monkeypatch.setattr(sys, "argv", ["mtbench", "ipo-0.1-24"])
+        monkeypatch.setattr(sys, "argv", ["mtbench", "ipo-0.1-16"])
         mtbench.main()
         assert len(server.requests) == 32 * samples  # nobody is asked about an answer beside itself
-    itself = json.loads(METRICS.with_name("ipo-0.1-24.json").read_text())
+    itself = json.loads(METRICS.with_name("ipo-0.1-16.json").read_text())
     assert (itself["average"], itself["average_low"], itself["average_high"]) == (0.5, 0.5, 0.5)
-    assert METRICS.with_name("ipo-0.1-24.json").exists()
-    assert read_lines(JUDGEMENTS.with_name("ipo-0.1-24.jsonl")) == []
+    assert METRICS.with_name("ipo-0.1-16.json").exists()
+    assert read_lines(JUDGEMENTS.with_name("ipo-0.1-16.jsonl")) == []
 
-    options = ["--mode", "pairwise-baseline", "--baseline-model", "ipo-0.1-24", "--input-file", str(JUDGEMENTS)]
+    options = ["--mode", "pairwise-baseline", "--baseline-model", "ipo-0.1-16", "--input-file", str(JUDGEMENTS)]
     command = [sys.executable, "-m", "fastchat.llm_judge.show_result", *options]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     shown = next(line.split() for line in printed.splitlines() if line.startswith("base"))
@@ -510,4 +510,4 @@ def test_pairs_are_what_show_result_prints(in_tmp: Path, monkeypatch: pytest.Mon
     assert sum(by_hand) == metrics["wins"]
     same = [letters[r["g1_user_prompt"]] + letters[r["g2_user_prompt"]] in ("AB", "BA", "CC") for r in rows]
     assert metrics["orders_agree"] == fmean(same)
-    assert (metrics["mode"], metrics["against"]) == ("pair", "ipo-0.1-24")
+    assert (metrics["mode"], metrics["against"]) == ("pair", "ipo-0.1-16")

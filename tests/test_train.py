@@ -762,7 +762,7 @@ def test_two_processes_train_the_same_bytes(two_runs: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "lost", "message"),
     [
-        ("ipo-0.3-4", 2, r"^data/reference\.jsonl lacks 2 pairs, the first [0-9a-f]{16}; run `dvc repro` again$"),
+        ("ipo-0.3-4", 2, r"^data/reference lacks 2 pairs, the first [0-9a-f]{16}; run `dvc repro` again$"),
         ("ipo-0.3-5", 0, r"^cell 'ipo-0\.3-5' is not in the grid; its cells are ipo-0\.3-3, ipo-0\.3-4$"),
     ],
 )
