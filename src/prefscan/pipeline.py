@@ -13,6 +13,7 @@ from dvc.utils.serialize import modify_yaml
 
 from prefscan.check import check_losses
 from prefscan.errors import UserError
+from prefscan.files import read_text
 from prefscan.params import Params, load
 
 CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
@@ -89,10 +90,10 @@ def push_current(stale: Collection[str]) -> None:
 
 
 def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
-    """The entries of dvc.lock that are no use in a clone where the stale stages run, and the stale stages without one.
+    """The stages whose entries in dvc.lock are of no use in a clone where the stale ones run, or that have none.
 
-    They are those of stages that the pipeline no longer has, as of another grid, which DVC would parse again for every
-    stage that it runs, and of the stale stages whose outputs are not in the cache, or not in the default `remote`.
+    Those that the pipeline no longer has, as of another grid: DVC would parse their entries again for every stage that
+    it runs. And the stale ones whose outputs are not in the cache, or not in the default `remote`.
     Where dependencies and command are as in dvc.lock, DVC 3.67 looks for those outputs alone, and runs the stage again
     though its run-cache may have what it made here (`StageCache.restore`). So it is on another machine than the one
     that wrote dvc.lock, since another processor rounds otherwise. Raises UserError for a remote that cannot be asked.
@@ -109,7 +110,8 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
             there = set(repo.cloud.get_remote_odb(command="launch").oids_exist(wanted)) if remote and wanted else set()
     except (DvcException, OSError) as error:
         raise UserError(f"the DVC remote cannot be asked: {' '.join(str(error).split())}") from None
-    lock = yaml.load(Path("dvc.lock").read_text(), yaml.CSafeLoader) if Path("dvc.lock").exists() else {"stages": {}}
+    lock_file = Path("dvc.lock")
+    lock = yaml.load(read_text(lock_file), yaml.CSafeLoader) if lock_file.exists() else {"stages": {}}
     lost = {name for name, values in outputs.items() if not values or not there.issuperset(values)}
     return lost | (lock["stages"].keys() - stages)
 
