@@ -58,7 +58,7 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     from train_step import ORCA
 
     pairs = read_jsonl(TRAIN_PAIRS)
-    train = params.train.model_copy(update={"report_to": "none"})
+    train = params.train.model_copy(update={"report_to": "none", "engine": "trl"})
     arguments = training_arguments(
         train,
         cell,
@@ -73,7 +73,7 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
         args=arguments,
         train_dataset=Dataset.from_list([{key: pair[key] for key in ORCA} for pair in pairs]),
         processing_class=tokenizer,
-        peft_config=lora_config(train.lora),
+        peft_config=lora_config(train),
     )
     trainer.train()
     return trainer

@@ -97,7 +97,7 @@ class Variant:
             "args": arguments,
             "train_dataset": Dataset.from_list(pairs),
             "processing_class": tokenizer,
-            "peft_config": lora_config(train.lora),
+            "peft_config": lora_config(train if name == "fast" else train.model_copy(update={"engine": "trl"})),
         }
         self.trainer: Any = (
             PairTrainer(

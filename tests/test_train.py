@@ -29,16 +29,18 @@ from trl import DPOConfig, DPOTrainer
 from prefscan import paths
 from prefscan import train as train_stage
 from prefscan.engines import load_engine
+from prefscan.engines.lora import FusedLora
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes
 from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Cell, Lora, Train
+from prefscan.params import Accelerate, Cell, Lora, Train
 from prefscan.reference import COLUMNS, reference_rows, with_reference
 from prefscan.train import (
     PairTrainer,
     accuracy,
     curve_csv,
+    lora_config,
     refuse_targets,
     train_cell,
     training_arguments,
@@ -329,6 +331,21 @@ def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
     (ours, our_gradients), (theirs, their_gradients) = results
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert difference(our_gradients, their_gradients) < 1e-4
+
+
+@pytest.mark.parametrize(("engine", "own"), [("shared", 14), ("trl", 0)])
+def test_engine_shared_alone_trains_with_its_own_lora_layer(fit: Fit, engine: str, own: int) -> None:
+    trainer, _, _ = fit("sigmoid", steps=1, engine=engine)
+    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 14  # seven matrices of two decoder layers
+    assert sum(isinstance(layer, FusedLora) for layer in layers) == own
+
+
+def test_weights_that_are_packed_or_parted_keep_pefts_layer(train: Train) -> None:
+    accelerate = Accelerate(distributed_type="FSDP", num_processes=2, num_machines=1)
+    assert lora_config(train)._custom_modules
+    for change in ({"quantization": "nf4"}, {"accelerate": accelerate}):
+        assert not lora_config(train.model_copy(update=change))._custom_modules
 
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])

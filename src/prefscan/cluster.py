@@ -261,7 +261,8 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
         with Live(display, console=display.console, transient=True) if display.console.is_terminal else nullcontext():
             while pending:
                 done, pending = ray.wait(pending, timeout=1)
-                display.update(ray.get(board.get.remote()))
+                if display.console.is_terminal:  # nothing else shows what is running
+                    display.update(ray.get(board.get.remote()))
                 for ref in done:
                     display.ended(outcome_of(ref, of_ref[ref], display.outcomes))
     except KeyboardInterrupt:

@@ -32,13 +32,14 @@ from trl.models.utils import _ForwardRedirection
 from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
 from prefscan.distributed import WholeRounds, from_main, launch, world
 from prefscan.engines import Engine, load_engine
+from prefscan.engines.lora import FusedLora
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_text
 from prefscan.intervals import mean_interval, share_interval
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
 from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
-from prefscan.params import Cell, Lora, Losses, Train, load
+from prefscan.params import Cell, Losses, Train, load
 from prefscan.paths import (
     ADAPTERS,
     BASE,
@@ -280,8 +281,10 @@ def refuse_targets(model: Any, targets: list[str]) -> None:
         raise UserError(f"train.lora.targets: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}")
 
 
-def lora_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
+def lora_config(train: Train) -> LoraConfig:
+    """PEFT's configuration of `train.lora`. Engine `shared` brings a layer of its own, for weights that are whole."""
+    lora = train.lora
+    config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -289,6 +292,9 @@ def lora_config(lora: Lora) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if train.engine == "shared" and train.quantization == "none" and not train.accelerate:
+        config._register_custom_module({nn.Linear: FusedLora})
+    return config
 
 
 def training_arguments(
@@ -408,7 +414,7 @@ def train_cell(
         args=training_arguments(train, cell, updates, seed, kept < longest, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
-        peft_config=lora_config(train.lora),
+        peft_config=lora_config(train),
         callbacks=[*live_logging(train, cell), saving],
     )
     started = time.perf_counter()
