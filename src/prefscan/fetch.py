@@ -133,8 +133,12 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # transformers parses the file for the configuration, for the weights and for the tokenizer, seconds each.
-    with patch.object(library, "GGUFReader", cache(library.GGUFReader)):
+    # transformers parses the file for the configuration, for the weights and for the tokenizer, seconds each, and makes
+    # the map of tensor names for each module anew.
+    with (
+        patch.object(library, "GGUFReader", cache(library.GGUFReader)),
+        patch.object(library, "get_tensor_name_map", cache(library.get_tensor_name_map)),
+    ):
         # Without dequantize=True the model keeps a quantizer, which cannot be saved or trained.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
