@@ -95,7 +95,8 @@ def test_a_shared_beginning_is_computed_once(judge: ExpectedScore) -> None:
     list(judge.verdicts([prompts[0], other, *prompts[1:]]))
     tail = len(judge._encode("one<|im_end|>\n<|im_start|>assistant\nRating: [["))
     rest = len(judge._encode("Unlike these.<|im_end|>\n<|im_start|>assistant\nRating: [["))
-    assert computed == [len(judge.tokens(prompts[0])), 1, tail, 1, 1, 1, rest, 1]
+    # Each with a "1" after it, in the same pass; the same prompt once more is its last token.
+    assert computed == [len(judge.tokens(prompts[0])) + 1, tail + 1, 1 + 1, rest + 1]
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
@@ -109,9 +110,9 @@ def test_batches_score_as_one_prompt_after_the_other(judge: ExpectedScore, tiny_
     )
     together = dict(batched.verdicts(prompts))
     assert max(rows for rows, _ in passes) == min(batch_size, 7)
-    widths = [width for _, width in passes if width > 1]
+    widths = [width for _, width in passes]
     assert widths == sorted(widths, reverse=True)  # longest first
-    assert widths[0] == max(len(judge.tokens(prompt)) for prompt in prompts)
+    assert widths[0] == max(len(judge.tokens(prompt)) for prompt in prompts) + 1  # "1", of what may be "10"
     assert sorted(together) == sorted(alone)
     for place, verdict in alone.items():
         assert together[place].score == pytest.approx(verdict.score, abs=1e-4)

@@ -2,7 +2,7 @@
 
 G-Eval (Liu et al., arXiv 2303.16634, equation 1): Σ p(s)·s over the scores s = 1 … 10. The reply is prefilled up to
 `Rating: [[`, the place where FastChat's prompts ask for the number, and one forward pass gives p(s). "1" is a score of
-its own and the first token of "10", so a second pass, of one token, splits its probability.
+its own and the first token of "10", so the pass reads a "1" as well, and what may follow it splits its probability.
 
 With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
 what it shares with the one before it: all prompts of a template open with the same instructions, and the two turns of a
@@ -12,7 +12,7 @@ On a pair the reply is prefilled up to the verdict, and the most probable of A, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class TokenJudge(ABC):
     """Judges by the probabilities of the token after `prefill`, under a causal language model with a chat template."""
 
     prefill: str
+    further: Sequence[int] = ()  # tokens that are read after the prefill, for what may follow them
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
         self.model = model.eval()
@@ -39,11 +40,11 @@ class TokenJudge(ABC):
         self.batch_size = batch_size
 
     @abstractmethod
-    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
+    def _of_verdicts(self, following: Tensor) -> Tensor:
         """Probabilities of the verdicts, shape `[rows, verdicts]`.
 
-        `step` gives those of the next token, shape `[rows, vocabulary]`: of the prompts with None, else after one more
-        token, shape `[rows, 1]`.
+        From those of the token after the prefill and after each of the `further` ones, shape
+        `[rows, 1 + len(further), vocabulary]`.
         """
 
     @abstractmethod
@@ -77,34 +78,27 @@ class TokenJudge(ABC):
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
         """Probability of each verdict, shape `[verdicts]`; they sum to the judge's probability of giving one.
 
-        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids`, and of what was asked
-        for after them.
+        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids` and of the further
+        tokens.
         """
-        rest = torch.tensor([ids[cache.get_seq_length() :]])
-        return self._scan(lambda more: self._next_tokens(cache, rest if more is None else more))[0]
+        rest = torch.tensor([[*ids[cache.get_seq_length() :], *self.further]])
+        return self._of_verdicts(self._following(cache, rest))[0]
 
     @torch.no_grad()
     def batch_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """The same of several prompts at once, shape `[len(rows), verdicts]`."""
         longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[0] * (longest - len(row)) + [*row, *self.further] for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + len(self.further)) for row in rows])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache()
+        return self._of_verdicts(self._following(DynamicCache(), ids, attention_mask=mask, position_ids=positions))
 
-        def step(more: Tensor | None) -> Tensor:
-            if more is None:
-                return self._next_tokens(cache, ids, attention_mask=mask, position_ids=positions)
-            longer = torch.cat([mask, torch.ones_like(more)], 1)
-            return self._next_tokens(cache, more, attention_mask=longer, position_ids=positions[:, -1:] + 1)
-
-        return self._scan(step)
-
-    def _next_tokens(self, cache: DynamicCache, ids: Tensor, **layout: Tensor) -> Tensor:
-        """Probabilities of the token after each row, shape `[rows, vocabulary]`."""
+    def _following(self, cache: DynamicCache, ids: Tensor, **layout: Tensor) -> Tensor:
+        """Probabilities of the token after each of the last places, shape `[rows, 1 + len(further), vocabulary]`."""
         inputs = {name: tensor.to(self.model.device) for name, tensor in ({"input_ids": ids} | layout).items()}
-        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].double().softmax(-1).cpu()
+        kept = 1 + len(self.further)
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
+        return logits[:, -kept:].double().softmax(-1).cpu()
 
     def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
@@ -143,10 +137,10 @@ class ExpectedScore(TokenJudge):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
         super().__init__(model, tokenizer, batch_size)
         self.digits = [self._single_token(str(digit)) for digit in range(10)]
+        self.further = [self.digits[1]]
 
-    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
-        start = step(None)
-        after_one = step(torch.full((len(start), 1), self.digits[1]))
+    def _of_verdicts(self, following: Tensor) -> Tensor:
+        start, after_one = following.unbind(1)
         ten = start[:, self.digits[1]] * after_one[:, self.digits[0]]
         scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
         scores[:, 0] -= ten
@@ -167,8 +161,8 @@ class LikeliestWinner(TokenJudge):
         super().__init__(model, tokenizer, batch_size)
         self.letters = [self._single_token(letter) for letter in WINNERS]
 
-    def _scan(self, step: Callable[[Tensor | None], Tensor]) -> Tensor:
-        return step(None)[:, self.letters]
+    def _of_verdicts(self, following: Tensor) -> Tensor:
+        return following[:, 0, self.letters]
 
     def verdict(self, probabilities: Tensor) -> Verdict:
         letter = list(WINNERS)[int(probabilities.argmax())]
