@@ -236,6 +236,7 @@ def test_terminated_then_killed_two_processes_end_with_the_same_bits(
     for file in (
         paths.ADAPTERS / LONG / "adapter_model.safetensors",
         paths.CURVES / f"{LONG}.csv",
+        paths.HELDOUT_POLICY / f"{LONG}.jsonl",
         paths.TRAIN_METRICS / f"{LONG}.json",
     ):
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), file

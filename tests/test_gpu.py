@@ -32,7 +32,7 @@ from prefscan.memory import activation_bytes, longest_batch
 from prefscan.merge import merge_cell
 from prefscan.models import load_model, load_tokenizer
 from prefscan.params import Cell, LocalJudge, Merge, Train
-from prefscan.reference import reference_rows, with_reference
+from prefscan.reference import reference_rows, with_reference, with_rows
 from prefscan.train import PairTrainer, train_cell
 from tiny import heads_of_64, random_adapter, random_pairs
 from train_data import Killed, run_train, with_recipe, write_inputs
@@ -332,6 +332,7 @@ def test_a_merge_on_the_gpu_is_the_one_on_the_cpu(
     run_train(CELL)
     merge = Merge(dtype="fp16", format="model", check_pairs=8)
     heldout = with_reference(*map(read_jsonl, paths.SPLITS["heldout"]))
+    heldout = with_rows(heldout, read_jsonl(paths.HELDOUT_POLICY / f"{CELL}.jsonl"), paths.HELDOUT_POLICY)
     options = paths.BASE, paths.ADAPTERS / CELL, heldout, merge, study
     merged, metrics = merge_cell(*options)
     assert {weight.device.type for weight in merged.parameters()} == {"cuda"}

@@ -22,12 +22,13 @@ from prefscan.files import sha256
 from prefscan.merge import merge_cell
 from prefscan.models import DTYPES, load_cell, load_model, set_evaluation
 from prefscan.params import Merge, Train, load
-from prefscan.reference import reference_rows, with_reference
+from prefscan.reference import reference_rows, with_reference, with_rows
 from tiny import plain_logps, random_adapter, write_rows
 
 ROOT = Path(__file__).parents[1]
 KEY = "sigmoid-0.1-8"
 ADAPTER = paths.ADAPTERS / KEY
+POLICY = paths.HELDOUT_POLICY / f"{KEY}.jsonl"
 MERGED = paths.MERGED / KEY
 IDS = torch.tensor([[5, 60, 7, 120, 33, 90]])
 TUNED = ("self_attn", "mlp")  # the adapter's weights; embeddings, head and norms stay
@@ -47,8 +48,17 @@ def referenced(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
     return with_reference(pairs, list(reference_rows(model, load_engine(train.engine), pairs, 1, pad_token_id=2)))
 
 
+def trained(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
+    """A row a pair as the train stage leaves it, of the adapter that is there on the base in fp32."""
+    model = PeftModel.from_pretrained(load_model(paths.BASE, "fp32"), ADAPTER)
+    rows = reference_rows(model, load_engine(train.engine), pairs, 1, pad_token_id=2)
+    names = {"id": "id", "ref_chosen_logps": "policy_chosen_logps", "ref_rejected_logps": "policy_rejected_logps"}
+    return [{name: row[key] for key, name in names.items()} for row in rows]
+
+
 def merged_cell(pairs: list[Any], merge: Merge, train: Train) -> tuple[Any, dict[str, Any]]:
-    return merge_cell(paths.BASE, ADAPTER, referenced(pairs, train), merge, train)
+    rows = with_rows(referenced(pairs, train), trained(pairs, train), POLICY)
+    return merge_cell(paths.BASE, ADAPTER, rows, merge, train)
 
 
 @pytest.fixture
@@ -58,7 +68,9 @@ def policy(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: 
     write_rows(paths.HELDOUT_PAIRS, pairs[:12])
     write_rows(paths.HELDOUT_REFERENCE, referenced(pairs[:12], training()))
     set_merge(params, section())
-    return save_adapter(scale=0.1)
+    policy = save_adapter(scale=0.1)
+    write_rows(POLICY, trained(pairs[:12], training()))
+    return policy
 
 
 def save_adapter(scale: float) -> Any:
@@ -333,4 +345,22 @@ def test_merging_twice_gives_the_same_bytes(
 def test_a_cell_outside_the_grid_is_refused(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"^cell 'ipo-9\.0-1' is not in the grid; its cells are sigmoid-0\.1-8$"):
         run_main(monkeypatch, "ipo-9.0-1")
+    assert not MERGED.exists()
+
+
+def test_what_training_recorded_is_taken_in_fp32_and_measured_anew_otherwise(policy: Any, pairs: list[Any]) -> None:
+    """A cell that lost half of what it was trained to shows; in bf16 the micro-batch had rounded the record."""
+    for train, kept in ((training(), 0.5), (training(dtype="bf16"), 1.0)):
+        rows = with_rows(referenced(pairs[:8], training()), trained(pairs[:8], training()), POLICY)
+        for row in rows:
+            for response in ("chosen", "rejected"):
+                row[f"policy_{response}_logps"] += row[f"policy_{response}_logps"] - row[f"ref_{response}_logps"]
+        _, metrics = merge_cell(paths.BASE, ADAPTER, rows, section(), train)
+        assert metrics["margin_kept"] == pytest.approx(kept, abs=1e-3)
+
+
+def test_a_pair_that_training_has_not_recorded_is_refused(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    POLICY.write_text("".join(POLICY.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=rf"^{POLICY} lacks 1 pairs, the first [0-9a-f]{{16}}; run `dvc repro` again$"):
+        run_main(monkeypatch)
     assert not MERGED.exists()

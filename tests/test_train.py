@@ -472,6 +472,9 @@ def test_held_out_metrics_equal_an_independent_computation(
         "rejected_shift": fmean(rejected),
     }
     assert metrics["heldout"] == pytest.approx(expected, abs=2e-4, rel=1e-4)
+    assert [row["id"] for row in trainer.held_out_rows] == [pair["id"] for pair in heldout]
+    rows = [[row["policy_chosen_logps"], row["policy_rejected_logps"]] for row in trainer.held_out_rows]
+    torch.testing.assert_close(torch.tensor(rows, dtype=torch.float64), policy_logps, atol=2e-4, rtol=1e-5)
     assert min(abs(margin) for margin in margins) > 2e-4  # no margin whose sign rounding could turn
 
 
@@ -772,6 +775,7 @@ def test_two_processes_train_the_same_bytes(two_runs: list[Any]) -> None:
         paths.ADAPTERS / "ipo-0.3-4" / "adapter_config.json",
         paths.CURVES / "ipo-0.3-4.csv",
         paths.TRAIN_METRICS / "ipo-0.3-4.json",
+        paths.HELDOUT_POLICY / "ipo-0.3-4.jsonl",
     ):
         assert (here / file).read_bytes() == (elsewhere / file).read_bytes(), file
 

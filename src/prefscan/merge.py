@@ -5,7 +5,8 @@
 Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So can another base: one
 trained on a 4-bit base is merged into the base as published. So the stage compares the held-out margin of the merged
 weights with that of base + adapter, the 4-bit base as trained or else the base in fp32, and counts the weights that
-changed at all. One model is in memory at a time.
+changed at all. Where training computed in fp32, its own figures of the pairs are those of base + adapter. One model is
+in memory at a time.
 With `merge.format: adapter` it writes a manifest of hashes instead of a model, and later stages apply the adapter. The
 cell then answers with other numbers than were merged, as it does in another `answer.dtype` than fp32: its margin as the
 answer stage loads it is measured as well, over all held-out pairs.
@@ -41,8 +42,8 @@ from prefscan.models import (
     set_evaluation,
 )
 from prefscan.params import Merge, Train, load
-from prefscan.paths import ADAPTERS, BASE, HELDOUT_PAIRS, HELDOUT_REFERENCE, MERGE_METRICS, MERGED
-from prefscan.reference import with_reference
+from prefscan.paths import ADAPTERS, BASE, HELDOUT_PAIRS, HELDOUT_POLICY, HELDOUT_REFERENCE, MERGE_METRICS, MERGED
+from prefscan.reference import with_reference, with_rows
 
 # Bytes on the GPU beside the fp32 weights: the adapter, copies of the weight being merged, a pair's activations.
 ROOM = 4 * 2**30
@@ -88,9 +89,10 @@ def base_margins(policy: PeftModel, engine: Engine, pairs: list[Any]) -> torch.T
         return margins(policy, engine, pairs, "base")
 
 
-def reference_margins(pairs: list[Any]) -> torch.Tensor:
-    """Those of the base, as the reference stage has computed them."""
-    return torch.tensor([pair["ref_chosen_logps"] - pair["ref_rejected_logps"] for pair in pairs], dtype=torch.float64)
+def recorded_margins(pairs: list[Any], of: str) -> torch.Tensor:
+    """Those of the base, `ref`, by the reference stage, or of base + adapter, `policy`, by training; as `margins`."""
+    found = [pair[f"{of}_chosen_logps"] - pair[f"{of}_rejected_logps"] for pair in pairs]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def free_memory() -> None:
@@ -160,8 +162,8 @@ def merge_cell(
     """The merged model, in fp32 holding values of `merge.dtype`, and what the merge kept.
 
     `margin_adapter` and `margin_merged` are mean margins against the base, in nats, over the given pairs, which have
-    the reference's columns. For an adapter trained on a 4-bit base, `margin_adapter` is measured on that base and
-    against it: what the training made.
+    the reference's columns and the trained policy's. For an adapter trained on a 4-bit base, `margin_adapter` is
+    measured on that base and against it: what the training made.
     """
     engine = load_engine(train.engine)
     loading = train.dtype, train.quantization, train.double_quantization
@@ -170,11 +172,12 @@ def merge_cell(
     model = load_fp32(base)
     size = sum(weight.numel() for weight in model.parameters())
     policy = with_adapter(model, adapter)
-    # Else the reference is of another base than the one merged into, or rounded by what shared its micro-batch.
+    # Else what is recorded is of another base than the one merged into, or rounded by what shared its micro-batch.
     exact = train.dtype == "fp32" and not quantized
-    before = reference_margins(pairs) if exact else base_margins(policy, engine, pairs)
+    before = recorded_margins(pairs, "ref") if exact else base_margins(policy, engine, pairs)
     if margin_adapter is None:
-        margin_adapter = (margins(policy, engine, pairs, "base + adapter") - before).mean().item()
+        trained = recorded_margins(pairs, "policy") if exact else margins(policy, engine, pairs, "base + adapter")
+        margin_adapter = (trained - before).mean().item()
     changed = merge_weights(policy, merge.dtype)
     merged: Any = policy.unload()
     for weight in merged.parameters():
@@ -197,6 +200,7 @@ def main() -> None:
     (key,) = sys.argv[1:]
     params.cell(key)
     pairs = with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE))
+    pairs = with_rows(pairs, read_jsonl(HELDOUT_POLICY / f"{key}.jsonl"), HELDOUT_POLICY / f"{key}.jsonl")
     merge, dtype = params.merge, params.answer.dtype
     merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs[: merge.check_pairs], merge, params.train)
     with new_folder(MERGED / key) as folder:

@@ -16,6 +16,7 @@ SPLITS = {"train": (TRAIN_PAIRS, TRAIN_REFERENCE), "heldout": (HELDOUT_PAIRS, HE
 
 # One file or folder a cell, named by its key.
 ADAPTERS = Path("models/adapters")
+HELDOUT_POLICY = Path("data/policy")
 CURVES = Path("metrics/curves")
 TRAIN_METRICS = Path("metrics/train")
 TRAIN_COST = Path("metrics/cost/train")

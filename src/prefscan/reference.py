@@ -9,6 +9,7 @@ counts `chosen_tokens` and `rejected_tokens`. Every train cell reads it and make
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,15 +47,17 @@ def reference_rows(
             }
 
 
+def with_rows(pairs: list[dict[str, Any]], rows: list[dict[str, Any]], source: Path) -> list[dict[str, Any]]:
+    """The pairs with the columns of their rows in `source`; raises UserError for a pair that it lacks."""
+    found = {row["id"]: row for row in rows}
+    if missing := [pair["id"] for pair in pairs if pair["id"] not in found]:
+        raise UserError(f"{source} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again")
+    return [pair | found[pair["id"]] for pair in pairs]
+
+
 def with_reference(pairs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs with the columns of their rows; raises UserError for a pair that the reference stage has not seen."""
-    rows = {row["id"]: row for row in reference}
-    missing = [pair["id"] for pair in pairs if pair["id"] not in rows]
-    if missing:
-        raise UserError(
-            f"{TRAIN_REFERENCE.parent} lacks {len(missing)} pairs, the first {missing[0]}; run `dvc repro` again"
-        )
-    return [pair | {key: rows[pair["id"]][key] for key in COLUMNS} for pair in pairs]
+    """The pairs with the reference stage's columns; raises UserError for a pair that it has not seen."""
+    return with_rows(pairs, reference, TRAIN_REFERENCE.parent)
 
 
 def load_base(train: Train) -> torch.nn.Module:

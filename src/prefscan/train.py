@@ -34,7 +34,7 @@ from prefscan.distributed import WholeRounds, from_main, launch, world
 from prefscan.engines import Engine, load_engine
 from prefscan.engines.lora import FusedLora
 from prefscan.errors import UserError, run_stage
-from prefscan.files import new_folder, read_jsonl, write_json, write_text
+from prefscan.files import new_folder, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.intervals import mean_interval, share_interval
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
@@ -46,6 +46,7 @@ from prefscan.paths import (
     CHECKPOINTS,
     CURVES,
     HELDOUT_PAIRS,
+    HELDOUT_POLICY,
     HELDOUT_REFERENCE,
     RUNS,
     TRAIN_COST,
@@ -83,6 +84,7 @@ class PairTrainer(TokenisedTrainer):
         self.engine = engine
         self.pad_token_id = pad_token_id
         self.kept_tokens = kept_tokens
+        self.held_out_rows: list[dict[str, Any]] = []
         self.redirect = _ForwardRedirection()
         super().__init__(data_collator=self.collate, **kwargs)
         self.precompute_ref_logps = True
@@ -185,6 +187,8 @@ class PairTrainer(TokenisedTrainer):
     def held_out(self, pairs: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         """Loss, reward accuracy and log-probability shifts over held-out pairs, each against the base.
 
+        Leaves a row a pair in `held_out_rows`: `id`, `policy_chosen_logps` and `policy_rejected_logps`, in nats, summed
+        over the response.
         `loss_change` is the cell's own loss less what that loss gives the base on the same pairs: the margin sums over
         tokens for every loss, and what a loss such as IPO averages over them may rise while the margin does.
         The micro-batches are dealt to the processes round robin, and every process returns the whole.
@@ -199,9 +203,15 @@ class PairTrainer(TokenisedTrainer):
             loss, base_loss = (
                 LOSSES[self.cell.loss](values, self.cell.beta, self.options) for values in (logps, logps.of_reference())
             )
-            part = torch.stack([loss, base_loss, logps.chosen_logratio, logps.rejected_logratio, accuracy(logps)])
+            ratios = logps.chosen_logratio, logps.rejected_logratio
+            part = torch.stack([loss, base_loss, *ratios, accuracy(logps), logps.chosen, logps.rejected])
             parts += gather_object([part.cpu()])
-        losses, base_losses, chosen, rejected, accuracies = torch.cat(parts[: len(batches)], dim=1).double()
+        found = torch.cat(parts[: len(batches)], dim=1)
+        self.held_out_rows = [
+            {"id": pair["id"], "policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
+            for pair, chosen, rejected in zip(pairs, *found[5:].tolist(), strict=True)
+        ]
+        losses, base_losses, chosen, rejected, accuracies = found[:5].double()
         self.refuse_divergence(torch.cat([losses, chosen, rejected]))
         margin, low, high = mean_interval((chosen - rejected).tolist())
         change, change_low, change_high = mean_interval((losses - base_losses).tolist())
@@ -450,6 +460,7 @@ def write_cell(key: str, trainer: PairTrainer, metrics: dict[str, Any], cost: di
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=weights)
         clean_adapter_config(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_jsonl(HELDOUT_POLICY / f"{key}.jsonl", trainer.held_out_rows)
     write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
     write_json(TRAIN_METRICS / f"{key}.json", metrics)
     write_json(TRAIN_COST / f"{key}.json", cost)
