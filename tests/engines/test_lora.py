@@ -13,12 +13,12 @@ from prefscan.engines.lora import FusedLora, LoraProduct
 Policy = Any
 
 
-def policies(dropout: float = 0.0, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Policy, Policy]:
-    """Two layers under the same adapter: with PEFT's own layer, and with ours."""
+def policies(dropout: float = 0.0, bias: bool = True) -> tuple[Policy, Policy]:
+    """Two linear layers under the same adapter: with PEFT's own layer, and with ours."""
     found = []
     for fused in (False, True):
         torch.manual_seed(0)
-        base = nn.Sequential(nn.Linear(24, 40, bias=bias), nn.Linear(40, 16, bias=bias)).to(dtype).requires_grad_(False)
+        base = nn.Sequential(nn.Linear(24, 40, bias=bias), nn.Linear(40, 16, bias=bias)).requires_grad_(False)
         config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["0", "1"])
         if fused:
             config._register_custom_module({nn.Linear: FusedLora})
