@@ -598,8 +598,13 @@ def test_the_default_model_loads_and_knows_a_capital(tmp_path: Path, monkeypatch
     parsed = []
     parse = gguf.GGUFReader.__init__
     monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: (parsed.append(path), parse(self, path))[1])
+    mapped = []
+    make = gguf.TensorNameMap.__init__
+    monkeypatch.setattr(
+        gguf.TensorNameMap, "__init__", lambda self, *model: (mapped.append(model), make(self, *model))[1]
+    )
     fetch_model(load(REPOSITORY / "params.yaml").model, tmp_path)
-    assert len(parsed) == 1  # it takes seconds
+    assert (len(parsed), len(mapped)) == (1, 1)  # both take seconds
     tokenizer, model = load_tokenizer(tmp_path), load_model(tmp_path, "fp32")
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not getattr(model.config, "quantization_config", None)
