@@ -235,7 +235,7 @@ def test_main_with_a_local_judge_twice_is_the_same_bytes(
     mtbench.main()
     assert (JUDGEMENTS.read_bytes(), METRICS.read_bytes()) == first
     assert len({row["score"] for row in read_lines(JUDGEMENTS)}) == 16
-    assert not Path(".prefscan").exists()
+    assert not Path(".prefscan/judgements").exists()
 
 
 def test_samples_are_judged_and_kept_apart(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ for a tie and 0 for a loss.
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean, variance
@@ -30,6 +30,7 @@ from prefscan.records import Answer, JudgePrompt, Question, read_records
 NEED_REFERENCE = {"math", "reasoning", "coding"}
 # By judge.mode, FastChat's prompts for a first turn: without and with a reference. "-multi-turn" is the second turn's.
 TEMPLATES = {"single": ("single-v1", "single-math-v1"), "pair": ("pair-v2", "pair-math-v1")}
+MARK = "\0"  # stands for a field while its place is sought
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,28 @@ def load_references(author: str) -> dict[int, Any]:
 
 
 def fill(templates: dict[str, Any], name: str, fields: dict[str, str]) -> Prompt:
-    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others."""
+    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others.
+
+    The prompt's cuts are where its first field begins, before which are the instructions, and where its first answer
+    does: prompts to the same question have question and reference in common.
+    """
     if name not in templates:
         raise UserError(f"judge_prompts.jsonl has no {name}; fetch FastChat's again")
+    template = templates[name]["prompt_template"]
+    answers = [field for field in fields if field.startswith("answer")]
+
+    def first(marked: Iterable[str]) -> int:
+        return int(template.format(**fields | dict.fromkeys(marked, MARK)).find(MARK))
+
     try:
-        text = templates[name]["prompt_template"].format(**fields)
+        text = template.format(**fields)
+        cuts = first(fields), first(answers)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"judge_prompts.jsonl: the template {name} cannot be filled in ({type(error).__name__}: {error}); it may "
             f"name {', '.join(sorted(fields))}"
         ) from None
-    return Prompt(templates[name]["system_prompt"], text)
+    return Prompt(templates[name]["system_prompt"], text, cuts=tuple(cut for cut in cuts if cut > 0))
 
 
 def build_turns(

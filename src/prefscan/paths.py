@@ -34,10 +34,11 @@ JUDGE_METRICS = Path("metrics/judge.json")
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")
 
-# Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages.
+# Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages, what a local judge read.
 RUNS = Path("runs")
 CHECKPOINTS = Path(".prefscan/checkpoints")
 UNFINISHED_ANSWERS = Path(".prefscan/answers")
+BEGINNINGS = Path(".prefscan/beginnings")
 
 
 def judge_store() -> Path:

@@ -10,11 +10,15 @@ WINNERS = {"A": 1.0, "B": 0.0, "C": 0.5}  # the verdicts that FastChat's prompts
 
 @dataclass(frozen=True)
 class Prompt:
-    """FastChat's judge prompt for one turn, filled in; `sample` counts from 0 where a judge is asked several times."""
+    """FastChat's judge prompt for one turn, filled in; `sample` counts from 0 where a judge is asked several times.
+
+    `cuts` are places in `user`, in characters and ascending, up to which other prompts are likely to be the same.
+    """
 
     system: str
     user: str
     sample: int = 0
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
