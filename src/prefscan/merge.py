@@ -200,7 +200,8 @@ def main() -> None:
     (key,) = sys.argv[1:]
     params.cell(key)
     pairs = with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE))
-    pairs = with_rows(pairs, read_jsonl(HELDOUT_POLICY / f"{key}.jsonl"), HELDOUT_POLICY / f"{key}.jsonl")
+    recorded = HELDOUT_POLICY / f"{key}.jsonl"
+    pairs = with_rows(pairs, read_jsonl(recorded), recorded)
     merge, dtype = params.merge, params.answer.dtype
     merged, metrics = merge_cell(BASE, ADAPTERS / key, pairs[: merge.check_pairs], merge, params.train)
     with new_folder(MERGED / key) as folder:
