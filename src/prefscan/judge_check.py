@@ -113,7 +113,9 @@ def check_turns(
                 pairs = [(texts["good"], texts[bad]) for bad in VERSIONS[1:]]
                 layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
             for layout in layouts:
-                turns.append(Turn(number, question["category"], 1, name, fill(templates, name, fields | layout)))
+                # Without cuts: nothing is kept of prompts that no cell has, and the repetition reads them whole.
+                prompt = replace(fill(templates, name, fields | layout), cuts=())
+                turns.append(Turn(number, question["category"], 1, name, prompt))
     return turns
 
 

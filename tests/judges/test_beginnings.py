@@ -1,7 +1,9 @@
 """What a local judge keeps of prompts' beginnings: fewer tokens to read, and never another bit of a verdict."""
 
 import errno
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ def read_of(judge: Any) -> list[int]:
     return passes
 
 
+def kept(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*/*") if path.is_file())
+
+
 def verdicts(judge: Any, *prompts: Prompt) -> dict[int, Verdict]:
     return dict(judge.verdicts(prompts))
 
@@ -70,7 +76,7 @@ def test_the_next_stage_reads_the_answer_alone(tiny_model: Path) -> None:
 def test_a_verdict_has_the_same_bits_whatever_is_kept(tiny_model: Path, folder: Path) -> None:
     """With nothing, with all and with a part of it in files, and without files; alone and beside other prompts."""
     fresh = verdicts(judge_of(tiny_model), FIRST, SECOND, OTHER)
-    files = sorted(folder.rglob("*.safetensors"))
+    files = kept(folder)
     assert len(files) == 3  # the instructions, and each question with them
     assert verdicts(judge_of(tiny_model), FIRST, SECOND, OTHER) == fresh
     for file in files:
@@ -89,17 +95,20 @@ def test_scores_are_those_without_cuts(tiny_model: Path) -> None:
         assert verdicts(judge, prompt)[0].score == pytest.approx(verdicts(judge, whole)[0].score, abs=1e-5)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0not a header", None])
-def test_a_damaged_file_is_made_again(tiny_model: Path, folder: Path, damage: bytes | None) -> None:
+@pytest.mark.parametrize("damage", ["empty", "half", "one byte of its numbers"])
+def test_a_damaged_file_is_made_again(tiny_model: Path, folder: Path, damage: str) -> None:
     fresh = verdicts(judge_of(tiny_model), FIRST)
-    for file in folder.rglob("*.safetensors"):
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    whole = {file: file.read_bytes() for file in kept(folder)}
+    assert len(whole) == 2
+    for file, content in whole.items():
+        for other in whole:
+            other.unlink(
+                missing_ok=True
+            )  # a longer beginning, or the one that it starts with, would be read in its place
+        flipped = content[:-1] + bytes([content[-1] ^ 64])
+        file.write_bytes({"empty": b"", "half": content[: len(content) // 2]}.get(damage, flipped))
         assert verdicts(judge_of(tiny_model), FIRST) == fresh
-    for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"")
-    verdicts(judge_of(tiny_model), FIRST)
-    assert all(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        assert {path: path.read_bytes() for path in kept(folder)} == whole
 
 
 def test_a_full_disk_costs_no_verdict(tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,27 +116,64 @@ def test_a_full_disk_costs_no_verdict(tiny_model: Path, folder: Path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(beginnings, "save_file", full)
+        broken.setattr(Path, "write_bytes", full)
         without = verdicts(judge_of(tiny_model), FIRST)
     assert not [path for path in folder.rglob("*") if path.is_file()]
-    monkeypatch.setattr(beginnings, "SPARE", shutil.disk_usage(folder).total)
+    for limit, value in (("SPARE", shutil.disk_usage(folder).total), ("MOST", 1000)):
+        with monkeypatch.context() as tight:
+            tight.setattr(beginnings, limit, value)
+            assert verdicts(judge_of(tiny_model), FIRST) == without
+        assert not [path for path in folder.rglob("*") if path.is_file()]
     assert verdicts(judge_of(tiny_model), FIRST) == without
-    assert not [path for path in folder.rglob("*") if path.is_file()]
-    monkeypatch.setattr(beginnings, "SPARE", 0)
-    assert verdicts(judge_of(tiny_model), FIRST) == without
-    assert len(list(folder.rglob("*.safetensors"))) == 2
+    assert len(kept(folder)) == 2
+
+
+def test_what_nothing_has_used_for_a_day_makes_room(
+    tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts(judge_of(tiny_model), FIRST)
+    size = sum(path.stat().st_size for path in kept(folder))
+    monkeypatch.setattr(beginnings, "MOST", size + 100)  # room for no other question
+    verdicts(judge_of(tiny_model), OTHER)
+    assert len(kept(folder)) == 2
+    (folder / "of another judge").mkdir()
+    left = folder / "of another judge/left by a killed process"
+    left.touch()
+    old = time.time() - 25 * 3600
+    for path in (left, *kept(folder)):
+        os.utime(path, (old, old))
+    verdicts(
+        judge_of(tiny_model), OTHER
+    )  # reads the instructions, which keeps them, and writes its own in place of the other
+    assert not left.exists()
+    assert len(kept(folder)) == 2
+    passes = read_of(judge := judge_of(tiny_model))
+    verdicts(judge, OTHER)
+    assert passes == [rest(judge, OTHER)]
 
 
 def test_another_judge_reads_its_own(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     verdicts(judge_of(tiny_model), FIRST)
-    before = set(folder.iterdir())
+    before = kept(folder)
     other = make_tiny_model(tmp_path / "other", seed=1)
     expected = verdicts(ExpectedScore(load_model(other, "fp32"), load_tokenizer(other)), FIRST)
     assert verdicts(judge_of(other), FIRST) == expected
-    assert len(list(folder.iterdir())) == 1
-    assert before.isdisjoint(folder.iterdir())
+    assert len(kept(folder)) == 4
+    assert set(before) < set(kept(folder))
     verdicts(judge_of(other, batch_size=2), SECOND)
-    assert len(list(folder.rglob("*.safetensors"))) == 2  # larger batches keep nothing
+    assert len(kept(folder)) == 4  # larger batches keep nothing
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_token_across_the_cut_belongs_to_no_beginning(tiny_model: Path) -> None:
+    """White space before an answer may be of one token with its first letter, and with another's not."""
+    judge = judge_of(tiny_model)
+    judge.tokenizer.add_tokens([" F"])
+    six = Prompt(FIRST.system, INSTRUCTIONS + QUESTION + "Six.", cuts=CUTS)
+    ids, others = judge.tokens(FIRST), judge.tokens(six)
+    assert judge.tokenizer.decode(ids).count(" F") == 1
+    assert len(judge.tokenizer.encode(" F", add_special_tokens=False)) == 1
+    assert judge.ends(FIRST, ids) == judge.ends(six, others)
 
 
 @pytest.mark.usefixtures("folder")
@@ -143,7 +189,7 @@ def test_prompts_to_one_question_begin_alike_up_to_the_answer(tiny_model: Path, 
         against = None if mode == "single" else {row["question_id"]: row for row in make_answers(questions, "base")}
         return (turn.prompt for turn in build_turns(by_id, answers, TEMPLATES, references, against))
 
-    judge = judge_of(tiny_model)
+    judge = load_judge(LocalJudge.model_validate(local_judge(tiny_model) | {"mode": mode}))
     for one, two in zip(built("policy"), built("Another"), strict=True):
         assert one.cuts == two.cuts
         assert one.user[: one.cuts[-1]] == two.user[: one.cuts[-1]]
@@ -152,3 +198,8 @@ def test_prompts_to_one_question_begin_alike_up_to_the_answer(tiny_model: Path, 
         assert ends == judge.ends(two, second)
         assert first[: ends[-1]] == second[: ends[-1]]
         assert one.user[one.cuts[-1] :].startswith(("policy says", "base says"))
+    first_time = verdicts(judge, *built("policy"))
+    passes = read_of(judge)
+    assert verdicts(judge, *built("policy")) == first_time
+    prompts = [(judge.tokens(prompt), prompt) for prompt in built("policy")]
+    assert sum(passes) <= sum(len(ids) - judge.ends(prompt, ids)[-1] + 1 for ids, prompt in prompts)

@@ -130,7 +130,7 @@ class TokenJudge(ABC):
 
     def one_by_one(self, encoded: Sequence[list[int]], ends: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
-        cache = DynamicCache()
+        cache = DynamicCache()  # without the model's config: every layer keeps all positions, and so can be cropped
         previous: list[int] = []
         for place in sorted(range(len(encoded)), key=encoded.__getitem__):
             ids = encoded[place]
