@@ -20,15 +20,15 @@ from launch import make_sleeping
 from mtbench_data import openai_judge
 from prefscan import check
 from prefscan import launch as launch_stage
-from prefscan.clones import Chain
+from prefscan.clones import NOT_RUN, Chain, Outcome
 from prefscan.errors import UserError
-from prefscan.launch import FAILED, STOPPED, plan_chains
+from prefscan.launch import FAILED, STOPPED, plan_chains, report_failures
 from prefscan.params import Agreement, OpenAIJudge, Params
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
 REFERENCES = ("reference@train", "reference@heldout")
-OF_REFERENCE = ("reference-train", "reference-heldout")  # their chains
+OF_REFERENCE = ("reference-heldout", "reference-train")  # their chains
 STAGES = ("train", "merge", "answer", "mtbench")
 
 
@@ -102,15 +102,17 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
     everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", *REFERENCES, "answer-base"]
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
     chains = plan_chains(params, everything, remote=False)
-    names = ["inputs", "base", "judge-base", *OF_REFERENCE, "judge-check", *keys]
+    fetched = ("fetch-model", "fetch-data")
+    names = [*fetched, "prepare", "base", "judge-base", *OF_REFERENCE, "judge-check", *keys]
     assert [chain.name for chain in chains] == names
     after = {chain.name: chain.after for chain in chains}
-    assert after["base"] == ("inputs",)
+    assert {name for name in names if not after[name]} == {*fetched}
+    assert after["prepare"] == after["base"] == after["judge-check"] == fetched
+    assert {after[name] for name in OF_REFERENCE} == {(*fetched, "prepare")}
     assert after["judge-base"] == ("base",)
-    assert all(after[key] == ("inputs", *OF_REFERENCE, "base") for key in keys)
+    assert all(after[key] == (*fetched, "prepare", *OF_REFERENCE, "base") for key in keys)
     assert chains[-1].targets == of_cell(keys[-1])
-    assert [chain.name for chain in chains if not chain.computes] == ["inputs"]
-    assert after["judge-check"] == ("inputs",)
+    assert [chain.name for chain in chains if not chain.computes] == [*fetched, "prepare"]
     # The report is made where the launch began, at its end.
     assert {t for chain in chains for t in chain.targets} == {*everything} - {"report"}
     only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"], False)
@@ -156,6 +158,17 @@ def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Pa
         assert chains[key] == Chain(key, of_cell(key)[:-1], OF_REFERENCE)
         assert chains[f"judge-{key}"] == Chain(f"judge-{key}", (f"mtbench@{key}",), (key, "base"), computes=False)
     assert chains["judge-base"].after == ("base",)
+
+
+def test_what_failed_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `check`, which both chains that fetch run first."""
+    refused = "prefscan: no loss\nERROR: check"
+    errors = [("a", refused), ("b", ""), ("c", refused), ("d", "another"), ("e", NOT_RUN), ("f", NOT_RUN)]
+    report_failures([Outcome(name, 1.0, "" if error == NOT_RUN else "here", error=error) for name, error in errors])
+    assert capsys.readouterr().err == (
+        "\na, c failed on here:\n  prefscan: no loss\n  ERROR: check\n\nd failed on here:\n  another\n"
+        "\nNot run, since what they need failed: e, f\n"
+    )
 
 
 def make_logging(folder: Path, seconds: float) -> Path:

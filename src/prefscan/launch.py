@@ -32,7 +32,6 @@ from dvc.stage import Stage
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
-from prefscan.check import check_logging
 from prefscan.clones import (
     BUSY,
     BUSY_WAIT,
@@ -53,7 +52,7 @@ from prefscan.params import Params, load
 from prefscan.paths import SPLITS
 from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages
 
-INPUTS = ("check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare")
+FETCHED = {"fetch-model": ("check", "fetch@model"), "fetch-data": ("fetch@pairs", "fetch@questions")}
 BASE_STAGES = ("answer-base", "mtbench-base")
 FAILED = 1
 STOPPED = 130
@@ -66,7 +65,8 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     follows in the chain of each other model. One that is asked over the network has chains of its own, which hold no
     GPU while they wait for it, and whose faults stop no training. The judge check goes beside the cells. It is left to
     the workspace where `agreement` names files, which may be there alone, and where results travel by a `remote`:
-    `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not.
+    `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not, and
+    the reference's held-out pairs before its training pairs: of two processors one has the base's answers first.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
@@ -80,15 +80,18 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
         if name not in there and (targets := tuple(stage for stage in stages if stage in stale)):
             found.append(Chain(name, targets, tuple(other for other in after if other in there), computes))
 
-    add("inputs", INPUTS, computes=False)
+    for name, stages in FETCHED.items():
+        add(name, stages, computes=False)
+    add("prepare", ["prepare"], FETCHED, computes=False)
     for key in (first, *(key for key in models if key != first)):
-        shared = ["inputs"]
+        shared = [*FETCHED]
         if key != "base":
-            for split in SPLITS:
-                add(f"reference-{split}", [f"reference@{split}"], ["inputs"])
+            shared.append("prepare")
+            for split in reversed(SPLITS):
+                add(f"reference-{split}", [f"reference@{split}"], [*FETCHED, "prepare"])
                 shared.append(f"reference-{split}")
             if not (params.agreement or remote):
-                add("judge-check", ["judge-check"], ["inputs"], computes=not asked)
+                add("judge-check", ["judge-check"], FETCHED, computes=not asked)
         if asked or key == first:
             add(key, models[key][:-1], shared)
             add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
@@ -191,11 +194,14 @@ def restore(made: list[str], targets: list[str], place: Place, patience: float) 
 
 
 def report_failures(outcomes: list[Outcome]) -> None:
-    """The last lines of what failed, and the names of what therefore did not run."""
+    """The last lines of what failed, once where several failed alike, and the names of what therefore did not run."""
+    failures: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
         if outcome.error and outcome.error != NOT_RUN:
-            print(f"\n{outcome.name} failed{f' on {outcome.node}' if outcome.node else ''}:", file=sys.stderr)
-            print("\n".join(f"  {line}" for line in outcome.error.splitlines()), file=sys.stderr)
+            failures.setdefault((outcome.node, outcome.error), []).append(outcome.name)
+    for (node, error), names in failures.items():
+        print(f"\n{', '.join(names)} failed{f' on {node}' if node else ''}:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in error.splitlines()), file=sys.stderr)
     if skipped := [outcome.name for outcome in outcomes if outcome.error == NOT_RUN]:
         print(f"\nNot run, since what they need failed: {', '.join(skipped)}", file=sys.stderr)
 
@@ -257,6 +263,8 @@ def main() -> None:
                     composed = Path(folder) / "params.yaml"
                     params = compose(arguments.overrides, composed)
                     if arguments.address is None:  # a cluster's nodes may have what this machine lacks
+                        from prefscan.check import check_logging  # which imports torch
+
                         check_logging(params.train.report_to)
                     shutil.copyfile(composed, "params.yaml")
             code = launch_sweep(arguments.address, arguments.dirty)

@@ -11,7 +11,6 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.utils.serialize import modify_yaml
 
-from prefscan.check import check_losses
 from prefscan.errors import UserError
 from prefscan.files import read_text
 from prefscan.params import Params, load
@@ -43,6 +42,8 @@ def compose(overrides: list[str], path: Path) -> Params:
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+
+    from prefscan.check import check_losses  # torch: seconds, which a launch without overrides and its workers spare
 
     given = " ".join(overrides)
     refused = DvcException, HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError
