@@ -65,8 +65,9 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     follows in the chain of each other model. One that is asked over the network has chains of its own, which hold no
     GPU while they wait for it, and whose faults stop no training. The judge check goes beside the cells. It is left to
     the workspace where `agreement` names files, which may be there alone, and where results travel by a `remote`:
-    `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not, and
-    the reference's held-out pairs before its training pairs: of two processors one has the base's answers first.
+    `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not: the
+    judge check waits for the pairs, which it does not read, or it would be ready before the reference. The reference's
+    held-out pairs go before its training pairs: of two processors, one has the base's answers first.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
@@ -91,7 +92,7 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
                 add(f"reference-{split}", [f"reference@{split}"], [*FETCHED, "prepare"])
                 shared.append(f"reference-{split}")
             if not (params.agreement or remote):
-                add("judge-check", ["judge-check"], FETCHED, computes=not asked)
+                add("judge-check", ["judge-check"], [*FETCHED, "prepare"], computes=not asked)
         if asked or key == first:
             add(key, models[key][:-1], shared)
             add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
