@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean
@@ -91,11 +92,15 @@ def heldout(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 Fit = Callable[..., tuple[PairTrainer, dict[str, Any], dict[str, float]]]
 
 
-@pytest.fixture
-def fit(
-    in_tmp: Path, tiny_model: Path, train: Train, pairs: list[dict[str, Any]], heldout: list[dict[str, Any]]
+@pytest.fixture(scope="module")
+def fit_anywhere(
+    tiny_model: Path,
+    train: Train,
+    pairs: list[dict[str, Any]],
+    heldout: list[dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Fit:
-    """Train a cell on the tiny model in an empty working directory; keywords override the section `train`."""
+    """Train a cell on the tiny model; keywords override the section `train`, whose logs go nowhere."""
 
     def run(
         loss: str, steps: int | str = 5, beta: float = 0.1, seed: int = 0, count: int = TRAINING, **changes: Any
@@ -116,10 +121,16 @@ def fit(
             with_reference(heldout, reference),
             model,
             tokenizer,
-            Path(mkdtemp(dir=".")),
+            tmp_path_factory.mktemp("checkpoints"),
         )
 
     return run
+
+
+@pytest.fixture
+def fit(in_tmp: Path, fit_anywhere: Fit) -> Fit:
+    """The same in an empty working directory, for logs."""
+    return fit_anywhere
 
 
 def adapter(trainer: DPOTrainer) -> dict[str, torch.Tensor]:
@@ -294,32 +305,44 @@ def test_embeddings_that_share_the_heads_weight_are_no_lora_target(tiny_model: P
 # Between engines.
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_engines_train_the_same_adapter(fit: Fit, loss: str) -> None:
-    (shared, shared_metrics, _), (trl, trl_metrics, _) = (fit(loss, 10, engine=engine) for engine in ("shared", "trl"))
-    start = history(trl, "loss")[0]  # ipo_sum falls from 25 towards 0, where only the absolute error says something
-    assert history(shared, "loss") == pytest.approx(history(trl, "loss"), rel=1e-5, abs=1e-5 * start)
+@dataclass(frozen=True)
+class Trained:
+    trainer: PairTrainer
+    heldout: dict[str, Any]
+    adapter: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=LOSSES)
+def engines(request: pytest.FixtureRequest, fit_anywhere: Fit) -> tuple[str, Trained, Trained]:
+    """A loss, and 10 updates with it by engine `shared` and by `trl`; a test may change the trainers' models."""
+    fits = [fit_anywhere(request.param, 10, engine=engine) for engine in ("shared", "trl")]
+    shared, trl = (Trained(trainer, metrics["heldout"], adapter(trainer)) for trainer, metrics, _ in fits)
+    return request.param, shared, trl
+
+
+def test_engines_train_the_same_adapter(engines: tuple[str, Trained, Trained]) -> None:
+    loss, shared, trl = engines
+    losses = history(trl.trainer, "loss")
+    # ipo_sum falls from 25 towards 0, where only the absolute error says something.
+    assert history(shared.trainer, "loss") == pytest.approx(losses, rel=1e-5, abs=1e-5 * losses[0])
     # discopop's passes its local minimum, where the gradient all but vanishes and rounding is what is left of it.
-    largest = max(history(trl, "grad_norm"))
-    assert history(shared, "grad_norm") == pytest.approx(history(trl, "grad_norm"), rel=1e-4, abs=1e-5 * largest)
-    assert difference(adapter(shared), adapter(trl)) < 1e-4
-    ours, theirs = shared_metrics["heldout"], trl_metrics["heldout"]
-    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
-    assert ours["accuracy"] == theirs["accuracy"]
-    first, *_, last = history(shared, "rewards/margins")
+    norms = history(trl.trainer, "grad_norm")
+    assert history(shared.trainer, "grad_norm") == pytest.approx(norms, rel=1e-4, abs=1e-5 * max(norms))
+    assert difference(shared.adapter, trl.adapter) < 1e-4
+    assert shared.heldout == pytest.approx(trl.heldout, rel=1e-4, abs=1e-4)
+    assert shared.heldout["accuracy"] == trl.heldout["accuracy"]
+    first, *_, last = history(shared.trainer, "rewards/margins")
     assert first == pytest.approx(0, abs=1e-5)
     if loss == "discopop":  # from a margin of 0 its slope leads to its local minimum at a negative one
         assert last < -0.05
     else:
         assert last > 0.05
-        assert 0.5 < ours["accuracy"] < 1
+        assert 0.5 < shared.heldout["accuracy"] < 1
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_engines_give_the_same_loss_and_gradients(fit: Fit, loss: str) -> None:
+def test_engines_give_the_same_loss_and_gradients(engines: tuple[str, Trained, Trained]) -> None:
     results = []
-    for engine in ("shared", "trl"):
-        trainer, _, _ = fit(loss, 1, engine=engine)
+    for trainer in (trained.trainer for trained in engines[1:]):
         torch.manual_seed(0)
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         for parameter in weights.values():
@@ -519,6 +542,25 @@ def four_bit_training(
 def four_bit(train: Train) -> Train:
     lora = Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)
     return train.model_copy(update={"quantization": "nf4", "disable_dropout": False, "lora": lora})
+
+
+COMPILER = """
+import os, sys
+device, exists = sys.argv[1], os.path.exists
+os.path.exists = lambda path: path == device or (exists(path) and not str(path).startswith("/dev/"))
+import prefscan
+if device != "none":
+    sys.exit("TORCHDYNAMO_DISABLE" in os.environ)
+import peft
+sys.exit("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("device", ["none", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"])
+def test_only_without_a_gpu_is_torchs_compiler_left_out(device: str) -> None:
+    """bitsandbytes, which PEFT imports, has functions compiled: two seconds of each train and merge stage."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    subprocess.run([sys.executable, "-c", COMPILER, device], env=environment, check=True, timeout=120)
 
 
 PING = """

@@ -277,6 +277,7 @@ def test_dropout_reaches_the_attention(dropout: float) -> None:
 
 def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA path with its mask, and through torch.compile but for the kernels, under activation checkpointing."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # prefscan sets it where there is no GPU
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend="aot_eager")
     kernels = []
