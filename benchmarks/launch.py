@@ -112,7 +112,7 @@ def measure(workers: int, cells: int, seconds: float) -> dict[str, float]:
         if process.wait() or len(taken) != cells:
             raise UserError(f"the launch ended with {process.returncode} and {len(taken)} of {cells} cells")
     # The judge check runs beside the cells.
-    waited_for = (*FETCHED, "prepare", *(f"reference-{split}" for split in SPLITS), "base")
+    waited_for = ("check", *FETCHED, "prepare", *(f"reference-{split}" for split in SPLITS), "base")
     shared = max(ends[name] for name in waited_for)
     together = round(max(ends.values()) - shared, 1)
     return {

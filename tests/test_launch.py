@@ -103,16 +103,18 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
     everything += ["mtbench-base", "judge-check", "report", *(stage for key in keys for stage in of_cell(key))]
     chains = plan_chains(params, everything, remote=False)
     fetched = ("fetch-model", "fetch-data")
-    names = [*fetched, "prepare", "base", "judge-base", *OF_REFERENCE, "judge-check", *keys]
+    inputs = ("check", *fetched)
+    names = [*inputs, "prepare", "base", "judge-base", *OF_REFERENCE, "judge-check", *keys]
     assert [chain.name for chain in chains] == names
     after = {chain.name: chain.after for chain in chains}
-    assert {name for name in names if not after[name]} == {*fetched}
-    assert after["prepare"] == after["base"] == fetched
-    assert {after[name] for name in (*OF_REFERENCE, "judge-check")} == {(*fetched, "prepare")}
-    assert after["judge-base"] == ("base",)
-    assert all(after[key] == (*fetched, "prepare", *OF_REFERENCE, "base") for key in keys)
+    assert [name for name in names if not after[name]] == ["check"]
+    assert {after[name] for name in fetched} == {("check",)}
+    assert after["prepare"] == after["base"] == inputs
+    assert {after[name] for name in (*OF_REFERENCE, "judge-check")} == {(*inputs, "prepare")}
+    assert after["judge-base"] == ("check", "base")
+    assert all(after[key] == (*inputs, "prepare", *OF_REFERENCE, "base") for key in keys)
     assert chains[-1].targets == of_cell(keys[-1])
-    assert [chain.name for chain in chains if not chain.computes] == [*fetched, "prepare"]
+    assert [chain.name for chain in chains if not chain.computes] == [*inputs, "prepare"]
     # The report is made where the launch began, at its end.
     assert {t for chain in chains for t in chain.targets} == {*everything} - {"report"}
     only = plan_chains(params, ["mtbench-base", "answer@" + keys[1], "mtbench@" + keys[1], "report"], False)
@@ -121,6 +123,20 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
         Chain(keys[1], ("answer@" + keys[1], "mtbench@" + keys[1])),
     ]
     assert plan_chains(params, ["report"], remote=False) == []
+    # What is there is not waited for; the check alone is stale where a parameter has changed.
+    judged = ["check", "mtbench-base", "judge-check", f"mtbench@{keys[0]}"]
+    assert plan_chains(params, judged, remote=False) == [
+        Chain("check", ("check",), computes=False),
+        Chain("judge-base", ("mtbench-base",), ("check",)),
+        Chain("judge-check", ("judge-check",), ("check",)),
+        Chain(keys[0], (f"mtbench@{keys[0]}",), ("check",)),
+    ]
+    pairs = Chain("fetch-data", ("fetch@pairs",), computes=False)
+    assert plan_chains(params, ["fetch@pairs", "prepare", "answer-base"], remote=False) == [
+        pairs,
+        Chain("prepare", ("prepare",), ("fetch-data",), computes=False),
+        Chain("base", ("answer-base",), ("fetch-data",)),
+    ]
 
 
 def test_a_judge_check_that_no_clone_could_make_or_hand_over_is_left_to_the_workspace(params: Params) -> None:
@@ -161,7 +177,7 @@ def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Pa
 
 
 def test_what_failed_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """As `check`, which both chains that fetch run first."""
+    """As cells may that cannot reach one server."""
     refused = "prefscan: no loss\nERROR: check"
     errors = [("a", refused), ("b", ""), ("c", refused), ("d", "another"), ("e", NOT_RUN), ("f", NOT_RUN)]
     report_failures([Outcome(name, 1.0, "" if error == NOT_RUN else "here", error=error) for name, error in errors])

@@ -560,6 +560,7 @@ sys.exit("torch._inductor.compile_fx" in sys.modules)
 def test_only_without_a_gpu_is_torchs_compiler_left_out(device: str) -> None:
     """bitsandbytes, which PEFT imports, has functions compiled: two seconds of each train and merge stage."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    environment["PYTHONPATH"] = str(SRC)
     subprocess.run([sys.executable, "-c", COMPILER, device], env=environment, check=True, timeout=120)
 
 

@@ -52,7 +52,7 @@ from prefscan.params import Params, load
 from prefscan.paths import SPLITS
 from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages
 
-FETCHED = {"fetch-model": ("check", "fetch@model"), "fetch-data": ("fetch@pairs", "fetch@questions")}
+FETCHED = {"fetch-model": ("fetch@model",), "fetch-data": ("fetch@pairs", "fetch@questions")}
 BASE_STAGES = ("answer-base", "mtbench-base")
 FAILED = 1
 STOPPED = 130
@@ -66,8 +66,9 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     GPU while they wait for it, and whose faults stop no training. The judge check goes beside the cells. It is left to
     the workspace where `agreement` names files, which may be there alone, and where results travel by a `remote`:
     `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not: the
-    judge check waits for the pairs, which it does not read, or it would be ready before the reference. The reference's
-    held-out pairs go before its training pairs: of two processors, one has the base's answers first.
+    judge check waits for the pairs, which it does not read, or it would be ready before the reference. Of the reference
+    the held-out pairs go first: of two processors, the one that has the base's answers then has the longer training
+    pairs, and the other one the base's judging. Two chains never make one stale stage: DVC's cache is not made for it.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
@@ -81,21 +82,23 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
         if name not in there and (targets := tuple(stage for stage in stages if stage in stale)):
             found.append(Chain(name, targets, tuple(other for other in after if other in there), computes))
 
+    inputs = ["check", *FETCHED]  # each of them: where only the check is stale, nothing is fetched
+    add("check", ["check"], computes=False)
     for name, stages in FETCHED.items():
-        add(name, stages, computes=False)
-    add("prepare", ["prepare"], FETCHED, computes=False)
+        add(name, stages, ["check"], computes=False)
+    add("prepare", ["prepare"], inputs, computes=False)
     for key in (first, *(key for key in models if key != first)):
-        shared = [*FETCHED]
+        shared = [*inputs]
         if key != "base":
             shared.append("prepare")
             for split in reversed(SPLITS):
-                add(f"reference-{split}", [f"reference@{split}"], [*FETCHED, "prepare"])
+                add(f"reference-{split}", [f"reference@{split}"], [*inputs, "prepare"])
                 shared.append(f"reference-{split}")
             if not (params.agreement or remote):
-                add("judge-check", ["judge-check"], [*FETCHED, "prepare"], computes=not asked)
+                add("judge-check", ["judge-check"], [*inputs, "prepare"], computes=not asked)
         if asked or key == first:
             add(key, models[key][:-1], shared)
-            add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
+            add(f"judge-{key}", models[key][-1:], dict.fromkeys(("check", key, first)), computes=not asked)
         else:
             add(key, models[key], [*shared, first])
     return found

@@ -128,7 +128,7 @@ def test_whatever_is_killed_a_cluster_gives_the_hashes_of_dvc_repro(
     ray_worker(running("answer")).send_signal(signal.SIGKILL)
     output = launch.end()
     assert ": failed" not in output
-    assert "(7 of 7)" in output
+    assert "(10 of 10)" in output
     assert hashes(work) == hashes(sweep)
     assert work.dvc("status").strip().endswith("Data and pipelines are up to date.")
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(scratch) in " ".join(p.info["cmdline"] or [])]
