@@ -131,9 +131,8 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
         Chain("judge-check", ("judge-check",), ("check",)),
         Chain(keys[0], (f"mtbench@{keys[0]}",), ("check",)),
     ]
-    pairs = Chain("fetch-data", ("fetch@pairs",), computes=False)
     assert plan_chains(params, ["fetch@pairs", "prepare", "answer-base"], remote=False) == [
-        pairs,
+        Chain("fetch-data", ("fetch@pairs",), computes=False),
         Chain("prepare", ("prepare",), ("fetch-data",), computes=False),
         Chain("base", ("answer-base",), ("fetch-data",)),
     ]

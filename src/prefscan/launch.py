@@ -68,7 +68,7 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     `dvc push` leaves out what git keeps, as the check's metrics. What cells wait for goes before what they do not: the
     judge check waits for the pairs, which it does not read, or it would be ready before the reference. Of the reference
     the held-out pairs go first: of two processors, the one that has the base's answers then has the longer training
-    pairs, and the other one the base's judging. Two chains never make one stale stage: DVC's cache is not made for it.
+    pairs, and the other one the base's judging. All wait for the check: DVC's cache is not made for two that run it.
     """
     stale = set(stale)
     models = {"base": BASE_STAGES} | {
@@ -80,25 +80,25 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     def add(name: str, stages: Iterable[str], after: Iterable[str] = (), *, computes: bool = True) -> None:
         there = {chain.name for chain in found}
         if name not in there and (targets := tuple(stage for stage in stages if stage in stale)):
-            found.append(Chain(name, targets, tuple(other for other in after if other in there), computes))
+            waits_for = tuple(other for other in ("check", *after) if other in there)
+            found.append(Chain(name, targets, waits_for, computes))
 
-    inputs = ["check", *FETCHED]  # each of them: where only the check is stale, nothing is fetched
     add("check", ["check"], computes=False)
     for name, stages in FETCHED.items():
-        add(name, stages, ["check"], computes=False)
-    add("prepare", ["prepare"], inputs, computes=False)
+        add(name, stages, computes=False)
+    add("prepare", ["prepare"], FETCHED, computes=False)
+    prepared = (*FETCHED, "prepare")
     for key in (first, *(key for key in models if key != first)):
-        shared = [*inputs]
+        shared = [*(FETCHED if key == "base" else prepared)]
         if key != "base":
-            shared.append("prepare")
             for split in reversed(SPLITS):
-                add(f"reference-{split}", [f"reference@{split}"], [*inputs, "prepare"])
+                add(f"reference-{split}", [f"reference@{split}"], prepared)
                 shared.append(f"reference-{split}")
             if not (params.agreement or remote):
-                add("judge-check", ["judge-check"], [*inputs, "prepare"], computes=not asked)
+                add("judge-check", ["judge-check"], prepared, computes=not asked)
         if asked or key == first:
             add(key, models[key][:-1], shared)
-            add(f"judge-{key}", models[key][-1:], dict.fromkeys(("check", key, first)), computes=not asked)
+            add(f"judge-{key}", models[key][-1:], dict.fromkeys((key, first)), computes=not asked)
         else:
             add(key, models[key], [*shared, first])
     return found
