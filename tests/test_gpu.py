@@ -19,6 +19,7 @@ from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import AdamW as PagedAdamW
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 
 from configuration import group
 from mtbench_data import local_judge
@@ -62,6 +63,26 @@ def relative(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     assert ours.keys() == expected.keys()
     both = [torch.cat([t.detach().double().cpu().flatten() for t in each.values()]) for each in (ours, expected)]
     return ((both[0] - both[1]).norm() / both[1].norm()).item()
+
+
+def test_torchs_compiler_stays_on_where_there_is_a_gpu() -> None:
+    """`import prefscan` turns it off where it finds no GPU's device file; FlexAttention would compute every score."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    code = "import prefscan, torch; assert torch.compile(torch.sin) is not torch.sin"
+    environment |= {"PYTHONPATH": str(SRC)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_not_left_to_cudnn(masked: bool) -> None:
+    """Its gradient is NaN where a masked row's scores are all low, in rows 64 tokens longer than a multiple of 128."""
+    query, key, value = torch.randn(3, 2, 4, 192, 64, device="cuda", dtype=torch.bfloat16).mul(0.1).unbind()
+    query[..., 0], key[..., 0] = 1, -1000  # scores of about -125, and e^-125 is 0 in fp32
+    mask = torch.ones(192, 192, dtype=torch.bool, device="cuda").tril() if masked else None
+    leaves = [each.requires_grad_() for each in (query, key, value)]
+    assert SDPBackend(torch._fused_sdp_choice(*leaves, mask)) != SDPBackend.CUDNN_ATTENTION
+    torch.nn.functional.scaled_dot_product_attention(*leaves, mask).sum().backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in leaves)
 
 
 # The packed layout's attention.
