@@ -68,8 +68,8 @@ def relative(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 def test_torchs_compiler_stays_on_where_there_is_a_gpu() -> None:
     """`import prefscan` turns it off where it finds no GPU's device file; FlexAttention would compute every score."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    environment["PYTHONPATH"] = str(SRC)
     code = "import prefscan, torch; assert torch.compile(torch.sin) is not torch.sin"
-    environment |= {"PYTHONPATH": str(SRC)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 

@@ -14,8 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # stage's start. Where NVIDIA's driver, WSL's or AMD's has a device, FlexAttention and vLLM do compile.
 if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-# On H100s and newer, SDPA's first choice is cuDNN, whose gradient is NaN for some padded lengths (trl issue 7181), whose
-# answers can be wrong (pytorch issue 193893), and which plans anew for every length: for each token of an answer.
+# On H100s and newer, SDPA's first choice is cuDNN, whose gradient is NaN for some padded lengths (trl issue 7181) and
+# whose answers can be wrong (pytorch issue 193893). It also plans anew for every length: for each token of an answer.
 os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 # TRL would report every training to the hub.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
