@@ -1,7 +1,6 @@
 """What tests share as fixtures; tiny.py and sweep_data.py make the things."""
 
 import contextlib
-import io
 import os
 import resource
 import signal
@@ -10,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import pytest
 import torch
+import vl_convert
 
 from mtbench_data import default_params
 from sweep_data import write_sweep
@@ -135,14 +134,8 @@ def sweep(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures, for tests that do not look at them."""
-
-    def save(_: alt.TopLevelMixin, file: Path | io.StringIO, **__: object) -> None:
-        if isinstance(file, Path):
-            file.touch()
-        else:
-            file.write("<svg></svg>")
-
-    monkeypatch.setattr(alt.TopLevelMixin, "save", save)
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", lambda *_, **__: "<svg></svg>")
+    monkeypatch.setattr(vl_convert, "vegalite_to_png", lambda *_, **__: b"")
 
 
 @pytest.fixture(params=["full disk", "file size limit"])

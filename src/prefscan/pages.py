@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from importlib.resources import files
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,21 +99,23 @@ def write_report(
     `figures` maps a file name to its figure; `shown` are the names that the page can show alone in all charts; with
     `answers`, it links to answers.html beside it.
     """
+    specs = {name: figure.chart.to_dict() for name, figure in figures.items()}
+    version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     with new_folder(root / "charts") as folder:
-        for name, figure in figures.items():
-            picture = StringIO()
-            figure.chart.save(picture, format="svg")
+        for name, spec in specs.items():
+            picture = vl_convert.vegalite_to_svg(spec, vl_version=version)
             # Vega counts gradients over the life of a process; a file must not depend on what was drawn before.
-            write_text(folder / f"{name}.svg", re.sub(r"gradient_\d+", f"gradient_{name}", picture.getvalue()))
-            figure.chart.save(folder / f"{name}.png", scale_factor=2)
+            write_text(folder / f"{name}.svg", re.sub(r"gradient_\d+", f"gradient_{name}", picture))
+            (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=version, scale=2))
     pages = environment(autoescape=True)
-    library, script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), own_script("report.js")
+    # Without a snippet, which its types ask for, it sets window.vegaEmbed, and is made once in a process.
+    library, script = vl_convert.javascript_bundle(), own_script("report.js")  # type: ignore[call-arg]
     page = pages.get_template("report.html").render(
         title=title,
         lines=lines,
         figures=figures,
         svgs={name: read_text(root / f"charts/{name}.svg") for name in figures},
-        specs={name: figure.chart.to_dict() for name, figure in figures.items()},
+        specs=specs,
         shown=shown,
         answers=answers,
         tables=tables,

@@ -16,6 +16,7 @@ from prefscan.files import read_text
 from prefscan.params import Params, load
 
 CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
+CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 
 
 def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:

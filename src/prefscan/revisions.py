@@ -21,6 +21,7 @@ from prefscan.clones import git
 from prefscan.errors import UserError
 from prefscan.files import BAD_JSON, read_text
 from prefscan.paths import BASE, JUDGE_METRICS, SUMMARY
+from prefscan.pipeline import CHOICE
 from prefscan.tables import QUESTION_SCORES
 
 PARAMS = Path("params.yaml")
@@ -35,7 +36,6 @@ READ: dict[Path, dict[str, type]] = {
 # Points: two revisions' scores of a question that are no further apart are one score. Another processor rounds the
 # judge's sums otherwise, by up to 1e-5 (docs/performance.md), and questions.csv rounds each score to 6 decimals.
 SAME_SCORE = 2e-5
-CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 # Parameters that decide how a result is reached or what it costs, and not what it is.
 NEUTRAL = {
     *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
