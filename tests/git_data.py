@@ -1,13 +1,13 @@
 """A DVC repository whose branches hold the reports of small sweeps."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from dvc.repo import Repo
 
 GIT = ["git", "-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
 KEPT = ("params.yaml", "metrics/summary.json", "metrics/judge.json", "reports/questions.csv")
@@ -20,7 +20,7 @@ def git(*arguments: str) -> str:
 def make_repository(reported: Path) -> None:
     """In the working directory: the small sweep's reports, committed on the branch main."""
     git("init", "--quiet", "--initial-branch", "main")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], check=True, capture_output=True)
+    Repo.init().close()
     for name in KEPT:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes((reported / name).read_bytes())

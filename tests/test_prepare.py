@@ -497,7 +497,7 @@ def test_the_command_writes_the_pairs_and_the_metrics(
     "row", [orca(), ultrafeedback(("user", QUESTION)), sharegpt(("human", QUESTION))], ids=["orca", "chat", "sharegpt"]
 )
 def test_any_change_of_a_row_is_a_pair_or_a_sentence(row: dict[str, Any], tokenizer: Any) -> None:
-    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changed(row))
     def check(value: Any) -> None:
         fault = ""

@@ -72,7 +72,7 @@ def test_a_record_that_stands_there_twice_is_named(tmp_path: Path) -> None:
 def test_any_change_is_read_or_ends_with_a_sentence(schema: type[Record], record: Any, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
 
-    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(changed(record), min_size=1, max_size=3))
     def check(rows: list[Any]) -> None:
         write(path, *rows)
@@ -89,7 +89,7 @@ def test_any_change_is_read_or_ends_with_a_sentence(schema: type[Record], record
 def test_any_bytes_are_read_or_end_with_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
 
-    @settings(max_examples=1200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.binary(max_size=200))
     def check(content: bytes) -> None:
         path.write_bytes(content)

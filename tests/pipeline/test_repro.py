@@ -6,15 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.workspace import ROOT, Workspace, stages_run
-
-CELL_STAGES = ("train", "merge", "answer", "mtbench")
-
-
-def of_cells(*keys: str) -> set[str]:
-    return {f"{stage}@{key}" for stage in CELL_STAGES for key in keys}
+from pipeline.workspace import ROOT, Workspace, of_cells, stages_run
+from prefscan.pipeline import CELL_STAGES
 
 
 def test_sweep_runs_to_the_report_and_then_nothing_is_stale(sweep: Workspace) -> None:
@@ -25,25 +19,6 @@ def test_sweep_runs_to_the_report_and_then_nothing_is_stale(sweep: Workspace) ->
     assert "<svg" in (sweep.folder / "reports/report.html").read_text()
     assert stages_run(sweep.dvc("repro")) == []
     assert sweep.git("status", "--short") == ""
-
-
-def test_a_new_beta_runs_only_its_cells_and_shows_in_the_diff(sweep: Workspace, tmp_path: Path) -> None:
-    work = sweep.copy(tmp_path / "work")
-    ran = stages_run(work.dvc("exp", "run", "-S", "beta=0.7", "-S", "sweep.loss=sigmoid"))
-    assert set(ran) == of_cells("sigmoid-0.7-3") | {"check", "report"}
-    # The recipe's β replaced 0.1: the sweep around it was empty.
-    assert yaml.safe_load((work.folder / "params.yaml").read_text())["grid"]["beta"] == [0.7]
-    diff = work.dvc("metrics", "diff", "--all")
-    for metric in ("score", "margin"):
-        row = next(line.split() for line in diff.splitlines() if f" recipe.{metric} " in line)
-        before, after = sweep.json("metrics/summary.json"), work.json("metrics/summary.json")
-        assert float(row[2]) == pytest.approx(before["recipe"][metric], abs=1e-4)
-        assert float(row[3]) == pytest.approx(after["recipe"][metric], abs=1e-4)
-    assert row[2] != row[3]
-    # Back on the committed parameters nothing but the report, which had read other cells, may run.
-    work.git("checkout", "--quiet", "--force", "HEAD")
-    assert set(stages_run(work.dvc("repro"))) <= {"check", "report"}
-    assert work.git("status", "--short") == ""
 
 
 def test_the_plan_knows_what_is_left_and_by_what_speed(sweep: Workspace, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtbench_data import TEMPLATES, make_questions, make_references
 from prefscan.files import sha256
+from prefscan.pipeline import CELL_STAGES
 from tiny import sharegpt_rows
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,10 @@ class Workspace:
 def stages_run(output: str) -> list[str]:
     """The stages that a `dvc repro` or `dvc exp run` ran or would run."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def of_cells(*keys: str) -> set[str]:
+    return {f"{stage}@{key}" for stage in CELL_STAGES for key in keys}
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str]) -> dict[str, str]:
