@@ -58,10 +58,17 @@ def test_a_sweep_judged_in_pairs_is_reported(in_tmp: Path) -> None:
         for row in rows:
             words = row.pop("judgment")
             row |= {"g1_winner": "tie", "g2_winner": "tie", "g1_judgment": words, "g2_judgment": words}
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # The model that the others are judged against has no judgements.
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if path.stem != "base"))
     report.main()
     assert "| without reference | swapped | 0.53 | 0.44 | 0.61 | – | – | – |" in Path("reports/report.md").read_text()
-    assert "[in the other order]" in Path("reports/answers.html").read_text()
+    page = Path("reports/answers.html").read_text()
+    assert "[in the other order]" in page
+    models = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["models"]
+    for key in ("base", CELLS[0]):
+        for reply in models[key].values():
+            assert [judgement["turn"] for judgement in reply["judgements"]] == [1, 2]
+    assert {judgement["score"] for reply in models["base"].values() for judgement in reply["judgements"]} == {0.5}
     assert Path("data/mt_bench/model_judgment/tiny_pair.jsonl").exists()
 
 
@@ -259,6 +266,19 @@ def test_cells_outside_the_grid_are_neither_read_nor_left(in_tmp: Path) -> None:
     assert not [path for path in stale if path.exists()]
     assert "0.9" not in Path("data/mt_bench/model_judgment/tiny_single.jsonl").read_text()
     assert len(list(Path("metrics/train").iterdir())) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_files_of_no_cell_are_named_and_left(in_tmp: Path) -> None:
+    """DVC's cache has no copy of what FastChat's own programs download into its folders."""
+    write_sweep(in_tmp)
+    foreign, old = (Path("data/mt_bench/model_answer", f"{name}.jsonl") for name in ("gpt-4", "sigmoid-0.9-8"))
+    for path in (foreign, old):
+        path.write_text("{}\n")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(foreign))}: of no cell, and what stands in that .*; move"):
+        report.main()
+    assert foreign.exists()
+    assert old.exists()
 
 
 @pytest.mark.usefixtures("quick")

@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from git_data import branch, git, make_repository
+from prefscan import cluster
+from prefscan.checkpoints import NO_RESULT
 from prefscan.errors import UserError
-from prefscan.revisions import changed, commit_of, judge_of, leaves, read_revision, settings
+from prefscan.keys import LIBRARIES
+from prefscan.revisions import NEUTRAL, PINS, changed, commit_of, judge_of, leaves, read_revision, settings
 from sweep_data import CATEGORY_OF, CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +129,8 @@ def test_the_settings_are_what_decides_a_cells_result() -> None:
 def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
     def change(params: Any) -> None:
         params["judge"] = OPENAI | {"budget": 50.0, "concurrency": 2}
-        params["train"]["report_to"] = "wandb"
+        params["train"] |= {"report_to": "wandb", "activation_checkpointing": True}
+        params["agreement"] = {"judgements": "people.jsonl", "answers": "answers.jsonl"}
 
     branch("first", lambda params: params.update(judge=OPENAI))
     branch("second", change)
@@ -151,3 +155,10 @@ def test_a_local_judge_is_its_weights_and_one_behind_an_api_its_name() -> None:
     branch("gpt5", lambda params: params.update(judge=OPENAI | {"name": "gpt-5", "folder": "judges/large"}))
     gpt4, gpt5 = judge_of(read_revision("gpt4")), judge_of(read_revision("gpt5"))
     assert changed(gpt4, gpt5) == {"judge.name": ("gpt-4", "gpt-5")}
+    branch("greedy", lambda params: params.update(judge=OPENAI | {"temperature": 0.25}))
+    assert list(changed(gpt4, judge_of(read_revision("greedy")))) == ["judge.temperature"]
+
+
+def test_every_list_of_what_decides_a_result_has_the_same() -> None:
+    assert set(LIBRARIES) == set(PINS) < set(cluster.LIBRARIES)
+    assert {f"train.{name}" for name in NO_RESULT} <= NEUTRAL

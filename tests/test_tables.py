@@ -28,11 +28,14 @@ def test_the_spread_between_judgements_is_apart_from_that_between_questions() ->
         assert row["question"] == pytest.approx((means.mean(axis=1).var(ddof=1) - within / 3) ** 0.5)
 
 
-def test_a_judge_that_was_asked_once_or_judged_pairs_has_no_such_table() -> None:
-    once = judgements(np.ones((4, 2, 1)))
-    assert spread(("base",), {"base": once}) == []
-    pairs = [{"question_id": 81, "turn": 1, "g1_winner": "model_1"}]
-    assert spread(("base",), {"base": pairs}) == []
+def test_a_judge_that_was_asked_once_has_no_such_table() -> None:
+    assert spread(("base",), {"base": judgements(np.ones((4, 2, 1)))}) == []
+
+
+def test_the_model_that_pairs_are_judged_against_has_no_spread() -> None:
+    pairs = judgements(np.random.default_rng(0).choice([0.0, 0.5, 1.0], (12, 2, 3)))
+    (table,) = spread(("base", "ipo-0.1-8"), {"base": [], "ipo-0.1-8": pairs})
+    assert list(table.data["cell"]) == ["ipo-0.1-8"]
 
 
 def test_the_check_of_a_judge_of_pairs_has_no_margin() -> None:

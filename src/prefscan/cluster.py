@@ -35,7 +35,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt -e '.[cluster]'")
 
-LIBRARIES = ("bitsandbytes", "dvc", "peft", "ray", "torch", "transformers", "trl")  # the same on every node
+# The same on every node: ray and dvc to work together, and those of keys.py, or none could go on with another's work.
+LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "dvc", "peft", "ray", "torch", "transformers", "trl")
 CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 

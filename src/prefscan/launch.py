@@ -233,6 +233,7 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     if (forgotten := lost.intersection(made)) and Path("dvc.lock").exists():
         with Repo(_wait_for_lock=True) as repo, repo.lock:
             forget(Path("dvc.lock"), forgotten)
+    report_failures(outcomes)  # first, since what follows may end with an error of its own
     if changes := changed_since(tree):
         raise UserError(
             f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "
@@ -242,7 +243,6 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
         return restore(made, [], place, params.launch.patience)
     if made:
         restore(made, made, place, params.launch.patience)
-    report_failures(outcomes)
     return FAILED
 
 

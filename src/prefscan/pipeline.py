@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.repo.graph import get_subgraph_of_nodes
 from dvc.utils.serialize import modify_yaml
 
 from prefscan.errors import UserError
@@ -64,11 +65,13 @@ def compose(overrides: list[str], path: Path) -> Params:
 
 
 def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
-    """The stages that `dvc repro` would run, by dvc.lock and the files in the workspace, in no order.
+    """The stages that `dvc repro` may run, by dvc.lock and the files in the workspace: the stale ones and all after.
 
     Outputs that are in neither workspace nor cache are stale, or else, for a clone without data, as dvc.lock says.
     A stale stage whose data are missing fails even in a dry run (DVC 3.67 hashes them for its run-cache), and DVC then
-    names it and the stages after it as not reproduced: they are stale as well.
+    names it and the stages after it as not reproduced. A dry run of one whose data are there leaves its outputs as they
+    were, and so what reads them is not stale to DVC until it has run. `check` alone, always of one output, passes none
+    on.
     """
     options = [] if missing_data_is_stale else ["--allow-missing"]
     done = run_dvc("--wait-for-lock", "repro", "--dry", "--keep-going", *options)
@@ -77,7 +80,10 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
     stages = {stage for line in lines for stage in re.findall(r"'([^']+)'", line)}
     if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
         raise failed(done)
-    return sorted(stages)
+    with Repo() as repo:
+        sources = [stage for stage in repo.index.stages if stage.addressing in stages - {"check"}]
+        after = get_subgraph_of_nodes(repo.index.graph, sources, downstream=True) if sources else ()
+        return sorted(stages.union(stage.addressing for stage in after))
 
 
 def push_current(stale: Collection[str]) -> None:

@@ -6,13 +6,14 @@ It reads the cells that the grid names and no others, and removes the metrics of
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from prefscan import charts
-from prefscan.errors import run_stage
+from prefscan.errors import UserError, run_stage
 from prefscan.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.pages import Figure, Table, write_answers, write_report
 from prefscan.params import Cell, Params, load
@@ -64,13 +65,23 @@ FOLDERS = (
     CELL_JUDGEMENTS,
 )
 
+KEY = re.compile(r"[a-z_]+-[0-9.e-]+-([0-9]+|epoch)")  # of a cell
+AGAINST = "The other models' answers are judged against this one, whose score is a half by definition."
+
 
 def remove_other_cells(folders: tuple[Path, ...], keys: set[str]) -> None:
-    """Delete files of cells that are not in the grid."""
-    for folder in folders:
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.stem not in keys:
-                path.unlink()
+    """Delete files of cells that are not in the grid, which DVC's cache keeps, and hidden ones.
+
+    Raises UserError for others, as another model's answers may be, and leaves all as it is.
+    """
+    others = [path for folder in folders if folder.exists() for path in folder.iterdir() if path.stem not in keys]
+    if foreign := [str(path) for path in others if not (KEY.fullmatch(path.stem) or path.name.startswith("."))]:
+        raise UserError(
+            f"{', '.join(foreign[:10])}: of no cell, and what stands in that folder is an input of the report; move it "
+            "elsewhere"
+        )
+    for path in others:
+        path.unlink()
 
 
 SUMMARY_COLUMNS = (
@@ -173,16 +184,23 @@ def make_figures(
     }
 
 
-def answer_pages(keys: tuple[str, ...], answers: dict[str, list[Any]], judgements: dict[str, list[Any]]) -> Any:
-    """Of each model, by question: both replies, and every judgement's turn, score and words."""
+def answer_pages(
+    keys: tuple[str, ...], answers: dict[str, list[Any]], judgements: dict[str, list[Any]], against: str | None
+) -> Any:
+    """Of each model, by question: both replies, and every judgement's turn, score and words.
+
+    `against` is the model that pairs are judged against, and that is not judged itself.
+    """
     models: dict[str, Any] = {}
     for key in keys:
+        itself = [{"turn": turn, "score": 0.5, "words": AGAINST} for turn in (1, 2)] if key == against else []
         models[key] = {
-            answer["question_id"]: {"turns": answer["choices"][0]["turns"], "judgements": []} for answer in answers[key]
+            answer["question_id"]: {"turns": answer["choices"][0]["turns"], "judgements": [*itself]}
+            for answer in answers[key]
         }
         for judgement in judgements[key]:
             models[key][judgement["question_id"]]["judgements"].append(
-                {"turn": judgement["turn"], "score": judgement.get("score"), "words": words(judgement)}
+                {"turn": judgement["turn"], "score": judgement["score"], "words": words(judgement)}
             )
     return models
 
@@ -238,7 +256,8 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
     ]
     lines = sentences(params, table, judged, prepared, judge)
     write_report(folder, title, lines, figures, tables, list(dict.fromkeys(table["loss"])), answers=True)
-    write_answers(folder, title, answer_pages(keys, answers, judgements), questions)
+    against = params.judge.against if params.judge.mode == "pair" else None
+    write_answers(folder, title, answer_pages(keys, answers, judgements, against), questions)
     write_text(folder / "cells.csv", everything.to_csv(index=False))
     return table
 

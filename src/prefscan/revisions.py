@@ -40,11 +40,15 @@ SAME_SCORE = 2e-5
 NEUTRAL = {
     *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
     *(f"answer.server.{name}" for name in ("timeout", "attempts", "key_variable")),
-    "train.report_to",
+    *(f"train.{name}" for name in ("activation_checkpointing", "report_to")),
+    "agreement",
 }
 # Parameters that make a judge the one that it is, beside the name of one behind an API.
-JUDGE = ("kind", "mode", "against", "references", "folder", "dtype", "base_url", "seed", "samples", "max_tokens")
-PINS = ("trl", "transformers", "peft", "torch")  # whose versions may change a result
+JUDGE = (
+    *("kind", "mode", "against", "references", "folder", "dtype"),
+    *("base_url", "seed", "temperature", "samples", "max_tokens"),
+)
+PINS = ("trl", "transformers", "peft", "torch", "accelerate", "bitsandbytes", "datasets")  # may change a result
 
 
 class Revision(NamedTuple):

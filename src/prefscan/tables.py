@@ -292,8 +292,9 @@ def spread(keys: tuple[str, ...], judgements: dict[str, list[Any]]) -> list[Tabl
     for key in keys:
         scores: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for judgement in judgements[key]:
-            if "score" in judgement:  # a pair has verdicts
-                scores[judgement["sample"]][judgement["question_id"]].append(judgement["score"])
+            scores[judgement["sample"]][judgement["question_id"]].append(judgement["score"])
+        if not scores:  # the model that pairs are judged against
+            continue
         if len(scores) < 2:
             return []
         matrix = [

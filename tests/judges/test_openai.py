@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mtbench_data import openai_judge
 from prefscan.errors import UserError
 from prefscan.judges import Prompt, load_judge
 from prefscan.judges.openai import REMINDERS, Replies, parse_rating, parse_winner
+from prefscan.judges.spending import Spending
 from prefscan.params import OpenAIJudge
 
 KEY = "sk-test"
@@ -419,6 +421,34 @@ def test_a_server_that_is_not_there_costs_nothing() -> None:
     ((_, verdict),) = load_judge(settings).verdicts([Prompt("s", "u")])
     assert "failed 3 times" in verdict.reason
     assert ledger() == []
+
+
+def test_a_cost_that_does_not_fit_on_the_disk_leaves_the_ledger_whole(small_disk: Path) -> None:
+    path = small_disk / "spending.jsonl"
+    rows = 64 * 1024 // len('{"judge": "gpt", "usd": 0.5}\n')
+    path.write_text('{"judge": "gpt", "usd": 0.5}\n' * rows)
+    spending = Spending(path, None)
+    with pytest.raises(OSError, match=r"No space left|File too large"), spending.purchase(1.0, "gpt") as purchase:
+        purchase.usd = 0.5
+    assert spending.spent == (rows + 1) * 0.5
+    assert Spending(path, None).spent == rows * 0.5
+
+
+@pytest.mark.parametrize("mode", ["single", "pair"])
+def test_equal_prompts_are_asked_once_and_judged_alike(mode: str) -> None:
+    """As both orders of a pair of equal answers. Each reply that the server gives is another one."""
+    words = itertools.cycle(["[[A]]", "[[B]]"] if mode == "pair" else ["[[3]]", "[[8]]"])
+    with chat_server(lambda *_: priced(next(words), 100, 10)) as server:
+        changes = {"prices": PRICES, "concurrency": 8, "mode": mode}
+        settings = OpenAIJudge.model_validate(openai_judge(server.url, **changes))
+        prompts = [Prompt("s", str(place // 2), cuts=(place,)) for place in range(20)]
+        prompts += [replace(prompts[0], sample=1)]
+        for _ in ("bought", "kept"):
+            found = dict(load_judge(settings).verdicts(prompts))
+            assert sorted(found) == list(range(21))
+            assert all(found[place].score == found[place + 1].score is not None for place in range(0, 20, 2))
+            assert len(server.requests) == len(ledger()) == 11
+            assert sum(verdict.usd for verdict in found.values()) == pytest.approx(sum(ledger()))
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

@@ -84,9 +84,12 @@ class TokenJudge(ABC):
     def tokens(self, prompt: Prompt) -> list[int]:
         """The chat with the prefilled reply; raises UserError where it does not fit the judge's context."""
         ids = self._chat(prompt.system, prompt.user)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(ids) >= limit:
-            raise UserError(f"judge.folder: a prompt of {len(ids)} tokens exceeds the judge's context of {limit}")
+            raise UserError(
+                f"judge.folder: a prompt of {len(ids)} tokens exceeds the judge's context of {limit}; choose another "
+                "judge, or set answer.max_new_tokens lower"
+            )
         return ids
 
     def _chat(self, system: str, user: str) -> list[int]:

@@ -159,13 +159,26 @@ class ChatJudge:
         )
 
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
-        """Kept replies first. Two processes never pay for one prompt: the second waits until the first has ended."""
-        waiting = []
+        """Kept replies first. Two processes never pay for one prompt: the second waits until the first has ended.
+
+        A prompt that stands in several places, as a pair of equal answers does in both orders, is asked once: each
+        place has its verdict, and the first its cost.
+        """
+        places: dict[Prompt, list[int]] = {}
         for place, prompt in enumerate(prompts):
+            places.setdefault(replace(prompt, cuts=()), []).append(place)
+
+        def given(prompt: Prompt, verdict: Verdict) -> Iterator[tuple[int, Verdict]]:
+            first, *others = places[prompt]
+            yield first, verdict
+            yield from ((place, replace(verdict, usd=0.0)) for place in others)
+
+        waiting = []
+        for prompt in places:
             try:
-                yield place, self.verdict(prompt, self.kept)
+                yield from given(prompt, self.verdict(prompt, self.kept))
             except NoReply:
-                waiting.append((place, prompt))
+                waiting.append(prompt)
         if not waiting:
             return
         judge = self.judge
@@ -182,9 +195,9 @@ class ChatJudge:
 
             pool = ThreadPoolExecutor(self.judge.concurrency)
             try:
-                futures = {pool.submit(ask, prompt): place for place, prompt in waiting}
+                futures = {pool.submit(ask, prompt): prompt for prompt in waiting}
                 for future in as_completed(futures):
-                    yield futures[future], future.result()
+                    yield from given(futures[future], future.result())
             finally:
                 pool.shutdown(cancel_futures=True)  # a caller that stops early pays for no more
 

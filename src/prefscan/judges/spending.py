@@ -5,13 +5,16 @@ place. So the sum of what was paid and what is under way never exceeds the budge
 way may have been billed, and counts with its most.
 """
 
+import errno
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
+from typing import Any
 
 from prefscan.chat import NoReply
 from prefscan.files import read_jsonl
@@ -76,8 +79,19 @@ class Spending:
             with self.changed:
                 self.under_way.remove(purchase)
                 self.spent += purchase.usd
-                if purchase.usd:
-                    self.ledger.parent.mkdir(parents=True, exist_ok=True)
-                    with self.ledger.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"judge": judge, "usd": purchase.usd}) + "\n")
                 self.changed.notify_all()
+                if purchase.usd:
+                    self._record({"judge": judge, "usd": purchase.usd})
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """Append a whole line or nothing: half of one, left by a full disk, would spoil the ledger."""
+        line = (json.dumps(row) + "\n").encode()
+        self.ledger.parent.mkdir(parents=True, exist_ok=True)
+        with self.ledger.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.ledger))
+            except OSError:
+                file.truncate(size)
+                raise

@@ -16,9 +16,9 @@ function fill(select, values) {
   for (const value of values) add(select, "option", value).value = value;
 }
 
-// The mean over all judgements of a model's answer to a question; null where none has a score.
+// The mean over all judgements of a model's answer to a question; null where it has none.
 function mean(model, number) {
-  const scores = (data.models[model][number]?.judgements ?? []).map((judgement) => judgement.score).filter((s) => s !== null);
+  const scores = (data.models[model][number]?.judgements ?? []).map((judgement) => judgement.score);
   return scores.length ? scores.reduce((sum, score) => sum + score, 0) / scores.length : null;
 }
 
@@ -45,8 +45,7 @@ function side(parent, model, number, turn) {
   add(column, "p", found.turns[turn] || "(empty)", "text answer");
   for (const judgement of found.judgements.filter((judgement) => judgement.turn === turn + 1)) {
     const words = add(column, "details");
-    const score = judgement.score === null ? "no score" : judgement.score.toFixed(2);
-    add(words, "summary", `Judge: ${score}`);
+    add(words, "summary", `Judge: ${judgement.score.toFixed(2)}`);
     add(words, "p", judgement.words, "text");
   }
 }
