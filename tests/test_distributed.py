@@ -37,7 +37,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
-CELLS = [(loss, engine) for loss in ("sigmoid", "kto_pair") for engine in ("shared", "trl")]
+CELLS = [(loss, engine) for loss in ("sigmoid", "kto_pair") for engine in ("shared", "trl")] + [("kto", "shared")]
 LONG = "ipo-0.3-20"
 
 # The same data.
@@ -102,7 +102,7 @@ def finish(process: subprocess.Popen[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: list[Any], params: Any) -> Path:
-    """A folder LOSS-ENGINE for each of four cells that two processes have trained, LONG, and a model for `shard`."""
+    """A folder LOSS-ENGINE for each of the cells that two processes have trained, LONG, and a model for `shard`."""
     root = tmp_path_factory.mktemp("together")
     for loss, engine in CELLS:
         lay_out(root / f"{loss}-{engine}", loss, 7, engine, tiny_model, pairs, params)

@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefscan.engines import load_engine
 from prefscan.losses import LOSSES, PairLogps
-from prefscan.params import Losses
+from prefscan.models import load_model, load_tokenizer
+from prefscan.params import Cell, Lora, Losses
+from prefscan.reference import reference_rows, with_reference
+from prefscan.train import PairTrainer, lora_config, training_arguments
 from tiny import plain_logps, sharegpt_rows
 
 REPOSITORY = Path(__file__).parents[1]
@@ -535,6 +539,60 @@ def test_equals_stock_trl_on_the_same_batch(stock_trainer: Callable[..., Any], l
         stock = trainer.compute_loss(trainer.model, batch).item()
         assert evaluate(loss, logps, beta).mean().item() == pytest.approx(stock, rel=1e-5, abs=1e-5)
     assert min(abs(other - stock) for other in others) > 1e-3  # this batch tells the losses apart
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("loss", TRL)
+def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
+    stock_trainer: Callable[..., Any], tiny_model: Path, params: Any, tmp_path: Path, loss: str
+) -> None:
+    """Both engines on the adapter and pairs of the stock trainer: options, token counts and layout are in it."""
+    from datasets import Dataset
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from trl import DPOConfig, DPOTrainer
+
+    beta = 0.3
+    stock = stock_trainer(
+        DPOTrainer,
+        DPOConfig,
+        loss_type=[loss],
+        beta=beta,
+        label_smoothing=SMOOTHING.get(loss, 0.0),
+        discopop_tau=OPTIONS.discopop_tau,
+    )
+    pairs = [pair | {"id": str(place)} for place, pair in enumerate(stock.train_dataset)]
+    expected = stock.compute_loss(stock.model, next(iter(stock.get_train_dataloader())))
+    expected.backward()
+    lora = Lora(r=8, alpha=32, dropout=0.0, targets=["q_proj", "v_proj"])
+    changes = {"lora": lora, "losses": OPTIONS, "dtype": "fp32", "quantization": "none", "report_to": "none"}
+    for engine in ("shared", "trl"):
+        train = params.train.model_copy(update=changes | {"engine": engine, "batch_size": len(pairs)})
+        model, cell = load_model(tiny_model, "fp32").requires_grad_(False), Cell(loss=loss, beta=beta, steps=1)
+        pad = load_tokenizer(tiny_model).pad_token_id
+        rows = with_reference(pairs, list(reference_rows(model, load_engine(engine), pairs, len(pairs), pad)))
+        ours = PairTrainer(
+            cell=cell,
+            options=train.losses,
+            engine=load_engine(engine),
+            pad_token_id=pad,
+            kept_tokens=10**6,
+            model=model,
+            args=training_arguments(train, cell, 1, 0, False, tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=load_tokenizer(tiny_model),
+            peft_config=lora_config(train),
+        )
+        set_peft_model_state_dict(ours.model, get_peft_model_state_dict(stock.model))
+        found = ours.compute_loss(ours.model, ours.collate(rows))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+        found.backward()
+        slopes, wanted = gradients(ours.model), gradients(stock.model)
+        assert slopes.keys() == wanted.keys()
+        for name, slope in wanted.items():
+            assert (slopes[name] - slope).norm() <= 1e-4 * slope.norm(), name
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo"])

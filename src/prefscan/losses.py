@@ -409,8 +409,10 @@ def cpo(logps: PairLogps, beta: float, cpo_alpha: float) -> Tensor:
 def kto(logps: PairLogps, beta: float, kto_desirable_weight: float, kto_undesirable_weight: float) -> Tensor:
     """KTO: each chosen response is a desirable example, each rejected one an undesirable, apart from each other.
 
-    z estimates the KL from the micro-batch's mismatched responses and has no gradient. The value of a pair is the mean
-    of its two examples, so the mean over pairs is TRL's KTOTrainer's over as many desirable as undesirable examples.
+    z estimates the KL, without gradient: the mean of h over the micro-batch's prompts, each with both responses of the
+    next pair in the data that has another prompt. TRL's KTOTrainer takes another response of the micro-batch. The value
+    of a pair is the mean of its two examples, so the mean over pairs is that of KTOTrainer over as many desirable as
+    undesirable examples.
     """
     assert logps.kl_logratio is not None, "kto needs kl_logratio"
     kl = logps.kl_logratio.mean().clamp(min=0).detach()
