@@ -186,6 +186,22 @@ def test_what_failed_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_why_a_chain_failed_is_said_where_the_workspace_has_changed_meanwhile(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sleeping(in_tmp / "work", 1, 0)
+    monkeypatch.chdir(in_tmp / "work")
+
+    def failing(chains: list[Chain], *_: Any) -> list[Outcome]:
+        Path("conf/start.txt").write_text("edited\n")
+        return [Outcome(chain.name, 1.0, "here", error="a fault") for chain in chains]
+
+    monkeypatch.setattr(launch_stage, "run_chains", failing)
+    with pytest.raises(UserError, match=r"^changed during the launch: conf/start\.txt; what has run is kept"):
+        launch_stage.launch_sweep(None, dirty=False)
+    assert "judge-check, sigmoid-0.1-24 failed on here:\n  a fault\n" in capsys.readouterr().err
+
+
 def test_importing_it_loads_no_torch() -> None:
     """The launcher, and each of Ray's workers that holds a chain, would take two seconds longer to begin."""
     script = "import sys, prefscan.cluster, prefscan.launch; sys.exit('torch' in sys.modules)"

@@ -566,23 +566,24 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
     pairs = [pair | {"id": str(place)} for place, pair in enumerate(stock.train_dataset)]
     expected = stock.compute_loss(stock.model, next(iter(stock.get_train_dataloader())))
     expected.backward()
+    tokenizer, cell = load_tokenizer(tiny_model), Cell(loss=loss, beta=beta, steps=1)
+    pad: Any = tokenizer.pad_token_id
     lora = Lora(r=8, alpha=32, dropout=0.0, targets=["q_proj", "v_proj"])
     changes = {"lora": lora, "losses": OPTIONS, "dtype": "fp32", "quantization": "none", "report_to": "none"}
-    for engine in ("shared", "trl"):
-        train = params.train.model_copy(update=changes | {"engine": engine, "batch_size": len(pairs)})
-        model, cell = load_model(tiny_model, "fp32").requires_grad_(False), Cell(loss=loss, beta=beta, steps=1)
-        pad = load_tokenizer(tiny_model).pad_token_id
-        rows = with_reference(pairs, list(reference_rows(model, load_engine(engine), pairs, len(pairs), pad)))
+    for name in ("shared", "trl"):
+        engine, model = load_engine(name), load_model(tiny_model, "fp32").requires_grad_(False)
+        train = params.train.model_copy(update=changes | {"engine": name, "batch_size": len(pairs)})
+        rows = with_reference(pairs, list(reference_rows(model, engine, pairs, len(pairs), pad)))
         ours = PairTrainer(
             cell=cell,
             options=train.losses,
-            engine=load_engine(engine),
+            engine=engine,
             pad_token_id=pad,
             kept_tokens=10**6,
             model=model,
             args=training_arguments(train, cell, 1, 0, False, tmp_path),
             train_dataset=Dataset.from_list(rows),
-            processing_class=load_tokenizer(tiny_model),
+            processing_class=tokenizer,
             peft_config=lora_config(train),
         )
         set_peft_model_state_dict(ours.model, get_peft_model_state_dict(stock.model))
@@ -591,8 +592,8 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
         found.backward()
         slopes, wanted = gradients(ours.model), gradients(stock.model)
         assert slopes.keys() == wanted.keys()
-        for name, slope in wanted.items():
-            assert (slopes[name] - slope).norm() <= 1e-4 * slope.norm(), name
+        for weight, slope in wanted.items():
+            assert (slopes[weight] - slope).norm() <= 1e-4 * slope.norm(), weight
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo"])

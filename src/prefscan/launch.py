@@ -233,17 +233,19 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     if (forgotten := lost.intersection(made)) and Path("dvc.lock").exists():
         with Repo(_wait_for_lock=True) as repo, repo.lock:
             forget(Path("dvc.lock"), forgotten)
-    report_failures(outcomes)  # first, since what follows may end with an error of its own
-    if changes := changed_since(tree):
-        raise UserError(
-            f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo the "
-            "change and run `dvc repro`"
-        )
-    if len(ended) == len(chains):
-        return restore(made, [], place, params.launch.patience)
-    if made:
-        restore(made, made, place, params.launch.patience)
-    return FAILED
+    try:
+        if changes := changed_since(tree):
+            raise UserError(
+                f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo "
+                "the change and run `dvc repro`"
+            )
+        if len(ended) == len(chains):
+            return restore(made, [], place, params.launch.patience)
+        if made:
+            restore(made, made, place, params.launch.patience)
+        return FAILED
+    finally:
+        report_failures(outcomes)  # below what DVC prints, and whatever else went wrong
 
 
 def interrupted(*_: int | FrameType | None) -> None:

@@ -80,9 +80,11 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
     stages = {stage for line in lines for stage in re.findall(r"'([^']+)'", line)}
     if done.returncode and not any(line.startswith(marks[-1]) for line in lines):
         raise failed(done)
+    if stages <= {"check"}:
+        return sorted(stages)
     with Repo() as repo:
         sources = [stage for stage in repo.index.stages if stage.addressing in stages - {"check"}]
-        after = get_subgraph_of_nodes(repo.index.graph, sources, downstream=True) if sources else ()
+        after = get_subgraph_of_nodes(repo.index.graph, sources, downstream=True)
         return sorted(stages.union(stage.addressing for stage in after))
 
 
