@@ -84,7 +84,7 @@ def answer_one_at_a_time(model: Any, tokenizer: Any, params: Params, model_id: s
     import torch
 
     from answers import one_at_a_time
-    from prefscan.answer import select_questions
+    from prefscan.records import select_questions
 
     records, generated = [], 0
     torch.manual_seed(params.seed)

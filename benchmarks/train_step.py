@@ -102,7 +102,7 @@ class Variant:
         self.trainer: Any = (
             PairTrainer(
                 cell=CELL,
-                options=train.losses,
+                options=getattr(train.losses, CELL.loss),
                 engine=shared,
                 pad_token_id=tokenizer.pad_token_id,
                 kept_tokens=0,

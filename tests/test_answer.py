@@ -18,12 +18,13 @@ from peft import LoraConfig, get_peft_model
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
 from prefscan import answer, generation
-from prefscan.answer import answer_questions, divergence, even_groups, log_ratios, select_questions, token_logprobs
+from prefscan.answer import answer_questions, divergence, even_groups, log_ratios, token_logprobs
 from prefscan.errors import UserError
 from prefscan.files import write_json
 from prefscan.generation import Reply, SeededSampling, end_tokens
 from prefscan.models import load_cell, load_model, load_tokenizer, manifest
 from prefscan.params import Answer
+from prefscan.records import select_questions
 
 GREEDY = ("extraction", "math", "coding", "reasoning")
 
@@ -52,30 +53,6 @@ def answers(
         record["question_id"]: ([reply.text for reply in both], [(len(reply.tokens), reply.cut) for reply in both])
         for record, both in rows
     }
-
-
-@pytest.mark.parametrize("count", [8, 40, 80])
-def test_questions_are_drawn_evenly_and_in_order(count: int) -> None:
-    chosen = select_questions(make_questions(), count)
-    assert [q["category"] for q in chosen] == [c for c in CATEGORIES for _ in range(count // 8)]
-    assert [q["question_id"] for q in chosen] == [81 + 10 * c + i for c in range(8) for i in range(count // 8)]
-
-
-@pytest.mark.parametrize("count", [12, 1, 88, 160])
-def test_an_uneven_draw_is_refused_with_a_remedy(count: int) -> None:
-    with pytest.raises(
-        UserError,
-        match=rf"^answer\.questions: {count} cannot be drawn evenly from 8 categories of 10 questions; "
-        "choose a multiple of 8 up to 80",
-    ):
-        select_questions(make_questions(), count)
-
-
-def test_the_remedy_for_categories_of_unlike_size_works() -> None:
-    questions = [*make_questions(2), *make_questions(3, ["writing"])]
-    with pytest.raises(UserError, match="choose a multiple of 8 up to 16"):
-        select_questions(questions, 24)
-    assert len(select_questions(questions, 16)) == 16
 
 
 def test_temperatures_are_fastchats() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import mtbench_data
 from prefscan import check
-from prefscan.check import check_logging, check_losses, main
+from prefscan.check import check_logging, main
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES
 
@@ -53,10 +53,20 @@ def test_a_recipe_with_an_unknown_loss_is_refused(in_tmp: Path) -> None:
     assert not (in_tmp / "data").exists()
 
 
-def test_every_loss_that_is_defined_is_known() -> None:
-    check_losses(list(LOSSES))
-    with pytest.raises(UserError, match=KNOWN):
-        check_losses([*LOSSES, ""])
+def test_every_loss_that_is_defined_is_known_and_has_a_section(in_tmp: Path) -> None:
+    write_params(in_tmp, grid={"loss": list(LOSSES)})
+    main()
+    sections = mtbench_data.default_params()["train"]["losses"]
+    assert list(sections) == list(LOSSES)
+    without = {loss: options for loss, options in sections.items() if loss != "orpo"}
+    write_params(in_tmp, grid={"loss": ["sigmoid", "orpo"]}, train={"losses": without})
+    with pytest.raises(UserError, match=r"train\.losses\.orpo: missing; add it to conf/train/losses/papers\.yaml"):
+        main()
+    write_params(in_tmp, train={"losses": without})
+    main()
+    write_params(in_tmp, train={"losses": sections | {"sigmoids": {}}})
+    with pytest.raises(UserError, match=rf"train\.losses\.sigmoids: no known loss; {KNOWN}"):
+        main()
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])

@@ -18,21 +18,23 @@ from torch import Tensor
 from prefscan.engines import load_engine
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Cell, Lora, Losses
+from prefscan.params import Cell, DiscoPOP, Lora, Losses
 from prefscan.reference import reference_rows, with_reference
 from prefscan.train import PairTrainer, lora_config, training_arguments
 from tiny import plain_logps, sharegpt_rows
 
 REPOSITORY = Path(__file__).parents[1]
 # Each far from its default, so that a test sees whether it is read.
-OPTIONS = Losses(
-    exo_label_smoothing=0.02,
-    robust_label_smoothing=0.15,
-    discopop_tau=0.3,
-    simpo_gamma=0.7,
-    cpo_alpha=0.6,
-    kto_desirable_weight=1.3,
-    kto_undesirable_weight=0.8,
+OPTIONS = Losses.model_validate(
+    {loss: {} for loss in LOSSES}
+    | {
+        "exo_pair": {"label_smoothing": 0.02},
+        "robust": {"label_smoothing": 0.15},
+        "discopop": {"tau": 0.3},
+        "simpo": {"gamma": 0.7},
+        "cpo": {"alpha": 0.6},
+        "kto": {"desirable_weight": 1.3, "undesirable_weight": 0.8},
+    }
 )
 
 
@@ -97,7 +99,7 @@ def mean(values: list[float]) -> float:
 def exo_pair(row: Row, beta: float) -> float:
     """KL(p, label) of two distributions over the pair."""
     log_p = (log_sigmoid(beta * margin(row)), log_sigmoid(-beta * margin(row)))
-    label = (1 - OPTIONS.exo_label_smoothing, OPTIONS.exo_label_smoothing)
+    label = (1 - OPTIONS.exo_pair.label_smoothing, OPTIONS.exo_pair.label_smoothing)
     return sum(math.exp(p) * (p - math.log(q)) for p, q in zip(log_p, label, strict=True))
 
 
@@ -107,13 +109,13 @@ def nca_pair(row: Row, beta: float) -> float:
 
 
 def robust(row: Row, beta: float) -> float:
-    epsilon = OPTIONS.robust_label_smoothing
+    epsilon = OPTIONS.robust.label_smoothing
     right, wrong = -log_sigmoid(beta * margin(row)), -log_sigmoid(-beta * margin(row))
     return right * (1 - epsilon) / (1 - 2 * epsilon) - wrong * epsilon / (1 - 2 * epsilon)
 
 
 def discopop(row: Row, beta: float) -> float:
-    x, tau = beta * margin(row), OPTIONS.discopop_tau
+    x, tau = beta * margin(row), OPTIONS.discopop.tau
     return -log_sigmoid(x) * logistic(-x / tau) + math.exp(-x + log_sigmoid(x / tau))
 
 
@@ -143,8 +145,8 @@ def kto_pair(rows: list[Row], beta: float) -> list[float]:
 
 def kto(rows: list[Row], beta: float) -> list[float]:
     kl = max(0.0, mean([row.kl_logratio for row in rows]))
-    good = [OPTIONS.kto_desirable_weight * (1 - logistic(beta * (w(row) - kl))) for row in rows]
-    bad = [OPTIONS.kto_undesirable_weight * (1 - logistic(beta * (kl - l(row)))) for row in rows]
+    good = [OPTIONS.kto.desirable_weight * (1 - logistic(beta * (w(row) - kl))) for row in rows]
+    bad = [OPTIONS.kto.undesirable_weight * (1 - logistic(beta * (kl - l(row)))) for row in rows]
     return [mean(list(pair)) for pair in zip(good, bad, strict=True)]
 
 
@@ -176,13 +178,13 @@ FORMULAS: dict[str, Callable[[list[Row], float], list[float]]] = {
     "simpo": each(
         lambda row, beta: (
             -log_sigmoid(
-                beta / row.chosen_tokens * row.chosen - beta / row.rejected_tokens * row.rejected - OPTIONS.simpo_gamma
+                beta / row.chosen_tokens * row.chosen - beta / row.rejected_tokens * row.rejected - OPTIONS.simpo.gamma
             )
         )
     ),
     "orpo": each(orpo),
     "cpo": lambda rows, beta: [
-        -log_sigmoid(beta * row.chosen - beta * row.rejected) + OPTIONS.cpo_alpha * token_nll(row, rows) for row in rows
+        -log_sigmoid(beta * row.chosen - beta * row.rejected) + OPTIONS.cpo.alpha * token_nll(row, rows) for row in rows
     ],
     "kto": kto,
 }
@@ -195,7 +197,7 @@ MONOTONE = {
 TARGETS: dict[str, Callable[[float], float]] = {
     "ipo": lambda beta: 4 / (2 * beta),
     "ipo_sum": lambda beta: 1 / (2 * beta),
-    "exo_pair": lambda beta: math.log((1 - OPTIONS.exo_label_smoothing) / OPTIONS.exo_label_smoothing) / beta,
+    "exo_pair": lambda beta: math.log((1 - OPTIONS.exo_pair.label_smoothing) / OPTIONS.exo_pair.label_smoothing) / beta,
     "nca_pair": lambda beta: math.log(2) / beta,
     "sppo_hard": lambda beta: 1 / (2 * beta),
 }
@@ -204,7 +206,7 @@ OF_THEIR_OWN = {"apo_down", "discopop", "sft"}
 
 
 def evaluate(loss: str, logps: PairLogps, beta: float) -> Tensor:
-    return LOSSES[loss](logps, beta, OPTIONS)
+    return LOSSES[loss](logps, beta, getattr(OPTIONS, loss))
 
 
 def to_logps(rows: list[Row], dtype: torch.dtype = torch.float64) -> PairLogps:
@@ -346,7 +348,7 @@ def test_apo_down_costs_with_a_likelier_rejected_and_with_both_likelier(beta: fl
 
 
 def test_discopop_falls_but_for_a_stretch_below_a_margin_of_zero() -> None:
-    papers = OPTIONS.model_copy(update={"discopop_tau": 0.05})
+    papers = DiscoPOP(tau=0.05)
     margins = (-20, -5, -2, -0.5, -0.12, 0.07, 0.5, 2, 5, 20)
     values = [LOSSES["discopop"](to_logps(of_ratios(x / 0.1, 0)), 0.1, papers).item() for x in margins]
     falls = [after < before for before, after in pairwise(values)]
@@ -374,15 +376,13 @@ def test_reads_the_reference_as_registered(loss: str) -> None:
         assert found.tolist() == evaluate(loss, to_logps(rows), 0.3).tolist()
 
 
-def test_every_hyperparameter_is_read_by_the_losses_that_name_it() -> None:
-    logps = to_logps(random_rows(7))
-    assert {name for loss in LOSSES.values() for name in loss.options} == set(Losses.model_fields)
-    for option in Losses.model_fields:
-        other = OPTIONS.model_copy(update={option: getattr(OPTIONS, option) / 2})
-        changed = {
-            name for name, loss in LOSSES.items() if not torch.equal(loss(logps, 0.3, other), loss(logps, 0.3, OPTIONS))
-        }
-        assert changed == {name for name, loss in LOSSES.items() if option in loss.options}
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_hyperparameter_is_in_the_schema_and_is_read(loss: str) -> None:
+    logps, options = to_logps(random_rows(7)), getattr(OPTIONS, loss)
+    assert list(type(options).model_fields) == LOSSES[loss].options
+    for name, value in options:
+        halved = options.model_copy(update={name: value / 2})
+        assert not torch.equal(LOSSES[loss](logps, 0.3, halved), evaluate(loss, logps, 0.3))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -517,7 +517,7 @@ def logps_of(trainer: Any, pairs: list[dict[str, Any]]) -> PairLogps:
 
 
 TRL = [name for name in LOSSES if name not in ("ipo_sum", "kto_pair", "simpo", "orpo", "cpo", "kto")]
-SMOOTHING = {"exo_pair": OPTIONS.exo_label_smoothing, "robust": OPTIONS.robust_label_smoothing}
+SMOOTHING = {"exo_pair": OPTIONS.exo_pair.label_smoothing, "robust": OPTIONS.robust.label_smoothing}
 
 
 @pytest.mark.parametrize("loss", TRL)
@@ -529,7 +529,7 @@ def test_equals_stock_trl_on_the_same_batch(stock_trainer: Callable[..., Any], l
         DPOConfig,
         loss_type=[loss],
         label_smoothing=SMOOTHING.get(loss, 0.0),
-        discopop_tau=OPTIONS.discopop_tau,
+        discopop_tau=OPTIONS.discopop.tau,
     )
     batch = next(iter(trainer.get_train_dataloader()))
     logps = logps_of(trainer, list(trainer.train_dataset))
@@ -561,7 +561,7 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
         loss_type=[loss],
         beta=beta,
         label_smoothing=SMOOTHING.get(loss, 0.0),
-        discopop_tau=OPTIONS.discopop_tau,
+        discopop_tau=OPTIONS.discopop.tau,
     )
     pairs = [pair | {"id": str(place)} for place, pair in enumerate(stock.train_dataset)]
     expected = stock.compute_loss(stock.model, next(iter(stock.get_train_dataloader())))
@@ -569,14 +569,14 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
     tokenizer, cell = load_tokenizer(tiny_model), Cell(loss=loss, beta=beta, steps=1)
     pad: Any = tokenizer.pad_token_id
     lora = Lora(r=8, alpha=32, dropout=0.0, targets=["q_proj", "v_proj"])
-    changes = {"lora": lora, "losses": OPTIONS, "dtype": "fp32", "quantization": "none", "report_to": "none"}
+    changes = {"lora": lora, "dtype": "fp32", "quantization": "none", "report_to": "none"}
     for name in ("shared", "trl"):
         engine, model = load_engine(name), load_model(tiny_model, "fp32").requires_grad_(False)
         train = params.train.model_copy(update=changes | {"engine": name, "batch_size": len(pairs)})
         rows = with_reference(pairs, list(reference_rows(model, engine, pairs, len(pairs), pad)))
         ours = PairTrainer(
             cell=cell,
-            options=train.losses,
+            options=getattr(OPTIONS, loss),
             engine=engine,
             pad_token_id=pad,
             kept_tokens=10**6,
@@ -604,8 +604,8 @@ def test_equals_stock_cpo_trainer(stock_trainer: Callable[..., Any], loss: str) 
         CPOTrainer,
         CPOConfig,
         loss_type={"simpo": "simpo", "cpo": "sigmoid"}[loss],
-        simpo_gamma=OPTIONS.simpo_gamma,
-        cpo_alpha={"simpo": 0.0, "cpo": OPTIONS.cpo_alpha}[loss],
+        simpo_gamma=OPTIONS.simpo.gamma,
+        cpo_alpha={"simpo": 0.0, "cpo": OPTIONS.cpo.alpha}[loss],
     )
     batch = next(iter(trainer.get_train_dataloader()))
     logps = logps_of(trainer, labelled_pairs(trainer))
@@ -658,8 +658,8 @@ def test_equals_stock_kto_trainer(stock_trainer: Callable[..., Any]) -> None:
         KTOConfig,
         rows,
         per_device_train_batch_size=16,
-        desirable_weight=OPTIONS.kto_desirable_weight,
-        undesirable_weight=OPTIONS.kto_undesirable_weight,
+        desirable_weight=OPTIONS.kto.desirable_weight,
+        undesirable_weight=OPTIONS.kto.undesirable_weight,
     )
     batch = next(iter(trainer.get_train_dataloader()))
     examples = list(trainer.train_dataset)

@@ -9,9 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostile import changed
-from mtbench_data import TEMPLATES, make_answers, make_questions
+from mtbench_data import CATEGORIES, TEMPLATES, make_answers, make_questions
 from prefscan.errors import UserError
-from prefscan.records import Answer, Judgement, JudgePrompt, ModelAnswer, Question, Record, read_records
+from prefscan.records import (
+    Answer,
+    Judgement,
+    JudgePrompt,
+    ModelAnswer,
+    Question,
+    Record,
+    read_records,
+    select_questions,
+)
 
 QUESTION = make_questions(1)[0]
 ANSWER = make_answers([QUESTION])[0]
@@ -102,3 +111,27 @@ def test_any_bytes_are_read_or_end_with_a_sentence(tmp_path: Path) -> None:
         assert not fault or fault.startswith(str(path))
 
     check()
+
+
+@pytest.mark.parametrize("count", [8, 40, 80])
+def test_questions_are_drawn_evenly_and_in_order(count: int) -> None:
+    chosen = select_questions(make_questions(), count)
+    assert [q["category"] for q in chosen] == [c for c in CATEGORIES for _ in range(count // 8)]
+    assert [q["question_id"] for q in chosen] == [81 + 10 * c + i for c in range(8) for i in range(count // 8)]
+
+
+@pytest.mark.parametrize("count", [12, 1, 88, 160])
+def test_an_uneven_draw_is_refused_with_a_remedy(count: int) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"^answer\.questions: {count} cannot be drawn evenly from 8 categories of 10 questions; "
+        "choose a multiple of 8 up to 80",
+    ):
+        select_questions(make_questions(), count)
+
+
+def test_the_remedy_for_categories_of_unlike_size_works() -> None:
+    questions = [*make_questions(2), *make_questions(3, ["writing"])]
+    with pytest.raises(UserError, match="choose a multiple of 8 up to 16"):
+        select_questions(questions, 24)
+    assert len(select_questions(questions, 16)) == 16

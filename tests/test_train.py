@@ -463,7 +463,7 @@ def test_held_out_metrics_equal_an_independent_computation(
             value
             for start in range(0, len(heldout), size)
             for value in LOSSES[loss](
-                PairLogps(*(column[start : start + size] for column in found)), 0.2, train.losses
+                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(train.losses, loss)
             ).tolist()
         ]
         for found in (columns, [*base_logps.T, *base_logps.T, *tokens.T])

@@ -12,7 +12,6 @@ import json
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -43,7 +42,7 @@ from prefscan.paths import (
     RUNS,
     UNFINISHED_ANSWERS,
 )
-from prefscan.records import Question, read_records
+from prefscan.records import Question, read_records, select_questions
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
 TEMPERATURES = {
@@ -75,22 +74,6 @@ CODE = (
     "records.py",
     "serving.py",
 )
-
-
-def select_questions(questions: list[Any], count: int) -> list[Any]:
-    """The first `count` / categories questions of each category, in order; raises UserError for an uneven split."""
-    by_category: dict[str, list[Any]] = defaultdict(list)
-    for question in questions:
-        by_category[question["category"]].append(question)
-    each, rest = divmod(count, len(by_category))
-    most = min(map(len, by_category.values()))
-    if rest or each > most:
-        raise UserError(
-            f"answer.questions: {count} cannot be drawn evenly from {len(by_category)} categories of {most} questions; "
-            f"choose a multiple of {len(by_category)} up to {len(by_category) * most}"
-        )
-    chosen = {id(q) for group in by_category.values() for q in group[:each]}
-    return [q for q in questions if id(q) in chosen]
 
 
 def longest_conversation(tokenizer: PreTrainedTokenizerBase, question: Any, max_new_tokens: int) -> int:

@@ -11,15 +11,25 @@ from importlib.util import find_spec
 from prefscan.errors import UserError, run_stage
 from prefscan.files import write_text
 from prefscan.losses import LOSSES
-from prefscan.params import load
+from prefscan.params import Params, load
 from prefscan.paths import CHECKED
 
 
-def check_losses(names: list[str]) -> None:
-    """Raises UserError for the first name that losses.py does not define."""
-    for name in names:
+def check_losses(params: Params) -> None:
+    """Raises UserError for the first loss that losses.py does not define, or that has no section in train.losses."""
+    known = f"known are {', '.join(LOSSES)}"
+    sections = dict(params.train.losses)
+    for name in [params.loss, *params.grid.loss]:
         if name not in LOSSES:
-            raise UserError(f"params.yaml: grid.loss: {name!r} is no known loss; known are {', '.join(LOSSES)}")
+            raise UserError(f"params.yaml: grid.loss: {name!r} is no known loss; {known}")
+        if name not in sections:
+            raise UserError(
+                f"params.yaml: train.losses.{name}: missing; add it to conf/train/losses/papers.yaml, as {{}} if the "
+                "loss has no hyperparameters"
+            )
+    for name in sections:
+        if name not in LOSSES:
+            raise UserError(f"params.yaml: train.losses.{name}: no known loss; {known}")
 
 
 def check_logging(report_to: str) -> None:
@@ -33,7 +43,7 @@ def check_logging(report_to: str) -> None:
 
 def main() -> None:
     params = load()
-    check_losses([params.loss, *params.grid.loss])
+    check_losses(params)
     check_logging(params.train.report_to)
     print(f"params.yaml is valid: recipe {params.recipe.key}, {len(params.grid.cells)} cells")
     write_text(CHECKED, "params.yaml was valid\n")

@@ -58,7 +58,8 @@ NO_RESULT = {"activation_checkpointing", "report_to"}
 def train_key(cell: Cell, train: Train, seed: int) -> str:
     parameters = {
         "cell": cell.model_dump(),
-        "train": train.model_dump(exclude=NO_RESULT),
+        "train": train.model_dump(exclude=NO_RESULT | {"losses"}),
+        "options": getattr(train.losses, cell.loss).model_dump(),
         "seed": seed,
     }
     inputs = [TRAIN_PAIRS, HELDOUT_PAIRS, TRAIN_REFERENCE, HELDOUT_REFERENCE, BASE]

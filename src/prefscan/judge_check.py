@@ -105,7 +105,10 @@ def check_turns(
             fields = {"question": question["turns"][0]}
             if prompt_kind == "with_reference":
                 if number not in shown:
-                    raise UserError(f"question {number} needs a reference answer and judge.references has none")
+                    raise UserError(
+                        f"question {number} needs a reference answer and judge.references has none; choose the other "
+                        "of stock and corrected"
+                    )
                 fields["ref_answer_1"] = shown[number]["choices"][0]["turns"][0]
             if mode == "single":
                 layouts = [{"answer": texts[version]} for version in VERSIONS]
@@ -174,7 +177,10 @@ def judged_answers(agreement: Agreement, models: set[str]) -> dict[str, list[Any
     for row in read_records(Path(agreement.answers), ModelAnswer, ["question_id", "model_id"]):
         by_model[row["model_id"]].append(row)
     if missing := sorted(models - set(by_model)):
-        raise UserError(f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}")
+        raise UserError(
+            f"agreement.answers: {agreement.answers} has no answers of {', '.join(missing)}; "
+            f"add them, or take these models out of {agreement.judgements}"
+        )
     return {model: by_model[model] for model in sorted(models)}
 
 
@@ -198,7 +204,7 @@ def agree(
         by_question[key[0]].append(key)
     groups = list(by_question.values())
     if len(groups) < 2:
-        raise UserError(f"agreement.judgements: {len(groups)} questions; an interval needs two or more")
+        raise UserError(f"agreement.judgements: {len(groups)} questions; an interval needs two or more, add judgements")
     pairs = [[(ours[key], theirs[key]) for key in group] for group in groups]
 
     votes = []  # of a question, both turns together: agreeing votes and all, with ties and without
@@ -250,7 +256,7 @@ def main() -> None:
             number, model, turn_number = min(lost)
             raise UserError(
                 f"agreement.answers: {agreement.answers} has no answer of {model} to question {number} turn "
-                f"{turn_number}, which {agreement.judgements} judges"
+                f"{turn_number}, which {agreement.judgements} judges; add it, or take the judgement out"
             )
     turns += [turn for turn, _ in compared]
     scores = judged_scores(turns, settings)

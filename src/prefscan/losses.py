@@ -88,11 +88,11 @@ class Loss:
 
     @property
     def options(self) -> list[str]:
-        """Its hyperparameters: keys of train.losses in params.yaml."""
+        """Its hyperparameters: the keys of its own section of train.losses in params.yaml."""
         return list(signature(self.function).parameters)[2:]
 
     def __call__(self, logps: PairLogps, beta: float, options: object) -> Tensor:
-        """The loss of each pair, shape `[B]`; the hyperparameters are attributes of `options`."""
+        """The loss of each pair, shape `[B]`; its hyperparameters are attributes of `options`."""
         return self.function(logps, beta, **{name: getattr(options, name) for name in self.options})
 
 
@@ -160,14 +160,14 @@ def ipo(logps: PairLogps, beta: float) -> Tensor:
     paper="[EXO](https://arxiv.org/abs/2402.00856), equation 16",
     beta="factor on the log-ratios in the softmax over the pair, which is drawn to (1 − ε, ε)",
 )
-def exo_pair(logps: PairLogps, beta: float, exo_label_smoothing: float) -> Tensor:
+def exo_pair(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
     """EXO for two responses: reverse KL from the policy's softmax over the pair to the label's, smoothed by ε.
 
     Smallest, 0, at β(h_w − h_l) = log((1 − ε)/ε): beyond it a likelier chosen response costs.
     """
     logit = beta * logps.margin
-    chosen = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-exo_label_smoothing))
-    rejected = torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(exo_label_smoothing))
+    chosen = torch.sigmoid(logit) * (F.logsigmoid(logit) - math.log1p(-label_smoothing))
+    rejected = torch.sigmoid(-logit) * (F.logsigmoid(-logit) - math.log(label_smoothing))
     return chosen + rejected
 
 
@@ -190,11 +190,11 @@ def nca_pair(logps: PairLogps, beta: float) -> Tensor:
     paper="[Robust DPO](https://arxiv.org/abs/2403.00409), section 3.1",
     beta="as in DPO; 0.01 in the paper",
 )
-def robust(logps: PairLogps, beta: float, robust_label_smoothing: float) -> Tensor:
+def robust(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
     """DPO made unbiased for labels of which a share ε is flipped. It may be negative."""
     logit = beta * logps.margin
     clean, flipped = -F.logsigmoid(logit), -F.logsigmoid(-logit)
-    return ((1 - robust_label_smoothing) * clean - robust_label_smoothing * flipped) / (1 - 2 * robust_label_smoothing)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 @register(
@@ -274,7 +274,7 @@ def apo_down(logps: PairLogps, beta: float) -> Tensor:
     paper="[DiscoPOP](https://arxiv.org/abs/2406.08414), equation 5",
     beta="as in DPO; 0.05 in the paper",
 )
-def discopop(logps: PairLogps, beta: float, discopop_tau: float) -> Tensor:
+def discopop(logps: PairLogps, beta: float, tau: float) -> Tensor:
     """DiscoPOP: logistic at a negative margin, exponential at a positive one, mixed over a width of τ.
 
     Not monotone where τ is below 0.1: at the start, where every margin is 0, a lower margin pays. At τ = 0.05 the loss
@@ -282,8 +282,8 @@ def discopop(logps: PairLogps, beta: float, discopop_tau: float) -> Tensor:
     """
     logit = beta * logps.margin
     # The exponential overflows where its weight underflows; their product, in one exponent, does not.
-    exponential = torch.exp(F.logsigmoid(logit / discopop_tau) - logit)
-    return torch.sigmoid(-logit / discopop_tau) * -F.logsigmoid(logit) + exponential
+    exponential = torch.exp(F.logsigmoid(logit / tau) - logit)
+    return torch.sigmoid(-logit / tau) * -F.logsigmoid(logit) + exponential
 
 
 @register(
@@ -353,10 +353,10 @@ def kto_pair(logps: PairLogps, beta: float) -> Tensor:
     beta="scale of the reward, in nats a token; γ/β is the target margin; 2 to 2.5 in the paper",
     reference=False,
 )
-def simpo(logps: PairLogps, beta: float, simpo_gamma: float) -> Tensor:
+def simpo(logps: PairLogps, beta: float, gamma: float) -> Tensor:
     """SimPO: DPO's logistic on log-probabilities averaged over tokens, with a target margin instead of a reference."""
     chosen, rejected = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
-    return -F.logsigmoid(beta * (chosen - rejected) - simpo_gamma)
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 @register(
@@ -388,12 +388,12 @@ def orpo(logps: PairLogps, beta: float) -> Tensor:
     reference=False,
     batch_dependent=True,
 )
-def cpo(logps: PairLogps, beta: float, cpo_alpha: float) -> Tensor:
+def cpo(logps: PairLogps, beta: float, alpha: float) -> Tensor:
     """CPO: DPO without its reference, plus α times the cross-entropy of the chosen responses.
 
     The cross-entropy is the mean over the micro-batch's tokens, as in TRL's CPOTrainer; the paper writes it as a sum.
     """
-    return cpo_alpha * logps.chosen_nll - F.logsigmoid(beta * (logps.chosen - logps.rejected))
+    return alpha * logps.chosen_nll - F.logsigmoid(beta * (logps.chosen - logps.rejected))
 
 
 # Without pairs -------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def cpo(logps: PairLogps, beta: float, cpo_alpha: float) -> Tensor:
     batch_dependent=True,
     mismatched=True,
 )
-def kto(logps: PairLogps, beta: float, kto_desirable_weight: float, kto_undesirable_weight: float) -> Tensor:
+def kto(logps: PairLogps, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
     """KTO: each chosen response is a desirable example, each rejected one an undesirable, apart from each other.
 
     z estimates the KL, without gradient: the mean of h over the micro-batch's prompts, each with both responses of the
@@ -418,7 +418,7 @@ def kto(logps: PairLogps, beta: float, kto_desirable_weight: float, kto_undesira
     kl = logps.kl_logratio.mean().clamp(min=0).detach()
     desirable = torch.sigmoid(-beta * (logps.chosen_logratio - kl))
     undesirable = torch.sigmoid(-beta * (kl - logps.rejected_logratio))
-    return (kto_desirable_weight * desirable + kto_undesirable_weight * undesirable) / 2
+    return (desirable_weight * desirable + undesirable_weight * undesirable) / 2
 
 
 # docs/losses.md ------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def document() -> str:
             loss.formula,
             loss.paper,
             loss.beta,
-            ", ".join(f"`{option}`" for option in loss.options) or "–",
+            ", ".join(f"`{name}.{option}`" for option in loss.options) or "–",
             "yes" if loss.reference else "no",
             "yes" if loss.batch_dependent else "no",
         ]

@@ -137,16 +137,50 @@ class Lora(Section):
     targets: Annotated[list[str], Field(min_length=1)]
 
 
-class Losses(Section):
-    """The hyperparameters of single losses; the names are those of the functions' arguments in losses.py."""
+class NoOptions(Section):
+    pass
 
-    exo_label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
-    robust_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
-    discopop_tau: Annotated[float, Field(gt=0, le=1)]
-    simpo_gamma: Annotated[float, Field(ge=0)]
-    cpo_alpha: Annotated[float, Field(ge=0)]
-    kto_desirable_weight: Annotated[float, Field(gt=0)]
-    kto_undesirable_weight: Annotated[float, Field(gt=0)]
+
+class ExoPair(Section):
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Robust(Section):
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+
+
+class DiscoPOP(Section):
+    tau: Annotated[float, Field(gt=0, le=1)]
+
+
+class SimPO(Section):
+    gamma: Annotated[float, Field(ge=0)]
+
+
+class CPO(Section):
+    alpha: Annotated[float, Field(ge=0)]
+
+
+class KTO(Section):
+    desirable_weight: Annotated[float, Field(gt=0)]
+    undesirable_weight: Annotated[float, Field(gt=0)]
+
+
+class Losses(Section):
+    """The hyperparameters of each loss, named as the arguments of its function in losses.py.
+
+    Each has a section, so that a cell depends on those of its own loss alone; `{}` is that of a loss without any.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, NoOptions]
+
+    exo_pair: ExoPair
+    robust: Robust
+    discopop: DiscoPOP
+    simpo: SimPO
+    cpo: CPO
+    kto: KTO
 
 
 class Accelerate(Section):
@@ -429,7 +463,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         raw = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; correct it, or `git checkout {path}` restores it"
+        ) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected keys and values, found {raw!r:.100}; `dvc exp run` composes it from conf/")
     try:

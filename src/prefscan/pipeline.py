@@ -39,7 +39,7 @@ def dvc(*arguments: str) -> str:
 def compose(overrides: list[str], path: Path) -> Params:
     """Write params.yaml as `dvc exp run -S …` would compose it from conf/, and return what it says.
 
-    Raises UserError for an override or a file of conf/ that is refused, and for a loss that is not known.
+    Raises UserError for an override or a file of conf/ that is refused, and for a loss that check.py refuses.
     """
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
@@ -58,7 +58,7 @@ def compose(overrides: list[str], path: Path) -> Params:
         ) from None
     try:
         params = load(path)
-        check_losses([params.loss, *params.grid.loss])
+        check_losses(params)
     except UserError as error:
         raise UserError(f"{given}: {str(error).removeprefix(f'{path}: ').removeprefix('params.yaml: ')}") from None
     return params

@@ -28,6 +28,7 @@ from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
 from prefscan.paths import ANSWERS, QUESTIONS, judge_store
 from prefscan.pipeline import CHOICE, compose, stale_stages
+from prefscan.records import select_questions
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
 FREE = ("judge", "agreement", *CHOICE)  # parameters that change no model's answers
@@ -64,8 +65,6 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
     others = read_answers(judge.against, folder) if pair else None
     known = answers is not None and (others is not None or not pair)
     if not known:
-        from prefscan.answer import select_questions  # torch and transformers: seconds, which other plans are spared
-
         text = " " * (BYTES_A_TOKEN * params.answer.max_new_tokens)
         chosen = select_questions(list(files.questions.values()), params.answer.questions)
         answers = {

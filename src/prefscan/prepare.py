@@ -70,10 +70,14 @@ def read_rows(folder: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{path} is not Parquet: {error}; it may be cut short, fetch it again") from None
         else:
             raise UserError(
-                f"{path}: pairs are read from .jsonl, .json and .parquet files, not {path.suffix or 'this'}"
+                f"{path}: pairs are read from .jsonl, .json and .parquet files, not {path.suffix or 'this'}; "
+                "convert it, or name another file in data.source"
             )
         if not isinstance(rows, list):
-            raise UserError(f"{path}: expected a list of pairs, found {type(rows).__name__}")
+            raise UserError(
+                f"{path}: expected a list of pairs, found {type(rows).__name__}; correct it, or name another file in "
+                "data.source"
+            )
         for number, row in enumerate(rows, start=1):
             yield f"{path}, row {number}", row
 
@@ -81,7 +85,7 @@ def read_rows(folder: Path) -> Iterator[tuple[str, Any]]:
 def parse_pair(row: Any, place: str) -> Pair:
     """One row in the common schema; raises UserError, with the row's place, for a row of no known shape."""
     if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object, found {type(row).__name__}")
+        raise UserError(f"{place}: expected an object, found {type(row).__name__}; correct or remove the row")
     for key in ("chosen", "rejected"):
         if key not in row:
             raise UserError(f"{place}: the pair has no {key!r} (keys: {_keys(row)}); add it or remove the row")
@@ -102,7 +106,7 @@ def parse_pair(row: Any, place: str) -> Pair:
         else:
             raise UserError(
                 f"{place}: unknown shape (keys: {_keys(row)}); prefscan reads system/question, "
-                "conversations, or chosen and rejected as lists of messages"
+                "conversations, or chosen and rejected as lists of messages; convert or remove the row"
             )
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(

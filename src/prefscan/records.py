@@ -1,5 +1,6 @@
 """FastChat's records, as they are read: each has the fields that prefscan uses, or a sentence says which has not."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,3 +92,19 @@ def read_records(path: Path, schema: type[Record], unique: Sequence[str] = ()) -
                     f"{path}, record {number} has the {', '.join(unique)} of record {before}; remove one of them"
                 )
     return rows
+
+
+def select_questions(questions: list[Any], count: int) -> list[Any]:
+    """The first `count` / categories questions of each category, in order; raises UserError for an uneven split."""
+    by_category: dict[str, list[Any]] = defaultdict(list)
+    for question in questions:
+        by_category[question["category"]].append(question)
+    each, rest = divmod(count, len(by_category))
+    most = min(map(len, by_category.values()))
+    if rest or each > most:
+        raise UserError(
+            f"answer.questions: {count} cannot be drawn evenly from {len(by_category)} categories of {most} questions; "
+            f"choose a multiple of {len(by_category)} up to {len(by_category) * most}"
+        )
+    chosen = {id(q) for group in by_category.values() for q in group[:each]}
+    return [q for q in questions if id(q) in chosen]

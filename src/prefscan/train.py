@@ -39,7 +39,7 @@ from prefscan.intervals import mean_interval, share_interval
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
 from prefscan.models import clean_adapter_config, load_tokenizer, set_evaluation
-from prefscan.params import Cell, Losses, Train, load
+from prefscan.params import Cell, Section, Train, load
 from prefscan.paths import (
     ADAPTERS,
     BASE,
@@ -77,7 +77,7 @@ class PairTrainer(TokenisedTrainer):
     """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
 
     def __init__(
-        self, *, cell: Cell, options: Losses, engine: Engine, pad_token_id: int, kept_tokens: int, **kwargs: Any
+        self, *, cell: Cell, options: Section, engine: Engine, pad_token_id: int, kept_tokens: int, **kwargs: Any
     ) -> None:
         self.cell = cell
         self.options = options
@@ -416,7 +416,7 @@ def train_cell(
     saving = Saving(seconds)
     trainer = PairTrainer(
         cell=cell,
-        options=train.losses,
+        options=getattr(train.losses, cell.loss),
         engine=load_engine(train.engine),
         pad_token_id=tokenizer.pad_token_id,
         kept_tokens=kept,

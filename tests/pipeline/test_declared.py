@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from pipeline.workspace import Workspace
 from prefscan import params as params_module
 from prefscan.checkpoints import NO_RESULT
-from prefscan.params import Losses, Params, Section
+from prefscan.params import Params, Section
 
 CELL = "kto_pair-0.1-3"
 SERVER = {"answer.server"}  # read with `answer.engine: openai` alone
@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
     "prepare": ("prepare", [], set()),
     "reference@train": ("reference", ["train"], set()),
     "reference@heldout": ("reference", ["heldout"], set()),
-    "train": ("train", [CELL], {f"train.losses.{name}" for name in Losses.model_fields}),  # each by its own loss
+    "train": ("train", [CELL], set()),
     "merge": ("merge", [CELL], set()),
     "answer-base": ("answer", ["base"], SERVER),
     "answer": ("answer", [CELL], SERVER),
@@ -94,7 +94,8 @@ def declared(stage: str, folder: Path) -> set[str]:
     if name == "fetch":
         keys = [stage_or_loop["foreach"][item]["params"]]
     else:
-        keys = stage_or_loop.get("do", stage_or_loop)["params"]
+        loss = CELL.split("-")[0]
+        keys = [key.replace("${item.loss}", loss) for key in stage_or_loop.get("do", stage_or_loop)["params"]]
     values = yaml.safe_load((folder / "params.yaml").read_text())
     return {leaf for leaf in leaves(values) if any(leaf == key or leaf.startswith(f"{key}.") for key in keys)}
 

@@ -109,6 +109,17 @@ def test_touched_code_makes_its_own_stages_stale(
     assert ("train@kto_pair-0.1-3" in ran) == (module == "losses.py")
 
 
+def test_a_hyperparameter_makes_the_cells_of_its_own_loss_stale(sweep: Workspace, tmp_path: Path) -> None:
+    work = sweep.copy(tmp_path / "work")
+    ran = stages_run(work.dvc("exp", "run", "-S", 'sweep.loss="sigmoid, simpo"', "train"))
+    assert {stage for stage in ran if stage.startswith("train@")} == {"train@simpo-0.1-3"}
+    path = work.folder / "params.yaml"
+    text = path.read_text()
+    for gamma, expected in (("0.5", []), ("0.9", ["train@simpo-0.1-3"])):
+        path.write_text(text.replace("gamma: 0.5", f"gamma: {gamma}"))
+        assert re.findall(r"^(train@\S+):$", work.dvc("status"), re.MULTILINE) == expected
+
+
 def test_fastchat_prints_the_averages_of_the_metrics(sweep: Workspace) -> None:
     printed = sweep.run(sys.executable, "-m", "fastchat.llm_judge.show_result", "--judge-model", "base-expected")
     average = printed.split("Average")[1]
