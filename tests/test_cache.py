@@ -1,9 +1,12 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
+from dvc_data.hashfile.hash import file_md5
 
+from prefscan import cache
 from prefscan.cache import main, remove_damaged
 from prefscan.errors import UserError
 
@@ -59,6 +62,25 @@ def test_a_damaged_object_is_removed_and_no_other(repository: Path, text: str, h
     damage(path, how)
     assert remove_damaged(repository) == (4, [path])
     assert objects(repository) == [other for other in before if other != path]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
+def test_an_object_that_the_disk_does_not_give_back_is_removed(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A bad sector, and what another node's check of the same folder has just removed; no disk here fails on demand."""
+    path = object_with(repository, "content")
+
+    def read(name: str) -> str:
+        if name != str(path):
+            return file_md5(name)
+        if number == errno.ENOENT:
+            path.unlink()
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr(cache, "file_md5", read)
+    assert remove_damaged(repository) == (4, [path])
+    assert not path.exists()
 
 
 def test_a_copy_under_way_is_left_alone(repository: Path) -> None:

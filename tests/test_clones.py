@@ -109,6 +109,8 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     Path("dvc.lock").write_text("stages: {a: {cmd: b}, c: {cmd: on}}\n")
     Path("metrics").mkdir()
     Path("metrics/summary.json").write_text("{}\n")
+    Path("reports").mkdir()
+    Path("reports/report.md").write_text("# Report\n")
     Path("out.txt").write_text("ignored\n")
     before = git("status", "--porcelain")
     assert sorted(uncommitted()) == ["code.txt", "new file.txt"]  # what DVC writes is no change of the user's
@@ -217,6 +219,51 @@ def test_a_stage_that_was_killed_is_tried_again(repository: Path, attempts: int,
     outcome, _ = run(repository, attempts=attempts)
     assert (outcome.error == "") == ends_well
     assert (repository / "ran").read_text() == "ran\n" * attempts
+
+
+def test_a_stage_that_is_killed_every_time_ends(repository: Path) -> None:
+    make_repository("echo ran >> $RAN; kill -9 $$")
+    outcome, _ = run(repository, attempts=3)
+    assert "exited with -9" in outcome.error
+    assert (repository / "ran").read_text() == "ran\n" * 3
+
+
+@pytest.mark.parametrize(
+    "fault", ["{ echo 'prefscan: a: terminated at update 3 of 9; run it again'; exit 1; }", "kill -9 $PPID"]
+)
+def test_a_training_that_sigterm_ended_and_a_dvc_that_was_killed_are_tried_again(repository: Path, fault: str) -> None:
+    make_repository(f"echo ran >> $RAN; test $(wc -l < $RAN) -ge 2 || {fault}; echo x > out.txt")
+    outcome, _ = run(repository, attempts=2)
+    assert outcome.error == ""
+    assert (repository / "ran").read_text() == "ran\n" * 2
+
+
+def test_the_judges_cost_is_that_of_the_chains_models(repository: Path) -> None:
+    make_repository("true")
+
+    def judged(key: str, usd: float) -> dict[str, Any]:
+        path = f"metrics/mtbench/{key}.json"
+        return {"cmd": f"mkdir -p metrics/mtbench && echo '{{\"usd\": {usd}}}' > {path}", "outs": [path]}
+
+    stages = {"mtbench-base": judged("base", 0.25), "mtbench": {"foreach": ["a"], "do": judged("${item}", 0.5)}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    place = Place(repository / "clones", cache_and_remote()[0], repository / "state", remote=None, marker=None)
+    chain = Chain("a", ("mtbench-base", "mtbench@a"))
+    outcome = run_chain(chain, snapshot(workspace_tree(), ()), place, 1, 0, lambda _: None)
+    assert (outcome.error, outcome.usd) == ("", 0.75)
+
+
+@pytest.mark.parametrize("again", ["another node", "the workspace"])
+def test_what_a_node_has_pushed_runs_nowhere_again(repository: Path, again: str) -> None:
+    make_repository("echo ran >> $RAN; echo result > out.txt")
+    dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
+    assert run(repository, cache=repository / "one")[0].error == ""
+    if again == "another node":
+        assert run(repository, cache=repository / "two")[0].error == ""
+    else:
+        dvc("repro", "--pull")
+        assert Path("out.txt").read_text() == "result\n"
+    assert (repository / "ran").read_text() == "ran\n"
 
 
 def test_unfinished_work_and_logs_are_outside_the_clone(repository: Path) -> None:

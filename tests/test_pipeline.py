@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from git_data import git
-from prefscan.pipeline import stale_stages
+from prefscan.errors import UserError
+from prefscan.pipeline import forget, lost_stages, push_current, stale_stages
 
 
 @pytest.fixture
@@ -41,6 +42,30 @@ def test_what_reads_a_stale_stage_is_stale_too_though_its_files_are_there() -> N
     Path("a.txt").write_text("another\n")
     for missing in (True, False):
         assert stale_stages(missing_data_is_stale=missing) == ["merge@a", "report", "train@a"]
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_pipeline_that_dvc_cannot_read_is_no_finished_one() -> None:
+    Path("dvc.yaml").write_text("stages: [")
+    with pytest.raises(UserError, match=r"^dvc .*repro .*'\./dvc\.yaml' is invalid"):
+        stale_stages(missing_data_is_stale=True)
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_lock_without_stages_has_none_to_forget() -> None:
+    lock = Path("dvc.lock")
+    lock.write_text("schema: '2.0'\n")
+    assert lost_stages(["check"], remote=False) == {"check"}
+    forget(lock, ["check"])
+    assert yaml.safe_load(lock.read_text()) == {"schema": "2.0"}
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_command_of_dvc_that_fails_is_an_error() -> None:
+    Path("remote").write_text("no folder\n")
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "--default", "shared", "remote"], check=True)
+    with pytest.raises(UserError, match="dvc push"):
+        push_current([])
 
 
 @pytest.mark.usefixtures("finished")

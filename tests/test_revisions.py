@@ -106,7 +106,8 @@ def test_what_cannot_be_read_in_a_committed_file_is_named(file: str, old: str, n
     damaged = re.sub(old, new, text, count=1, flags=re.DOTALL)
     assert damaged != text
     branch("broken", files={file: damaged})
-    with pytest.raises(UserError, match=f"^broken: {re.escape(file)}: {message}.*; run `dvc (exp run|repro)` there"):
+    command = "exp run" if file == "params.yaml" else "repro"
+    with pytest.raises(UserError, match=f"^broken: {re.escape(file)}: {message}.*; run `dvc {command}` there"):
         read_revision("broken")
     Path(file).write_text(damaged)
     with pytest.raises(UserError, match=f"^workspace: {re.escape(file)}: {message}"):
@@ -129,12 +130,18 @@ def test_the_settings_are_what_decides_a_cells_result() -> None:
 def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
     def change(params: Any) -> None:
         params["judge"] = OPENAI | {"budget": 50.0, "concurrency": 2}
+        params["launch"] |= {"cells": 7}
         params["train"] |= {"report_to": "wandb", "activation_checkpointing": True}
         params["agreement"] = {"judgements": "people.jsonl", "answers": "answers.jsonl"}
 
     branch("first", lambda params: params.update(judge=OPENAI))
     branch("second", change)
     branch("renamed", lambda params: params["judge"].update(name="other"))
+    for seconds in (1, 2):
+        branch(
+            f"wait-{seconds}", lambda params, s=seconds: params["answer"].update(server={"timeout": s, "attempts": s})
+        )
+    assert changed(settings(read_revision("wait-1")), settings(read_revision("wait-2"))) == {}
     first, second = read_revision("first"), read_revision("second")
     assert changed(settings(first), settings(second)) == {}
     assert changed(settings(read_revision("main")), settings(read_revision("renamed"))) == {}
@@ -147,7 +154,11 @@ def test_a_local_judge_is_its_weights_and_one_behind_an_api_its_name() -> None:
     main = judge_of(read_revision("main"))
     branch("renamed", lambda params: params["judge"].update(name="other"))
     branch("larger", lambda params: params["model"]["source"].update(file="larger.gguf"))
-    branch("elsewhere", lambda params: params["judge"].update(folder="judges/large"))
+
+    def separate(params: Any) -> None:
+        params["judge"].update(folder="judges/large")
+
+    branch("elsewhere", separate)
     assert judge_of(read_revision("renamed")) == main
     assert list(changed(main, judge_of(read_revision("larger")))) == ["model.source.file"]
     assert "judge.folder" in changed(main, judge_of(read_revision("elsewhere")))
@@ -157,6 +168,11 @@ def test_a_local_judge_is_its_weights_and_one_behind_an_api_its_name() -> None:
     assert changed(gpt4, gpt5) == {"judge.name": ("gpt-4", "gpt-5")}
     branch("greedy", lambda params: params.update(judge=OPENAI | {"temperature": 0.25}))
     assert list(changed(gpt4, judge_of(read_revision("greedy")))) == ["judge.temperature"]
+    branch("both", lambda params: (separate(params), params["model"]["source"].update(file="larger.gguf")))
+    assert judge_of(read_revision("both")) == judge_of(read_revision("elsewhere"))
+    for name in ("base_url", "samples", "max_tokens"):
+        branch(f"other-{name}", lambda params, name=name: params.update(judge=OPENAI | {name: "other"}))
+        assert list(changed(gpt4, judge_of(read_revision(f"other-{name}")))) == [f"judge.{name}"]
 
 
 def test_every_list_of_what_decides_a_result_has_the_same() -> None:

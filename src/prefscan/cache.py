@@ -7,6 +7,7 @@ interrupted copy has changed is restored as it is, and every result after it is 
 instead: `dvc repro` makes it again.
 """
 
+import errno
 import re
 from pathlib import Path
 
@@ -32,10 +33,20 @@ def remove_damaged(cache: Path) -> tuple[int, list[Path]]:
         task = progress.add_task("hashing", total=sum(path.stat().st_size for path in objects))
         for path in objects:
             progress.advance(task, path.stat().st_size)
-            if file_md5(str(path)) != path.parent.name + path.stem:
-                path.unlink()
+            if not is_whole(path):
+                path.unlink(missing_ok=True)
                 damaged.append(path)
     return len(objects), damaged
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an object can be read and is what its name says."""
+    try:
+        return bool(file_md5(str(path)) == path.parent.name + path.stem)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOENT):  # a bad sector; another node's check that removed it first
+            return False
+        raise
 
 
 def check_cache() -> tuple[int, list[Path]]:

@@ -23,6 +23,7 @@ from prefscan.revisions import (
     changed,
     judge_of,
     read_revision,
+    refuse_scales,
     settings,
     shared_models,
     shared_questions,
@@ -236,11 +237,7 @@ def main() -> None:
     models, questions = shared_models(revisions), shared_questions(revisions)
     if len(models) < 2:
         raise UserError(f"{', '.join(names)}: no cell is in all of them; compare sweeps that share losses, β and steps")
-    if len(modes := {revision.params["judge"]["mode"] for revision in revisions}) > 1:
-        raise UserError(
-            f"{', '.join(names)}: judge.mode is {' and '.join(sorted(modes))}, whose scores are on other "
-            "scales; compare sweeps of one mode"
-        )
+    refuse_scales(revisions)
     try:
         COMPARISON.mkdir(exist_ok=True)
     except FileExistsError:

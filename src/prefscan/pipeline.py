@@ -121,13 +121,13 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
     except (DvcException, OSError) as error:
         raise UserError(f"the DVC remote cannot be asked: {' '.join(str(error).split())}") from None
     lock_file = Path("dvc.lock")
-    lock = yaml.load(read_text(lock_file), yaml.CSafeLoader) if lock_file.exists() else {"stages": {}}
+    lock = yaml.load(read_text(lock_file), yaml.CSafeLoader) if lock_file.exists() else {}
     lost = {name for name, values in outputs.items() if not values or not there.issuperset(values)}
-    return lost | (lock["stages"].keys() - stages)
+    return lost | (lock.get("stages", {}).keys() - stages)  # DVC takes one without stages
 
 
 def forget(lock: Path, stages: Collection[str]) -> None:
     """Take the entries of stages out of a dvc.lock, as if they had never run."""
     with modify_yaml(lock) as entries:
         for name in stages:
-            entries["stages"].pop(name, None)
+            entries.get("stages", {}).pop(name, None)

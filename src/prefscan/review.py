@@ -24,11 +24,13 @@ from prefscan.revisions import (
     changed,
     commit_of,
     read_revision,
+    refuse_scales,
     settings,
     shared_models,
     shared_questions,
     tied,
 )
+from prefscan.sentences import counted
 from prefscan.stats import paired_difference
 
 STALE = 3
@@ -66,7 +68,8 @@ def lock_section(stale: list[str], missing: dict[str, list[str]]) -> str:
         return "`dvc.lock` belongs to the parameters and the code: no stage is stale."
     listed = "\n".join(f"- `{stage}`" for stage in stale)
     text = (
-        f"**`dvc.lock` is stale: {len(stale)} stages have not run with these parameters and this code, or their "
+        f"**`dvc.lock` is stale: {counted(len(stale), 'stage')} {'has' if len(stale) == 1 else 'have'} not run with "
+        "these parameters and this code, or their "
         "results are missing, so the numbers below are not theirs.** Run `dvc repro` and commit `dvc.lock`, "
         f"`metrics/` and `reports/`.\n\n{listed}"
     )
@@ -79,8 +82,9 @@ def lock_section(stale: list[str], missing: dict[str, list[str]]) -> str:
 def difference_section(before: Revision, after: Revision) -> str:
     """The recipe's old and new score and their difference, paired by question, with its 95 % interval.
 
-    Raises UserError where the two share fewer than two questions.
+    Raises UserError where the two share fewer than two questions, or their scores are on other scales.
     """
+    refuse_scales([before, after])
     sides = [(revision, revision.summary["recipe"]) for revision in (before, after)]
     scored = ", ".join(
         f"`{recipe['cell']}` in {revision.name} scores {recipe['score']:.2f} "

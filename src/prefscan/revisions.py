@@ -179,6 +179,16 @@ def shared_questions(revisions: list[Revision]) -> pd.Index:
     return shared
 
 
+def refuse_scales(revisions: list[Revision]) -> None:
+    """Raises UserError where the revisions' scores are on other scales: a pair judge's are shares of wins."""
+    if len(modes := {revision.params["judge"]["mode"] for revision in revisions}) > 1:
+        names = ", ".join(revision.name for revision in revisions)
+        raise UserError(
+            f"{names}: judge.mode is {' and '.join(sorted(modes))}, whose scores are on other scales; compare sweeps "
+            "of one mode"
+        )
+
+
 def tied(scores: pd.Series, others: pd.Series) -> pd.Series:
     """`scores`, in points, by question, with another revision's where the two are one score: their difference is 0."""
     return scores.where((scores - others).abs() > SAME_SCORE, others)

@@ -1,7 +1,9 @@
 """What a reviewer reads, in a real clone that has neither the cache nor the data of the branch."""
 
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +13,8 @@ from scipy import stats
 
 from git_data import branch, make_repository
 from pipeline.workspace import Workspace, of_cells, stages_run
-from prefscan.review import STALE, difference_section
+from prefscan.errors import UserError
+from prefscan.review import STALE, difference_section, rows_or
 from prefscan.revisions import VERSIONS_NOTE, read_revision
 from sweep_data import CELLS
 
@@ -138,6 +141,8 @@ def test_what_the_base_did_since_is_not_the_branchs(clone: Workspace) -> None:
     clone.git("checkout", "--quiet", "-b", "onwards", "origin/main")
     params = clone.folder / "params.yaml"
     params.write_text(params.read_text().replace("\nthreads: 1\n", "\nthreads: 7\n"))
+    summary = clone.folder / "metrics/summary.json"
+    summary.write_text(json.dumps(clone.json("metrics/summary.json") | {"pairs": 12345}))
     clone.commit("Go on")
     clone.git("checkout", "--quiet", "tuned")
     left = clone.git("rev-parse", "--short", "origin/main").strip()
@@ -145,6 +150,7 @@ def test_what_the_base_did_since_is_not_the_branchs(clone: Workspace) -> None:
     assert text.startswith(f"# This sweep against {left}, the merge base with onwards\n\n")
     assert f"`sigmoid-0.1-3` in {left} scores" in text
     assert "threads" not in text
+    assert "12345" not in text
 
 
 def test_a_base_that_shares_no_commit_ends_with_a_sentence(author: Workspace, clone: Workspace, tmp_path: Path) -> None:
@@ -210,3 +216,36 @@ def test_the_same_recipe_by_a_renamed_judge_on_another_processor_is_the_same(in_
         in difference_section(main, read_revision("threads"))
     )
     assert "with other scores: 1 (base)." in difference_section(main, read_revision("moved"))
+
+
+def test_the_verdict_is_of_the_questions_that_both_asked(in_tmp: Path, reported: Path) -> None:
+    make_repository(reported)
+    main = read_revision("main")
+
+    def moved(by: list[float]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+        return lambda scores: scores.assign(**{main.recipe: scores[main.recipe] + by})
+
+    branch("better", change_scores=moved([1, 1, 1, 1, 1, 1, 0, -0.5]))
+    branch("noisy", change_scores=moved([1, -1] * 4))
+    branch("fewer", change_scores=lambda scores: moved([0.5] * 7)(scores.drop(index=81)))
+    better = difference_section(main, read_revision("better"))
+    assert "**+0.69 [" in better
+    assert "(6 won, 1 tied, 1 lost; p = 0.01" in better
+    assert "more than the choice of questions explains" in better
+    assert "no evidence that one is better" in difference_section(main, read_revision("noisy"))
+    assert "the difference is **+0.50 [+0.50, +0.50]**, paired over 7 questions" in difference_section(
+        main, read_revision("fewer")
+    )
+
+
+def test_scores_on_other_scales_have_no_difference(in_tmp: Path, reported: Path) -> None:
+    make_repository(reported)
+    branch("pairs", lambda params: params["judge"].update(mode="pair"))
+    with pytest.raises(UserError, match=r"^main, pairs: judge\.mode is pair and single, whose scores"):
+        difference_section(read_revision("main"), read_revision("pairs"))
+
+
+def test_a_table_of_headings_alone_says_that_nothing_changed() -> None:
+    head = "| Path | Param |\n|---|---|\n"
+    assert rows_or(f"{head}\n", "No parameter changed.") == "No parameter changed."
+    assert rows_or(f"{head}| a | b |\n\n", "No parameter changed.") == f"{head}| a | b |"
