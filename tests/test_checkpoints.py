@@ -273,6 +273,16 @@ def test_other_parameters_are_another_key(lay_out: Lay, key: str, value: Any) ->
     assert key_now() != before
 
 
+def test_a_hyperparameter_is_in_the_key_of_its_own_loss_alone(lay_out: Lay) -> None:
+    lay_out()
+    change("loss", "simpo")
+    before = key_now()
+    change("train.losses.cpo.alpha", 0.5)
+    assert key_now() == before
+    change("train.losses.simpo.gamma", 0.9)
+    assert key_now() != before
+
+
 @pytest.mark.parametrize(
     "path", [*paths.SPLITS["train"], *paths.SPLITS["heldout"], paths.BASE / "config.json"], ids=str
 )

@@ -354,6 +354,21 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
             "train.losses.exo_pair.label_smoothing: 0 is refused: input should be greater than 0",
         ),
         (
+            "train.losses.discopop.tau",
+            0,
+            "train.losses.discopop.tau: 0 is refused: input should be greater than 0",
+        ),
+        (
+            "train.losses.kto.undesirable_weight",
+            0,
+            "train.losses.kto.undesirable_weight: 0 is refused: input should be greater than 0",
+        ),
+        (
+            "train.losses.simpo.gamma",
+            -1,
+            "train.losses.simpo.gamma: -1 is refused: input should be greater than or equal to 0",
+        ),
+        (
             "train.losses.sigmoid.gamma",
             0.5,
             "train.losses.sigmoid.gamma: unknown key (value 0.5); remove it or correct its spelling",
