@@ -69,6 +69,14 @@ def test_every_loss_that_is_defined_is_known_and_has_a_section(in_tmp: Path) -> 
         main()
 
 
+def test_a_new_loss_needs_a_class_for_its_hyperparameters(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "newloss", LOSSES["cpo"])
+    sections = mtbench_data.default_params()["train"]["losses"] | {"newloss": {}}
+    write_params(in_tmp, loss="newloss", grid={"loss": ["newloss"]}, train={"losses": sections})
+    with pytest.raises(UserError, match=r"train\.losses\.newloss: its function takes alpha; give it a class"):
+        main()
+
+
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_a_log_whose_package_is_not_installed_is_refused(
     package: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch

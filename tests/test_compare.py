@@ -82,9 +82,9 @@ def test_what_all_have_is_paired_question_by_question() -> None:
 @pytest.mark.usefixtures("repository")
 def test_seeds_become_a_spread() -> None:
     known = revisions("main", "other", "seed1", "seed2")
-    (found,) = sets_of_seeds(known)
+    (found,) = sets_of_seeds(known, CELLS)
     assert [revision.name for revision in found] == ["main", "seed1", "seed2"]
-    assert sets_of_seeds(revisions("main", "other")) == sets_of_seeds(revisions("main", "main")) == []
+    assert sets_of_seeds(revisions("main", "other"), CELLS) == sets_of_seeds(revisions("main", "main"), CELLS) == []
     seeds = spread_of_seeds(found, shared_models(found), shared_questions(found))
     assert seeds.names == ["main", "seed1", "seed2"]
     spread = seeds.spread.set_index("cell")

@@ -12,6 +12,7 @@ import yaml
 from chat_server import chat_server, completion
 from mtbench_data import (
     ROOT,
+    default_params,
     local_judge,
     make_answers,
     make_questions,
@@ -22,6 +23,8 @@ from mtbench_data import (
 )
 from prefscan import mtbench, plan
 from prefscan.errors import UserError
+from prefscan.params import load
+from prefscan.pipeline import CELL_STAGES
 
 QUESTIONS = make_questions(1)
 CELL = "sigmoid-0.1-24"
@@ -204,3 +207,15 @@ def test_a_damaged_file_of_conf_is_a_sentence(in_tmp: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match=r"seed=1: .*; correct the override, or the file of conf/") as caught:
         plan.main()
     assert "\n" not in str(caught.value)
+
+
+def test_the_cells_of_a_changed_hyperparameter_are_left_and_no_others(in_tmp: Path) -> None:
+    write_params(in_tmp, steps=8, grid={"loss": ["sigmoid", "simpo"], "steps": [8]})
+    workspace = load()
+    sections = default_params()["train"]["losses"] | {"simpo": {"gamma": 1.0}}
+    write_params(in_tmp, steps=8, grid={"loss": ["sigmoid", "simpo"], "steps": [8]}, train={"losses": sections})
+    params = load()
+    assert plan.models_settings(params) == plan.models_settings(workspace)
+    keys = [cell.key for cell in params.grid.cells if cell.loss == "simpo"]
+    assert plan.retrained(params, workspace) == [f"{stage}@{key}" for key in keys for stage in CELL_STAGES]
+    assert plan.retrained(params, params) == []

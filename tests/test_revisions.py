@@ -36,7 +36,7 @@ def test_a_branch_and_the_workspace_are_read_apart(repository: Path, reported: P
     assert (other.scores["base"] - main.scores["base"]).to_list() == pytest.approx([1.0] * len(CATEGORY_OF))
     assert (main.name, main.recipe, main.pins) == ("main", "sigmoid-0.5-8", {"torch": "2.13.0", "trl": "1.16.0"})
     assert list(main.scores.columns) == ["category", "base", *CELLS]
-    assert changed(settings(main), settings(other)) == {"seed": (main.params["seed"], 7)}
+    assert changed(settings(main, CELLS), settings(other, CELLS)) == {"seed": (main.params["seed"], 7)}
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace(f"seed: {main.params['seed']}", "seed: 11"))
     assert read_revision(None).params["seed"] == 11
     assert read_revision("main").params == main.params
@@ -121,7 +121,7 @@ def test_leaves_have_dotted_names_and_lists_are_values() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_the_settings_are_what_decides_a_cells_result() -> None:
-    found = settings(read_revision("main"))
+    found = settings(read_revision("main"), CELLS)
     assert (found["judge.folder"], found["trl"]) == ("models/base", "1.16.0")
     assert not [name for name in found if name.startswith(("grid", "sweep")) or name in ("loss", "beta", "steps")]
 
@@ -141,12 +141,21 @@ def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
         branch(
             f"wait-{seconds}", lambda params, s=seconds: params["answer"].update(server={"timeout": s, "attempts": s})
         )
-    assert changed(settings(read_revision("wait-1")), settings(read_revision("wait-2"))) == {}
+    assert changed(settings(read_revision("wait-1"), CELLS), settings(read_revision("wait-2"), CELLS)) == {}
     first, second = read_revision("first"), read_revision("second")
-    assert changed(settings(first), settings(second)) == {}
-    assert changed(settings(read_revision("main")), settings(read_revision("renamed"))) == {}
-    assert settings(first)["judge.name"] == "gpt-4"
-    assert changed(settings(read_revision("main")), settings(first))["judge.kind"] == ("local", "openai")
+    assert changed(settings(first, CELLS), settings(second, CELLS)) == {}
+    assert changed(settings(read_revision("main"), CELLS), settings(read_revision("renamed"), CELLS)) == {}
+    assert settings(first, CELLS)["judge.name"] == "gpt-4"
+    assert changed(settings(read_revision("main"), CELLS), settings(first, CELLS))["judge.kind"] == ("local", "openai")
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_hyperparameter_is_a_setting_of_its_own_losss_cells_alone() -> None:
+    branch("gamma", lambda params: params["train"]["losses"]["simpo"].update(gamma=1.0))
+    main, gamma = read_revision("main"), read_revision("gamma")
+    assert changed(settings(main, CELLS), settings(gamma, CELLS)) == {}
+    simpo = [*CELLS, "simpo-0.1-8"]
+    assert changed(settings(main, simpo), settings(gamma, simpo)) == {"train.losses.simpo.gamma": (0.5, 1.0)}
 
 
 @pytest.mark.usefixtures("repository")

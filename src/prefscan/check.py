@@ -27,9 +27,14 @@ def check_losses(params: Params) -> None:
                 f"params.yaml: train.losses.{name}: missing; add it to conf/train/losses/papers.yaml, as {{}} if the "
                 "loss has no hyperparameters"
             )
-    for name in sections:
+    for name, section in sections.items():
         if name not in LOSSES:
             raise UserError(f"params.yaml: train.losses.{name}: no known loss; {known}")
+        if list(type(section).model_fields) != LOSSES[name].options:
+            raise UserError(
+                f"params.yaml: train.losses.{name}: its function takes {', '.join(LOSSES[name].options)}; give it a "
+                "class with these in src/prefscan/params.py, named in Losses"
+            )
 
 
 def check_logging(report_to: str) -> None:

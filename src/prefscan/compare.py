@@ -37,9 +37,9 @@ COMPARISON = Path("comparison")
 FEWEST_SEEDS = 3  # of two, no method tells a lead from their luck (docs/statistics.md)
 
 
-def what_differs(revisions: list[Revision]) -> pd.DataFrame:
+def what_differs(revisions: list[Revision], models: list[str]) -> pd.DataFrame:
     """A row a parameter or pinned version that is not the same in all, a column a revision."""
-    values = [settings(revision) for revision in revisions]
+    values = [settings(revision, models) for revision in revisions]
     names = dict.fromkeys(name for known in values for name in known)
     rows = [
         {"parameter": name} | {r.name: str(known.get(name, "–")) for r, known in zip(revisions, values, strict=True)}
@@ -75,12 +75,12 @@ def scores_of(revisions: list[Revision], models: list[str], questions: pd.Index)
     return table.drop(columns="p")
 
 
-def sets_of_seeds(revisions: list[Revision]) -> list[list[Revision]]:
+def sets_of_seeds(revisions: list[Revision], models: list[str]) -> list[list[Revision]]:
     """The revisions that differ in `seed` alone, two or more together, each seed once."""
     found: list[list[Revision]] = []
     for revision in revisions:
         for known in found:
-            if set(changed(settings(known[0]), settings(revision))) <= {"seed"}:
+            if set(changed(settings(known[0], models), settings(revision, models))) <= {"seed"}:
                 if all(revision.params["seed"] != other.params["seed"] for other in known):
                     known.append(revision)
                 break
@@ -243,9 +243,9 @@ def main() -> None:
     except FileExistsError:
         raise UserError(f"{COMPARISON} is a file, and the report goes into a folder of that name; move it") from None
     table = scores_of(revisions, models, questions)
-    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions)]
+    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions, models)]
     lines = sentences(revisions, models, questions, table, seeds)
-    tables = tables_of(what_differs(revisions), table, seeds, revisions)
+    tables = tables_of(what_differs(revisions, models), table, seeds, revisions)
     title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
     write_report(COMPARISON, title, lines, figures_of(table, names[0]), tables, names)
     print("\n\n".join(lines))

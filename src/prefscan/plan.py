@@ -27,7 +27,7 @@ from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
 from prefscan.params import OpenAIJudge, Params, load
 from prefscan.paths import ANSWERS, QUESTIONS, judge_store
-from prefscan.pipeline import CHOICE, compose, stale_stages
+from prefscan.pipeline import CELL_STAGES, CHOICE, compose, stale_stages
 from prefscan.records import select_questions
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
@@ -81,6 +81,20 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
     return calls, tokens
 
 
+def models_settings(params: Params) -> dict[str, Any]:
+    """The parameters that decide every cell's answers; a loss's hyperparameters decide those of its own cells."""
+    settings = params.model_dump(exclude=set(FREE))
+    del settings["train"]["losses"]
+    return settings
+
+
+def retrained(params: Params, workspace: Params) -> list[str]:
+    """The stages of the cells whose own loss has other hyperparameters than in the workspace."""
+    before, after = dict(workspace.train.losses), dict(params.train.losses)
+    cells = [cell for cell in params.grid.cells if before.get(cell.loss) != after.get(cell.loss)]
+    return [f"{stage}@{cell.key}" for cell in cells for stage in CELL_STAGES]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="prefscan.plan", description="What the sweep would still take.")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes them")
@@ -98,8 +112,8 @@ def main() -> None:
     console.print(
         f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
-    same = params.model_dump(exclude=set(FREE)) == workspace.model_dump(exclude=set(FREE))
-    stale = stale_stages(missing_data_is_stale=True) if same else None
+    same = models_settings(params) == models_settings(workspace)
+    stale = [*stale_stages(missing_data_is_stale=True), *retrained(params, workspace)] if same else None
     cells = cells_left(params, workspace, stale)
     speed = None if stale is None else measured_speed(workspace, stale)
     for sentence in sentences(cells, params, speed, options.workers or params.launch.cells):

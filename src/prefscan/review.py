@@ -109,7 +109,9 @@ def difference_section(before: Revision, after: Revision) -> str:
             )
         )
     lines = [f"{scored}; {verdict}."]
-    others = changed(settings(before), settings(after))
+    both = shared_models([before, after])
+    compared = [*both, before.recipe, after.recipe]
+    others = changed(settings(before, compared), settings(after, compared))
     if others:
         listed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in others.items())
         lines.append(
@@ -119,7 +121,6 @@ def difference_section(before: Revision, after: Revision) -> str:
         )
     if before.pins != after.pins:
         lines.append(VERSIONS_NOTE)
-    both = shared_models([before, after])
     first, second = before.scores.loc[shared], after.scores.loc[shared]
     moved = [model for model in both if not tied(second[model], first[model]).equals(first[model])]
     lines.append(

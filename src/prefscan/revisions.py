@@ -5,7 +5,7 @@ All of it is small and in git, so that a review or a comparison needs neither DV
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,12 +217,17 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", child
 
 
-def settings(revision: Revision) -> dict[str, Any]:
-    """What decides a cell's result: the parameters but for the choice of cells, and the pinned versions."""
+def settings(revision: Revision, models: Iterable[str]) -> dict[str, Any]:
+    """What decides the models' results: the parameters but for the choice of cells, and the pinned versions.
 
+    Of `train.losses` it has the sections of their own losses.
+    """
+    losses = {model.partition("-")[0] for model in models}
     neutral = NEUTRAL | ({"judge.name"} if revision.params["judge"]["kind"] == "local" else set())  # as in judge_of
 
     def decides(name: str) -> bool:
+        if name.startswith("train.losses."):
+            return name.split(".")[2] in losses
         return name.split(".")[0] not in CHOICE and neutral.isdisjoint((name, name.rpartition(".")[0]))
 
     return {name: value for name, value in leaves(revision.params) if decides(name)} | revision.pins

@@ -25,6 +25,8 @@ def test_the_plan_knows_what_is_left_and_by_what_speed(sweep: Workspace, tmp_pat
     work = sweep.copy(tmp_path / "work")
     work.environment = work.environment | {"PYTHONPATH": "src", "COLUMNS": "200"}
     assert "No cell is left to run." in work.run(sys.executable, "-m", "prefscan.plan")
+    gamma = work.run(sys.executable, "-m", "prefscan.plan", "train.losses.simpo.gamma=1")
+    assert "No cell is left to run." in gamma  # simpo is not in this grid
     other = work.run(sys.executable, "-m", "prefscan.plan", "judge.name=other")
     assert "No cell is left to run.\nThe judge is another than in params.yaml: every model is judged anew." in other
     planned = work.run(sys.executable, "-m", "prefscan.plan", "--workers", "2", "beta=0.7", "sweep.beta=0.1")
