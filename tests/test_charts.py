@@ -1,6 +1,7 @@
 """Every chart is valid Vega-Lite, renders, and shows all of its data and nothing else."""
 
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ GRIDS: dict[str, tuple[list[str], list[float], list[str]]] = {
     "several steps": (["sigmoid", "ipo"], [0.1], ["8", "16", "epoch"]),
     "the study": (["sigmoid", "ipo", "kto_pair"], [0.01, *(n / 10 for n in range(1, 10))], ["200", "800"]),
     "many losses": ([f"loss{n}" for n in range(8)], [0.1, 0.2], ["1"]),
+    "many losses and β": ([f"loss{n}" for n in range(21)], [n / 10 for n in range(1, 10)], ["1"]),
 }
 
 
@@ -59,6 +61,22 @@ def marks(svg: str, kind: str) -> list[str]:
     return [m[1] for m in re.finditer(rf'aria-label="([^"]*)" role="\S+" aria-roledescription="{kind}"', svg)]
 
 
+def numbers(label: str) -> dict[str, float]:
+    """What a mark's label says, but for words."""
+    pairs = (part.split(": ", 1) for part in label.replace("−", "-").split("; "))
+    return {name: float(value) for name, value in pairs if re.fullmatch(r"[+-]?[\d.]+", value)}
+
+
+def bars(svg: str, low: str, high: str) -> list[tuple[float, float]]:
+    """The ends of the bars whose labels name both, in the order of the table."""
+    found = (numbers(label) for label in marks(svg, "rule mark"))
+    return [(bar[low], bar[high]) for bar in found if low in bar and high in bar]
+
+
+def rows(cells: pd.DataFrame, *columns: str) -> list[Any]:
+    return [pytest.approx(row, abs=1e-6) for row in cells[list(columns)].itertuples(index=False, name=None)]
+
+
 def texts(svg: str) -> list[str]:
     return re.findall(r">([^<>]+)</text>", svg)
 
@@ -80,11 +98,11 @@ def test_against_beta_shows_every_cell_with_its_interval(value: str, grid: tuple
     shown = Counter(re.search(r"cell: (\S+); \w+: (\S+);", label).groups() for label in marks(svg, "point"))  # type: ignore[union-attr]
     wanted = {(row["cell"], f"{row[value]:.3f}".replace("-", "−")) for row in cells.to_dict("records")}
     assert shown == Counter(wanted)
-    bars = [re.findall(r": (−?[\d.]+)", label) for label in marks(svg, "rule mark")]
-    intervals = sorted((float(b[1].replace("−", "-")), float(b[2].replace("−", "-"))) for b in bars if len(b) == 3)
+    drawn = [re.findall(r": (−?[\d.]+)", label) for label in marks(svg, "rule mark")]
+    intervals = sorted((float(b[1].replace("−", "-")), float(b[2].replace("−", "-"))) for b in drawn if len(b) == 3)
     wanted_bars = cells[[f"{value}_low", f"{value}_high"]].itertuples(index=False, name=None)
     assert intervals == [pytest.approx(bar) for bar in sorted(wanted_bars)]
-    assert [float(b[0]) for b in bars if len(b) == 1] == [base] * len(steps)  # the dashed rule of each panel
+    assert [float(b[0]) for b in drawn if len(b) == 1] == [base] * len(steps)  # the dashed rule of each panel
     assert len(marks(svg, "line mark")) == len(losses) * len(steps)
 
 
@@ -108,7 +126,7 @@ def test_losses_at_one_beta_stand_side_by_side_near_it(grid: tuple[Any, Any, Any
     data = charts.margin_against_beta(cells).data
     assert not data.duplicated(["x", "steps"]).any()
     gap = min((b - a for a, b in pairwise(betas)), default=betas[0])
-    assert ((data["x"] - data["beta"]).abs() < gap).all()
+    assert ((data["x"] - data["beta"]).abs() < gap / 2).all()
     low, high = charts.margin_against_beta(cells).to_dict()["spec"]["layer"][0]["encoding"]["x"]["scale"]["domain"]
     assert low < data["x"].min()
     assert data["x"].max() < high
@@ -135,12 +153,6 @@ def test_categories_show_every_model_in_every_category() -> None:
     assert [text for text in found if text in categories] == sorted(categories)
 
 
-def numbers(label: str) -> dict[str, float]:
-    """What a mark's label says, but for words."""
-    pairs = (part.split(": ", 1) for part in label.replace("−", "-").split("; "))
-    return {name: float(value) for name, value in pairs if re.fullmatch(r"[+-]?[\d.]+", value)}
-
-
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_the_forest_plot_shows_every_difference_and_fills_the_significant(grid: tuple[Any, Any, Any]) -> None:
     cells = table(*grid)
@@ -153,17 +165,29 @@ def test_the_forest_plot_shows_every_difference_and_fills_the_significant(grid: 
     drawn = re.findall(r'aria-label="[^"]*" role="\S+" aria-roledescription="point"[^>]*>', svg)
     filled = [re.search(r'fill-opacity="(\d)"', mark)[1] for mark in drawn]  # type: ignore[index]
     assert filled == ["1" if p <= 0.05 else "0" for p in cells["p_holm"]]
+    assert bars(svg, "points above the base", "difference_high") == rows(cells, "difference_low", "difference_high")
     assert len(marks(svg, "rule mark")) == len(cells) + 1
+    assert [text for text in texts(svg) if text in set(cells["cell"])] == list(cells["cell"])  # the axis
     assert svg.count('stroke-dasharray="5,3"') == 1  # no difference
 
 
 def test_revisions_of_a_cell_stand_side_by_side() -> None:
     cells = table(["sigmoid", "ipo"], [0.1], ["8"])
     both = pd.concat([cells.assign(revision="main"), (cells.assign(revision="tuned", score=cells["score"] + 0.5))])
-    for svg in (
-        render(charts.scores_by_revision(both, "score")),
-        render(charts.differences(both, "score minus that in main", "revision")),
+    for value, title, draw in (
+        ("score", "score", charts.scores_by_revision),
+        (
+            "difference",
+            "score minus that in main",
+            lambda data, title: charts.differences(data, title, "revision"),
+        ),
     ):
+        chart = draw(both, title)
+        svg = render(chart)
+        assert bars(svg, title, f"{value}_high") == rows(both, f"{value}_low", f"{value}_high")
+        assert [p["select"]["fields"] for p in chart.to_dict()["params"] if "bind" in p] == [["revision"]]  # the legend
+        for layer in chart.to_dict()["layer"][:2]:
+            assert "datum.revision == shown" in json.dumps(layer["encoding"]["opacity"])
         drawn = re.findall(
             r'aria-label="([^"]*)" role="\S+" aria-roledescription="point"[^>]* transform="([^"]*)"', svg
         )
@@ -184,6 +208,10 @@ def test_scores_beside_another_value_show_every_cell_and_the_base(value: str, gr
     shown = sorted((found[value], found["score"]) for found in map(numbers, marks(svg, "point")))
     wanted = [(base, 5.125), *cells[[value, "score"]].itertuples(index=False, name=None)]
     assert shown == [pytest.approx(pair, abs=1e-3) for pair in sorted(wanted)]
+    assert bars(svg, "score_low", "score_high") == rows(cells, "score_low", "score_high")
+    if value == "divergence":
+        sideways = bars(svg, "log-ratio to the base over its own replies (nats a reply)", "divergence_high")
+        assert sideways == rows(cells, "divergence_low", "divergence_high")
     assert len(marks(svg, "rule mark")) == len(cells) * (2 if value == "divergence" else 1)
 
 
@@ -200,6 +228,14 @@ def test_the_heat_map_has_a_cell_for_every_category(grid: tuple[Any, Any, Any]) 
     assert [text for text in texts(svg) if text in panels] == panels
     colours = re.findall(r'aria-roledescription="rect mark"[^>]*fill="([^"]*)"', svg)
     assert len(set(colours)) > len(betas)
+
+
+def test_a_heat_map_is_blue_above_the_base_and_orange_below_alike() -> None:
+    cells = table(["ipo"], [0.1, 0.2, 0.3, 0.4], ["8"]).assign(category="math", difference=[-1.0, -0.1, 0.1, 1.0])
+    svg = render(charts.category_heat_map(cells, "score minus the base's"))
+    fills = re.findall(r'aria-roledescription="rect mark"[^>]*fill="rgb\((\d+), (\d+), (\d+)\)"', svg)
+    blue = [int(b) - int(r) for r, _, b in fills]
+    assert blue[0] < blue[1] < 0 < blue[2] < blue[3]
 
 
 def test_a_heat_map_without_differences_is_drawn() -> None:
@@ -239,6 +275,13 @@ def test_curves_of_short_runs_show_every_update(grid: tuple[Any, Any, Any]) -> N
     assert [text for text in found if text == "steps"] == ["steps"] * (len(steps) > 1)
     beta_legend = found[found.index("β") - len(betas) : found.index("β")]
     assert beta_legend == [f"{beta:g}" for beta in betas]
+
+
+def test_curves_of_losses_with_other_units_have_scales_of_their_own() -> None:
+    data = curves(table(["sigmoid", "ipo"], [0.1], ["8"]), {"8": 8})  # values about 0 and about 1,000
+    assert {"−8", "992", "8", "1,008"} <= set(
+        texts(render(charts.training_curves(data)))
+    )  # one scale has no tick there
 
 
 def test_curves_of_long_runs_are_means_over_equal_spans() -> None:

@@ -401,6 +401,8 @@ def checkpoint(tmp_path: Path) -> Path:
         folder.mkdir()
         for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
             (folder / name).write_text(f"{name} of {step}")
+        (folder / "global_step").mkdir()  # DeepSpeed's shards
+        (folder / "global_step/shard.pt").write_text(f"shard of {step}")
         checkpoints.write_json(folder / SEAL, {"seconds": float(step), "sha256": checkpoints.digests(folder)})
     return folder
 
@@ -411,7 +413,15 @@ def test_the_last_whole_checkpoint_is_found(checkpoint: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", SEAL]
+    "name",
+    [
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "global_step/shard.pt",
+        SEAL,
+    ],
 )
 @pytest.mark.parametrize("harm", ["truncated", "empty", "gone", "altered"])
 def test_a_harmed_checkpoint_is_passed_over(checkpoint: Path, tmp_path: Path, name: str, harm: str) -> None:
@@ -421,6 +431,15 @@ def test_a_harmed_checkpoint_is_passed_over(checkpoint: Path, tmp_path: Path, na
         path.unlink()
     else:
         path.write_bytes({"truncated": content[:-3], "empty": b"", "altered": content[:-3] + b"abc"}[harm])
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-9", 9.0)
+
+
+def test_a_checkpoint_on_a_bad_sector_is_passed_over(checkpoint: Path, tmp_path: Path) -> None:
+    shard = checkpoint / "optimizer.pt"
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")  # whose first page no process can read
+    with pytest.raises(OSError, match="Input/output error"):
+        shard.read_bytes()
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-9", 9.0)
 
 

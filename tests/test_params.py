@@ -378,6 +378,37 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
             REMOVE,
             "train.losses.discopop: missing; conf/ shows its meaning, `dvc exp run` composes it",
         ),
+        (
+            "train.losses.discopop.tau",
+            1.1,
+            "train.losses.discopop.tau: 1.1 is refused: input should be less than or equal to 1",
+        ),
+        (
+            "train.losses.robust.label_smoothing",
+            -0.1,
+            "train.losses.robust.label_smoothing: -0.1 is refused: input should be greater than or equal to 0",
+        ),
+        (
+            "train.losses.exo_pair.label_smoothing",
+            0.5,
+            "train.losses.exo_pair.label_smoothing: 0.5 is refused: input should be less than 0.5",
+        ),
+        (
+            "train.losses.cpo.alpha",
+            -1,
+            "train.losses.cpo.alpha: -1 is refused: input should be greater than or equal to 0",
+        ),
+        (
+            "train.losses.kto.desirable_weight",
+            0,
+            "train.losses.kto.desirable_weight: 0 is refused: input should be greater than 0",
+        ),
+        ("train.learning_rate", 0, "train.learning_rate: 0 is refused: input should be greater than 0"),
+        ("train.max_grad_norm", 0, "train.max_grad_norm: 0 is refused: input should be greater than 0"),
+        ("train.lora.dropout", 1, "train.lora.dropout: 1 is refused: input should be less than 1"),
+        ("train.lora.alpha", 0, "train.lora.alpha: 0 is refused: input should be greater than or equal to 1"),
+        ("data.heldout_share", 1, "data.heldout_share: 1 is refused: input should be less than 1"),
+        ("data.heldout_share", -0.1, "data.heldout_share: -0.1 is refused: input should be greater than or equal to 0"),
         ("train.lora.r", REMOVE, "train.lora.r: missing; conf/ shows its meaning, `dvc exp run` composes it"),
         ("train.learning_rate", float("inf"), "train.learning_rate: inf is refused: input should be a finite number"),
         (
@@ -492,6 +523,27 @@ def test_a_bad_value_ends_with_one_sentence(key: str, value: Any, sentence: str,
     with pytest.raises(UserError) as caught:
         load(path)
     assert str(caught.value) == f"{path}: {sentence}"
+
+
+def test_a_budget_needs_prices(tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed("judge=gpt4"))
+    raw["judge"] |= {"budget": 5.0, "prices": None}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    sentence = "judge: budget cannot be kept without prices; set prices, in USD for a million tokens"
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {sentence}"
+
+
+def test_agreement_is_of_single_answers(tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed("judge=local"))
+    raw["judge"]["mode"] = "pair"
+    raw["agreement"] = {"judgements": "judged.jsonl", "answers": "answers"}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"agreement compares scores of single answers; set judge\.mode: single or"):
+        load(path)
 
 
 def test_each_bad_value_gets_its_own_sentence(tmp_path: Path) -> None:

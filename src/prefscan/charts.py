@@ -4,6 +4,7 @@ Where a chart has a colour a loss, a click in its legend fades the other losses,
 which the page sets for all charts at once.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import altair as alt
@@ -57,7 +58,8 @@ def _against_beta(
     """A line a loss and a panel a step count; a dashed rule for the base."""
     # Points at one β would hide each other's intervals: set the losses side by side, a little apart.
     losses, betas = _in_order(cells["loss"]), sorted(set(cells["beta"]))
-    spread = 0.02 * (betas[-1] - betas[0] or betas[0])
+    gap = min((b - a for a, b in pairwise(betas)), default=betas[0])
+    spread = min(0.02 * (betas[-1] - betas[0] or betas[0]), 0.8 * gap / len(losses))
     margin = spread * (len(losses) + 3) / 2
     data = cells.assign(
         x=cells["beta"] + [spread * (losses.index(loss) - (len(losses) - 1) / 2) for loss in cells["loss"]], base=rule

@@ -98,9 +98,10 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, float]:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             seal = json.loads((checkpoint / SEAL).read_text())
+            whole = seal["sha256"] == digests(checkpoint)
         except (OSError, *BAD_JSON):
             continue
-        if seal["sha256"] == digests(checkpoint):
+        if whole:
             return checkpoint, seal["seconds"]
     return None, 0.0
 
