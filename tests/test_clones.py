@@ -303,6 +303,24 @@ def test_a_remote_that_is_gone_is_waited_for(repository: Path, gone: str, patien
     assert lines.count("Running stage 'train@a'") == 1
 
 
+@pytest.mark.parametrize("when", ["before the stage", "during the stage"])
+def test_nothing_is_read_from_or_written_to_the_folder_of_a_remote_that_is_gone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A stage may take hours: its remote is looked for again before the push."""
+    make_repository("echo ran >> $RAN; rm -f $MARKER; echo result > out.txt")
+    marker = repository / "remote/marker"
+    marker.parent.mkdir()
+    if when == "during the stage":
+        marker.touch()
+    monkeypatch.setenv("MARKER", str(marker))
+    dvc("remote", "add", "--default", "--local", "shared", str(marker.parent))
+    outcome, _ = run(repository, cache=repository / "cache", marker=marker)
+    assert f"the DVC remote {marker.parent} is gone; mount it" in outcome.error
+    assert (repository / "ran").exists() == (when == "during the stage")
+    assert list(marker.parent.iterdir()) == []
+
+
 def test_what_has_ended_well_before_a_failure_is_handed_over(repository: Path) -> None:
     make_repository("echo result > out.txt")
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
