@@ -91,6 +91,12 @@ def test_a_repository_without_a_commit_has_no_revision(in_tmp: Path) -> None:
         ("metrics/summary.json", '"cell": "', '"cell": 1, "was": "', r"recipe\.cell is 1 and no text"),
         ("metrics/summary.json", r'"score": [\d.]+', '"score": null', r"recipe\.score is None and no finite number"),
         ("metrics/summary.json", r'"score_low": [\d.]+', '"score_low": NaN', r"recipe\.score_low is nan and no finite"),
+        (
+            "metrics/summary.json",
+            r'"score_high": [\d.]+',
+            f'"score_high": 1{"0" * 309}',
+            r"recipe\.score_high is 10+ and no finite",
+        ),
         ("metrics/judge.json", ".*", "{}", r"without_reference\.swapped\.auc is missing"),
         ("reports/questions.csv", ".*", "", "No columns to parse"),
         ("reports/questions.csv", ",base", ",basis", "column base is missing"),

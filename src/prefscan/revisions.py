@@ -4,7 +4,7 @@ All of it is small and in git, so that a review or a comparison needs neither DV
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -109,7 +109,8 @@ def checked(value: Any, wanted: dict[str, type]) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if kind is str and not isinstance(found[name], str):
             raise ValueError(f"{name} is {found[name]!r:.100} and no text")
-        if kind is float and not (isinstance(found[name], (int, float)) and math.isfinite(found[name])):
+        # An integer may be beyond every float; NaN is not within any bound.
+        if kind is float and not (isinstance(found[name], (int, float)) and abs(found[name]) <= sys.float_info.max):
             raise ValueError(f"{name} is {found[name]!r:.100} and no finite number")
     return value
 
