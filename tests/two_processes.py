@@ -22,7 +22,8 @@ from prefscan.params import Accelerate
 from tiny import random_adapter, random_pairs
 
 CONFIGURATIONS = Path(__file__).parents[1] / "conf/train/accelerate"
-DDP = yaml.safe_load((CONFIGURATIONS / "ddp.yaml").read_text())
+# As `accelerate config` may write it; the cells are of train.dtype fp32.
+DDP = yaml.safe_load((CONFIGURATIONS / "ddp.yaml").read_text()) | {"mixed_precision": "bf16"}
 
 
 def run_train(folder: str) -> None:

@@ -41,7 +41,8 @@ def launch(configuration: Accelerate, module: str, *arguments: str) -> None:
             load_config_from_file(str(path))
         except (TypeError, ValueError) as error:
             raise UserError(f"train.accelerate: accelerate refuses it: {' '.join(str(error).split())}") from None
-        command = ["--config_file", str(path), "--module", module, *arguments]
+        # train.dtype is the precision, and transformers would take the configuration's first.
+        command = ["--config_file", str(path), "--mixed_precision", "no", "--module", module, *arguments]
         try:
             launch_command(launch_command_parser().parse_args(command))
         except ImportError as error:  # DeepSpeed is no dependency
