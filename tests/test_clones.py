@@ -67,12 +67,18 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(repository: Path, attempts: int = 1, patience: float = 0, **changes: Any) -> tuple[Outcome, list[Progress]]:
+def run(
+    repository: Path,
+    attempts: int = 1,
+    patience: float = 0,
+    targets: tuple[str, ...] = ("train@a",),
+    **changes: Any,
+) -> tuple[Outcome, list[Progress]]:
     cache, remote = cache_and_remote()
     usual = {"clones": repository / "clones", "cache": cache, "state": repository / "state", "remote": remote}
     place = Place(**usual | {"marker": None} | changes)
     seen: list[Progress] = []
-    chain = Chain("a", ("train@a",))
+    chain = Chain("a", targets)
     return run_chain(chain, snapshot(workspace_tree(), ()), place, attempts, patience, seen.append), seen
 
 
@@ -327,14 +333,38 @@ def test_what_has_ended_well_before_a_failure_is_handed_over(repository: Path) -
     pipeline["stages"]["mtbench"] = {"foreach": {"a": 1}, "do": {"cmd": "exit 1", "deps": ["out.txt"]}}
     Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
     dvc("remote", "add", "--default", "--local", "shared", str(repository / "remote"))
-    _, remote = cache_and_remote()
-    place = Place(repository / "clones", repository / "cache", repository / "state", remote, None)
-    chain = Chain("a", ("train@a", "mtbench@a"))
-    outcome = run_chain(chain, snapshot(workspace_tree(), ()), place, 1, 0, lambda _: None)
+    outcome, _ = run(repository, targets=("train@a", "mtbench@a"), cache=repository / "cache")
     assert "failed to reproduce 'mtbench@a'" in outcome.error
     dvc("repro", "--pull", "train@a")
     assert Path("out.txt").read_text() == "result\n"
     assert (repository / "state/.prefscan/launch/a.log").read_text().count("Running stage 'train@a'") == 1
+
+
+def test_a_node_that_is_lost_takes_no_finished_stage_with_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_repository("echo ran >> $RAN; echo result > out.txt")
+    remote, left = repository / "remote", repository / "left"
+    monkeypatch.setenv("REMOTE", str(remote))
+    monkeypatch.setenv("LEFT", str(left))
+    pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
+    # What the others see of a node that is gone while it runs the second stage.
+    judge = {
+        "cmd": "[ -e $LEFT ] || cp -r $REMOTE $LEFT; echo 5 > score.txt",
+        "deps": ["out.txt"],
+        "outs": ["score.txt"],
+    }
+    pipeline["stages"]["mtbench"] = {"foreach": {"a": 1}, "do": judge}
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    dvc("remote", "add", "--default", "--local", "shared", str(remote))
+    targets = ("train@a", "mtbench@a")
+    assert run(repository, targets=targets, cache=repository / "one")[0].error == ""
+    shutil.rmtree(remote)
+    left.rename(remote)
+    left.mkdir()
+    assert run(repository, targets=targets, cache=repository / "another")[0].error == ""
+    assert (repository / "ran").read_text() == "ran\n"
+    dvc("repro", "--pull")
+    assert Path("score.txt").read_text() == "5\n"
+    assert (repository / "ran").read_text() == "ran\n"
 
 
 def test_a_clone_that_a_process_works_in_is_left_alone(repository: Path) -> None:

@@ -265,8 +265,10 @@ def run_stages(
 ) -> str:
     """Run a chain in its clone and hand its results over: to the shared cache, and by `push` to the remote.
 
-    A stage that a signal has ended is run again, `attempts` times in all; a lock that another process holds is waited
-    for, and so is a remote that is gone, for `patience` seconds. Returns the last lines of what failed, if anything.
+    A node that is lost takes with it what it has not pushed, so a stage's results go to the remote as soon as it has
+    ended. A stage that a signal has ended is run again, `attempts` times in all; a lock that another process holds is
+    waited for, and so is a remote that is gone before the chain or after it, for `patience` seconds. Returns the last
+    lines of what failed, if anything.
     """
     log = place.state / ".prefscan/launch" / f"{chain.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -284,8 +286,24 @@ def run_stages(
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
         return run_leashed(command, folder, place.environment(folder), log, seen)
 
-    def hand_over(patience: float) -> str:
+    def reproduce(targets: tuple[str, ...]) -> str:
+        nonlocal attempts
+        while True:
+            code, output = dvc("repro", *(["--pull"] if place.remote else []), *targets)
+            if code == 0:
+                return ""
+            if BUSY.search(output):
+                report(Progress("waits for another process"))
+                time.sleep(BUSY_WAIT)
+            elif attempts > 1 and (code in KILLED_CODES or KILLED.search(output)):
+                attempts -= 1
+            else:
+                return _tail(output) or f"dvc ended with status {code}"
+
+    def hand_over(targets: tuple[str, ...], patience: float) -> str:
         """Push, again and again while it fails; returns the last lines of a push that failed to the end."""
+        if gone := await_remote(place, patience):
+            return gone
         report(Progress("push"))
         pushes = Retrying(
             stop=stop_after_delay(patience),
@@ -293,28 +311,20 @@ def run_stages(
             retry=retry_if_result(lambda done: done[0] != 0),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else (1, ""),
         )
-        code, output = pushes(dvc, "push", "--run-cache", *chain.targets)
+        code, output = pushes(dvc, "push", "--run-cache", *targets)
         return _tail(output) if code else ""
 
     report(progress)
-    gone = await_remote(place, patience)
-    while not gone:
-        code, output = dvc("repro", *(["--pull"] if place.remote else []), *chain.targets)
-        if code == 0:
-            break
-        if BUSY.search(output):
-            report(Progress("waits for another process"))
-            time.sleep(BUSY_WAIT)
-        elif attempts > 1 and (code in KILLED_CODES or KILLED.search(output)):
-            attempts -= 1
-        else:
-            if place.remote:  # what has ended well need not be done again elsewhere
-                hand_over(0)
-            return _tail(output) or f"dvc ended with status {code}"
-    gone = gone or await_remote(place, patience)
-    if place.remote and not gone and (failed := hand_over(patience)):
-        gone = failed
-    return f"{gone}\nnothing is lost: the node's cache has what has run; launch again" if gone else ""
+    if place.remote is None:
+        return reproduce(chain.targets)
+    if not (failed := await_remote(place, patience)):
+        for target in chain.targets:
+            if error := reproduce((target,)):
+                return error
+            if target != chain.targets[-1]:
+                hand_over((target,), 0)  # what that cannot send, the last one does
+        failed = hand_over(chain.targets, patience)
+    return f"{failed}\nnothing is lost: the node's cache has what has run; launch again" if failed else ""
 
 
 def await_remote(place: Place, patience: float) -> str:
