@@ -1,7 +1,9 @@
 """What DVC is asked, in a small repository of real stages; test_clones.py has what a clone is spared."""
 
+import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import yaml
 
 from git_data import git
 from prefscan.errors import UserError
-from prefscan.pipeline import forget, lost_stages, push_current, stale_stages
+from prefscan.pipeline import forget, lost_stages, push_current, stale_stages, take_over
 
 
 @pytest.fixture
@@ -72,3 +74,29 @@ def test_a_command_of_dvc_that_fails_is_an_error() -> None:
 def test_a_stale_check_makes_nothing_else_stale() -> None:
     Path("params.txt").write_text("others\n")
     assert stale_stages(missing_data_is_stale=True) == ["check"]
+
+
+@pytest.mark.parametrize("lock_of", ["here", "another processor"])
+def test_what_is_made_elsewhere_is_taken_over_and_the_rest_is_not_run(
+    finished: Path, tmp_path_factory: pytest.TempPathFactory, lock_of: str
+) -> None:
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_text("another\n")
+    clone = tmp_path_factory.mktemp("clones") / "clone"
+    shutil.copytree(finished, clone)
+    (clone / ".dvc/config.local").write_text(f"[cache]\n    dir = {finished / '.dvc/cache'}\n")
+    with chdir(clone):
+        subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "merge@a"], check=True)
+    made = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    before = dict(lock["stages"])
+    if lock_of == "another processor":  # the right dependencies, and outputs that are in no cache
+        out = made["train@a"]["outs"][0] | {"md5": "0" * 32}
+        lock["stages"]["train@a"] = made["train@a"] | {"outs": [out]}
+        Path("dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    take_over(stale_stages(missing_data_is_stale=True), pull=False)
+    assert Path("merged-a.txt").read_text() == "valid\nanother\n"
+    assert Path("merged-b.txt").read_text() == "valid\nb\n"
+    after = yaml.safe_load(Path("dvc.lock").read_text())["stages"]
+    assert after == before | {name: made[name] for name in ("train@a", "merge@a")}
+    assert stale_stages(missing_data_is_stale=True) == ["merge@b", "report", "train@b"]

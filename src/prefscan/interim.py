@@ -1,16 +1,22 @@
 """The report of the cells that have finished while others have not, into runs/interim, which git ignores.
 
-    python -m prefscan.interim
+    python -m prefscan.interim          # of a sweep that runs on this machine
+    python -m prefscan.interim --pull   # of one on a cluster, whose results travel by the DVC remote
 
 For a sweep of days, and for one of whose cells the last few fail. A cell has finished when none of its stages is stale.
-Where the recipe has not, the cells are compared with the first that has.
+What a launch has finished is taken into the workspace first, as the launch does at its end. Where the recipe has not,
+the cells are compared with the first that has.
 """
+
+import argparse
+
+from dvc.exceptions import ReproductionError
 
 from prefscan.effort import cells_left
 from prefscan.errors import UserError, run_stage
 from prefscan.params import load
 from prefscan.paths import RUNS
-from prefscan.pipeline import CELL_STAGES, stale_stages
+from prefscan.pipeline import CELL_STAGES, stale_stages, take_over
 from prefscan.report import read_results, write_pages
 
 INTERIM = RUNS / "interim"
@@ -18,8 +24,16 @@ EXCUSED = {"check", "report"}  # stale where the grid has changed, which makes n
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="prefscan.interim", description="Report the cells that have finished.")
+    parser.add_argument("--pull", action="store_true", help="also of what has reached the default DVC remote")
+    options = parser.parse_args()
     params = load()
-    stale = stale_stages(missing_data_is_stale=True)
+    if stale := stale_stages(missing_data_is_stale=True):
+        try:
+            take_over(stale, pull=options.pull)
+        except ReproductionError as error:
+            raise UserError(f"what has finished cannot be taken over: {error}: {error.__cause__}") from None
+        stale = stale_stages(missing_data_is_stale=True)
     of_cells = {f"{stage}@{cell.key}" for stage in CELL_STAGES for cell in params.grid.cells}
     if shared := sorted(set(stale) - of_cells - EXCUSED):
         raise UserError(f"nothing to report yet: what cells share is stale; `dvc repro {' '.join(shared)}`")
@@ -36,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main, takes=())
+    run_stage(main)

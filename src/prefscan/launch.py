@@ -28,7 +28,6 @@ from typing import Any
 
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
-from dvc.stage import Stage
 from filelock import FileLock, Timeout
 
 from prefscan.cache import check_cache
@@ -50,7 +49,7 @@ from prefscan.clones import (
 from prefscan.errors import UserError, run_stage
 from prefscan.params import Params, load
 from prefscan.paths import SPLITS
-from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages
+from prefscan.pipeline import CELL_STAGES, compose, forget, lost_stages, push_current, stale_stages, take_over
 
 FETCHED = {"fetch-model": ("fetch@model",), "fetch-data": ("fetch@pairs", "fetch@questions")}
 BASE_STAGES = ("answer-base", "mtbench-base")
@@ -153,29 +152,6 @@ def run_chains(chains: list[Chain], params: Params, place: Place, address: str |
         return cluster.run_all(chains, params, place, needs, archive)
 
 
-def take_over(made: list[str], pull: bool) -> None:
-    """Take stages that have run elsewhere from the cache or the remote.
-
-    `dvc repro` would do the same, but writes dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it
-    is written once. What fails is left to the `dvc repro` that follows, which says what it was.
-    """
-    taken: list[Stage] = []
-
-    def take(stage: Stage, **options: Any) -> Stage | None:
-        if stage.addressing in made and stage.reproduce(**options):
-            taken.append(stage)
-        return None  # or DVC would part the stages with empty lines
-
-    with Repo(_wait_for_lock=True) as repo:
-        try:
-            with suppress(ReproductionError):
-                repo.reproduce(pull=pull, repro_fn=take)
-        finally:
-            if taken:
-                with repo.lock:
-                    taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
-
-
 def restore(made: list[str], targets: list[str], place: Place, patience: float) -> int:
     """Take over the stages that were made, and `dvc repro` the targets, or all; waits for another that runs here.
 
@@ -184,7 +160,8 @@ def restore(made: list[str], targets: list[str], place: Place, patience: float) 
     if gone := await_remote(place, patience):
         raise UserError(f"{gone}, and run `dvc repro --pull`")
     if made:
-        take_over(made, pull=place.remote is not None)
+        with suppress(ReproductionError):  # the `dvc repro` that follows says what it was
+            take_over(made, pull=place.remote is not None)
     pull = ["--pull"] if place.remote else []
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")

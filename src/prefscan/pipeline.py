@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.repo.graph import get_subgraph_of_nodes
+from dvc.stage import Stage
 from dvc.utils.serialize import modify_yaml
+from dvc_data.hashfile.hash_info import HashInfo
 
 from prefscan.errors import UserError
 from prefscan.files import read_text
@@ -131,3 +134,40 @@ def forget(lock: Path, stages: Collection[str]) -> None:
     with modify_yaml(lock) as entries:
         for name in stages:
             entries.get("stages", {}).pop(name, None)
+
+
+def take_over(stages: Collection[str], *, pull: bool) -> None:
+    """Take into the workspace what stale stages have made elsewhere, from the run-cache or, by `pull`, the remote.
+
+    `dvc repro` would do the same, but run what it does not find there, which is left alone here with all after it, and
+    write dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it is written once, what is taken before
+    an error included. Raises DVC's ReproductionError for one.
+    """
+    taken: list[Stage] = []
+    left: set[str] = set()
+
+    def take(stage: Stage, upstream: list[Stage], **_: Any) -> None:
+        name = stage.addressing
+        if name not in stages:
+            return
+        if not left.isdisjoint(other.addressing for other in upstream):
+            left.add(name)
+        elif stage.changed(upstream=upstream):
+            for out in stage.outs:
+                out.hash_info = HashInfo()  # or those of dvc.lock would be looked for alone: lost_stages
+            try:
+                stage.save_deps()
+                stage.repo.stage_cache.restore(stage, pull=pull, dry=not pull)
+            except DvcException:
+                left.add(name)
+            else:
+                stage.run(pull=pull)
+                taken.append(stage)
+
+    with Repo(_wait_for_lock=True) as repo:
+        try:
+            repo.reproduce(pull=pull, repro_fn=take)
+        finally:
+            if taken:
+                with repo.lock:
+                    taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
