@@ -306,6 +306,7 @@ def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Pa
     assert (lock_of(work), ran(work)) == (taken, [])
 
 
+@pytest.mark.slow  # the plan of its chains is tested above
 def test_a_judge_over_the_network_that_fails_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
     work = make_logging(tmp_path / "work", 0, cells=2)

@@ -94,7 +94,7 @@ def test_what_is_made_elsewhere_is_taken_over_and_the_rest_is_not_run(
         out = made["train@a"]["outs"][0] | {"md5": "0" * 32}
         lock["stages"]["train@a"] = made["train@a"] | {"outs": [out]}
         Path("dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-    take_over(stale_stages(missing_data_is_stale=True), pull=False)
+    assert take_over(stale_stages(missing_data_is_stale=True), pull=False) == ["train@a", "merge@a"]
     assert Path("merged-a.txt").read_text() == "valid\nanother\n"
     assert Path("merged-b.txt").read_text() == "valid\nb\n"
     after = yaml.safe_load(Path("dvc.lock").read_text())["stages"]

@@ -30,10 +30,11 @@ def main() -> None:
     params = load()
     if stale := stale_stages(missing_data_is_stale=True):
         try:
-            take_over(stale, pull=options.pull)
+            taken = take_over(stale, pull=options.pull)
         except ReproductionError as error:
             raise UserError(f"what has finished cannot be taken over: {error}: {error.__cause__}") from None
-        stale = stale_stages(missing_data_is_stale=True)
+        if taken:
+            stale = stale_stages(missing_data_is_stale=True)
     of_cells = {f"{stage}@{cell.key}" for stage in CELL_STAGES for cell in params.grid.cells}
     if shared := sorted(set(stale) - of_cells - EXCUSED):
         raise UserError(f"nothing to report yet: what cells share is stale; `dvc repro {' '.join(shared)}`")

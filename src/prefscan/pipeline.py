@@ -136,12 +136,12 @@ def forget(lock: Path, stages: Collection[str]) -> None:
             entries.get("stages", {}).pop(name, None)
 
 
-def take_over(stages: Collection[str], *, pull: bool) -> None:
+def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
     """Take into the workspace what stale stages have made elsewhere, from the run-cache or, by `pull`, the remote.
 
     `dvc repro` would do the same, but run what it does not find there, which is left alone here with all after it, and
     write dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it is written once, what is taken before
-    an error included. Raises DVC's ReproductionError for one.
+    an error included. Returns the stages taken; raises DVC's ReproductionError.
     """
     taken: list[Stage] = []
     left: set[str] = set()
@@ -171,3 +171,4 @@ def take_over(stages: Collection[str], *, pull: bool) -> None:
             if taken:
                 with repo.lock:
                     taken[0].dvcfile.dump_stages(taken, update_pipeline=False)
+    return [stage.addressing for stage in taken]
