@@ -253,9 +253,7 @@ def test_the_judges_cost_is_that_of_the_chains_models(repository: Path) -> None:
 
     stages = {"mtbench-base": judged("base", 0.25), "mtbench": {"foreach": ["a"], "do": judged("${item}", 0.5)}}
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    place = Place(repository / "clones", cache_and_remote()[0], repository / "state", remote=None, marker=None)
-    chain = Chain("a", ("mtbench-base", "mtbench@a"))
-    outcome = run_chain(chain, snapshot(workspace_tree(), ()), place, 1, 0, lambda _: None)
+    outcome, _ = run(repository, targets=("mtbench-base", "mtbench@a"))
     assert (outcome.error, outcome.usd) == ("", 0.75)
 
 
