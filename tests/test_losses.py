@@ -56,10 +56,12 @@ IMPOSSIBLE = Row(-2000.0, -2000.0, -2.0, -3.0, 1, 1, -1998.0)
 EQUAL = Row(-8.0, -8.0, -8.0, -8.0, 3, 3, 0.0)
 ONE_TOKEN = Row(-0.25, -4.5, -1.5, -2.25, 1, 1, 0.5)
 WORSE = Row(-30.0, -11.0, -22.0, -14.0, 12, 4, -3.0)
+CONFIDENT = Row(-1e-4, -6.0, -1.0, -3.0, 1, 2, 0.25)  # a response of almost all of the probability
 BATCHES = {
     "one": [ORDINARY],
     "equal": [EQUAL],
     "one_token": [ONE_TOKEN],
+    "confident": [CONFIDENT],
     "long": [LONG, UNLEARNED, LEARNED, IMPOSSIBLE],
     "mixed": [ORDINARY, EQUAL, ONE_TOKEN, WORSE],
 }
@@ -273,6 +275,15 @@ def test_the_value_where_policy_and_reference_agree(loss: str, at_the_start: flo
     assert value(loss, [EQUAL], 0.1) == pytest.approx(at_the_start)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_pairs_of_the_reference_are_those_of_a_policy_that_is_it(loss: str) -> None:
+    rows = random_rows(4)
+    same = [row._replace(chosen=row.ref_chosen, rejected=row.ref_rejected, kl_logratio=0.0) for row in rows]
+    found = evaluate(loss, to_logps(rows).of_reference(), 0.2)
+    assert found.tolist() == pytest.approx(FORMULAS[loss](same, 0.2), rel=1e-12)
+    assert found.tolist() != evaluate(loss, to_logps(rows), 0.2).tolist()
+
+
 @pytest.mark.parametrize("lift", [-40.0, 0.0, 40.0])  # kto_pair: a lift clamps both KL, or frees both
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_equals_finite_differences_of_the_formula(loss: str, lift: float) -> None:
@@ -377,9 +388,19 @@ def test_reads_the_reference_as_registered(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_reads_the_kl_of_mismatched_responses_as_registered(loss: str) -> None:
+    rows = random_rows(6)
+    found = evaluate(loss, to_logps([row._replace(kl_logratio=math.nan) for row in rows]), 0.3)
+    if LOSSES[loss].mismatched:
+        assert found.isnan().all()
+    else:
+        assert found.tolist() == evaluate(loss, to_logps(rows), 0.3).tolist()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_hyperparameter_is_in_the_schema_and_is_read(loss: str) -> None:
     logps, options = to_logps(random_rows(7)), getattr(OPTIONS, loss)
-    assert list(type(options).model_fields) == LOSSES[loss].options
+    assert set(type(options).model_fields) == set(LOSSES[loss].options)
     for name, value in options:
         halved = options.model_copy(update={name: value / 2})
         assert not torch.equal(LOSSES[loss](logps, 0.3, halved), evaluate(loss, logps, 0.3))
@@ -447,13 +468,21 @@ def test_kto_pairs_kl_is_clamped_at_zero() -> None:
     assert found == pytest.approx((2 - math.exp(log_sigmoid(-0.2)) - math.exp(log_sigmoid(0.4))) / 2)
 
 
+def test_kto_pairs_kl_has_a_gradient_at_zero() -> None:
+    """Where training begins: torch's clamp passes it on there, as TRL's did, and relu would not."""
+    rows = [Row(-10.0, -10.0, -10.0, -10.0, 5, 5, 0.0)] * 2
+    chosen, rejected = kto_gradients(rows, 0.2)
+    assert chosen.tolist() == pytest.approx([-0.2 * 3 / 16, -0.2 / 16])
+    assert rejected.tolist() == pytest.approx([0.2 * 3 / 16, 0.2 / 16])
+
+
 def test_ktos_kl_is_detached_clamped_at_zero_and_needed() -> None:
     rows = random_rows(4)
     logps = to_logps(rows)
     assert logps.kl_logratio is not None
-    total = evaluate("kto", logps, 0.2).sum()
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(total, logps.kl_logratio.requires_grad_())
+    logps.kl_logratio.requires_grad_()
+    assert logps.kl_logratio.mean() > 0  # not clamped
+    assert not evaluate("kto", logps, 0.2).requires_grad
     below, zero = ([row._replace(kl_logratio=kl) for row in rows] for kl in (-3.0, 0.0))
     assert value("kto", below, 0.2) == value("kto", zero, 0.2)
     with pytest.raises(AssertionError, match="kto needs kl_logratio"):

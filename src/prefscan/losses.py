@@ -84,7 +84,7 @@ class Loss:
     beta: str  # what β means
     reference: bool  # whether the function reads ref_chosen and ref_rejected
     batch_dependent: bool  # whether the value of a pair depends on the other pairs of the micro-batch
-    mismatched: bool  # whether the function reads kl_logratio, which costs a second forward pass
+    mismatched: bool  # whether the function reads kl_logratio, which costs two forward passes more
 
     @property
     def options(self) -> list[str]:
@@ -277,8 +277,9 @@ def apo_down(logps: PairLogps, beta: float) -> Tensor:
 def discopop(logps: PairLogps, beta: float, tau: float) -> Tensor:
     """DiscoPOP: logistic at a negative margin, exponential at a positive one, mixed over a width of τ.
 
-    Not monotone where τ is below 0.1: at the start, where every margin is 0, a lower margin pays. At τ = 0.05 the loss
-    has a dip at β(h_w − h_l) = −0.12 and a hump at 0.07, which a pair must pass before its margin grows.
+    Not monotone where τ is below 0.11, and below 0.102 a lower margin pays at the start, where every margin is 0. At
+    τ = 0.05 the loss has a dip at β(h_w − h_l) = −0.12 and a hump at 0.07, which a pair must pass before its margin
+    grows.
     """
     logit = beta * logps.margin
     # The exponential overflows where its weight underflows; their product, in one exponent, does not.
@@ -362,7 +363,7 @@ def simpo(logps: PairLogps, beta: float, gamma: float) -> Tensor:
 @register(
     formula="−p̄_w − β log σ(o_w − o_l), o = p̄ − log(1 − e^p̄)",
     paper="[ORPO](https://arxiv.org/abs/2403.07691), equations 6 and 7",
-    beta="the paper's λ: weight of the odds-ratio term beside the cross-entropy; 0.1 there",
+    beta="the paper's λ: weight of the odds-ratio term beside the cross-entropy; 0.1 for its Mistral",
     reference=False,
 )
 def orpo(logps: PairLogps, beta: float) -> Tensor:
