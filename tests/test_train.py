@@ -20,10 +20,10 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from scipy import stats
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
@@ -34,14 +34,16 @@ from prefscan.engines.lora import FusedLora
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES, PairLogps
 from prefscan.memory import activation_bytes
-from prefscan.models import load_model, load_tokenizer
+from prefscan.models import clean_adapter_config, load_model, load_tokenizer
 from prefscan.params import Accelerate, Cell, Lora, Train
 from prefscan.reference import COLUMNS, reference_rows, with_reference
 from prefscan.train import (
     PairTrainer,
     accuracy,
+    beside_text,
     curve_csv,
     lora_config,
+    mismatched,
     refuse_targets,
     train_cell,
     training_arguments,
@@ -269,6 +271,22 @@ def test_kto_of_a_single_prompt_is_refused(fit: Fit) -> None:
         fit("kto", 1, count=1)
 
 
+def test_kto_whose_mismatched_responses_exceed_the_window_is_refused_before_the_first_update(
+    fit: Fit, pairs: list[dict[str, Any]], heldout: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pairs themselves may fit, so the reference stage and the other losses have nothing to refuse."""
+    rows = [mismatched(pair) for side in (pairs[:TRAINING], heldout) for pair in with_mismatched(side)]
+    longest = max(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_stage, "sliding_window", lambda model: longest - 1)
+        patch.setattr(PairTrainer, "train", lambda *_, **__: pytest.fail("it was to be refused before"))
+        message = rf"^kto: a prompt and a response of another pair have {longest} tokens, .* window of {longest - 1}; "
+        with pytest.raises(UserError, match=message):
+            fit("kto", 1)
+    monkeypatch.setattr(train_stage, "sliding_window", lambda model: longest)
+    fit("kto", 1)
+
+
 @pytest.mark.parametrize("steps", [1, 6])
 def test_a_training_that_diverges_ends_with_a_sentence(fit: Fit, steps: int) -> None:
     """In the held-out pairs after the last update, or in the next; transformers would log 0 for it, and go on."""
@@ -300,6 +318,25 @@ def test_embeddings_that_share_the_heads_weight_are_no_lora_target(tiny_model: P
     model.tie_weights()
     with pytest.raises(UserError, match=f"the model has no {target} to tune; it has down_proj,"):
         refuse_targets(model, ["q_proj", target])
+
+
+def test_a_vision_tower_gets_no_adapter(train: Train, tmp_path: Path) -> None:
+    """No pair passes through it: DDP would wait for its gradient."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {"vocab_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=sizes | text, vision_config=sizes | vision)
+    model = AutoModelForCausalLM.from_config(config)
+    left_out = beside_text(model, train.lora.targets)
+    assert [name.split(".")[1] for name in left_out] == ["vision_tower"] * 3
+    policy = get_peft_model(model, lora_config(train, left_out))
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert len(trained) == 2 * 7 * 2  # two matrices of an adapter, seven adapters of a layer
+    assert all(".language_model." in name for name in trained)
+    policy.save_pretrained(tmp_path)
+    clean_adapter_config(tmp_path)
+    written = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(written)["exclude_modules"] == sorted(left_out)
 
 
 # Between engines.
@@ -430,6 +467,28 @@ def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train)
     without = adapter(fit("sigmoid", lora=none)[0])
     disabled = adapter(fit("sigmoid", lora=half, disable_dropout=True)[0])
     active = adapter(fit("sigmoid", lora=half, disable_dropout=False)[0])
+    assert all(torch.equal(disabled[name], matrix) for name, matrix in without.items())
+    assert difference(active, without) > 0.05
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+def test_dropout_within_a_layer_acts_only_where_it_is_not_disabled(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """TRL disables the modules of class Dropout; attention has a rate of its own, for a function."""
+    without = adapter(fit("sigmoid", engine=engine)[0])
+
+    load = load_model
+
+    def with_dropout(folder: Path, dtype: str) -> Any:
+        model = load(folder, dtype)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return model
+
+    monkeypatch.setattr(sys.modules[__name__], "load_model", with_dropout)
+    disabled = adapter(fit("sigmoid", engine=engine, disable_dropout=True)[0])
+    active = adapter(fit("sigmoid", engine=engine, disable_dropout=False)[0])
     assert all(torch.equal(disabled[name], matrix) for name, matrix in without.items())
     assert difference(active, without) > 0.05
 

@@ -129,5 +129,6 @@ def clean_adapter_config(folder: Path) -> None:
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = "models/base"
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set: in another order in each process
+    for key in ("target_modules", "exclude_modules"):  # PEFT writes a set: in another order in each process
+        config[key] = sorted(config[key]) if config[key] else None
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

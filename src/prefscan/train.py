@@ -33,6 +33,7 @@ from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
 from prefscan.distributed import WholeRounds, from_main, launch, world
 from prefscan.engines import Engine, load_engine
 from prefscan.engines.lora import FusedLora
+from prefscan.engines.shared import sliding_window
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.intervals import mean_interval, share_interval
@@ -87,6 +88,8 @@ class PairTrainer(TokenisedTrainer):
         self.held_out_rows: list[dict[str, Any]] = []
         self.redirect = _ForwardRedirection()
         super().__init__(data_collator=self.collate, **kwargs)
+        if self.args.disable_dropout:
+            disable_functional_dropout(self.model)
         self.precompute_ref_logps = True
         self.model.get_base_model().prefscan_fused_head = True  # DPOTrainer has just added it
         if self.is_fsdp_enabled:
@@ -235,6 +238,14 @@ class PairTrainer(TokenisedTrainer):
         }
 
 
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Set the rates of the dropouts that are functions within a layer, as of attention, to 0; TRL sets its modules'."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def keep_whole_nats(plugin: FullyShardedDataParallelPlugin) -> None:
     """Have FSDP2 compute in `train.dtype` without rounding to it what the model returns, and what processes add up.
 
@@ -278,6 +289,17 @@ def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
     return {"prompt_ids": pair["prompt_ids"]} | {key: pair[column] for key, column in MISMATCHED.items()}
 
 
+def refuse_mismatched(model: Any, pairs: list[dict[str, Any]]) -> None:
+    """Raises UserError for a prompt that is too long with another pair's response, before the first update."""
+    longest = max(len(p["prompt_ids"]) + max(len(p[column]) for column in MISMATCHED.values()) for p in pairs)
+    window = sliding_window(model)
+    if window is not None and longest > window:
+        raise UserError(
+            f"kto: a prompt and a response of another pair have {longest} tokens, the model has a sliding window of "
+            f"{window}; lower data.max_prompt_length and data.max_length to that together, or set train.engine: trl"
+        )
+
+
 def refuse_targets(model: Any, targets: list[str]) -> None:
     """Raises UserError for a target that is no module of the model, and for the LM head.
 
@@ -291,7 +313,13 @@ def refuse_targets(model: Any, targets: list[str]) -> None:
         raise UserError(f"train.lora.targets: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}")
 
 
-def lora_config(train: Train) -> LoraConfig:
+def beside_text(model: Any, targets: list[str]) -> list[str]:
+    """The modules of the targets' names outside of the text decoder, as in a vision tower, which no pair passes."""
+    text = set(model.get_decoder().modules())
+    return [name for name, module in model.named_modules() if name.split(".")[-1] in targets and module not in text]
+
+
+def lora_config(train: Train, leave_out: list[str] | None = None) -> LoraConfig:
     """PEFT's configuration of `train.lora`. Engine `shared` brings a layer of its own, for weights that are whole."""
     lora = train.lora
     config = LoraConfig(
@@ -299,6 +327,7 @@ def lora_config(train: Train) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        exclude_modules=leave_out or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -399,12 +428,14 @@ def train_cell(
     Returns the trainer and the contents of metrics/train/CELL.json and metrics/cost/train/CELL.json. The cost's seconds
     include those that went into the checkpoint; the work that a kill lost is not in them. Speed is that of all
     processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved, for a
-    training that diverges, and for a LoRA target that the model lacks.
+    training that diverges, for a LoRA target that the model lacks, and for what `kto` could not compute.
     """
     refuse_targets(model, train.lora.targets)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
     if LOSSES[cell.loss].mismatched:
         pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
+        if train.engine == "shared":
+            refuse_mismatched(model, [*pairs, *heldout])
         columns += MISMATCHED.values()
     updates = train.updates(cell.steps, len(pairs))
     longest = longest_batch(pairs, train.batch_size, train.engine)
@@ -424,7 +455,7 @@ def train_cell(
         args=training_arguments(train, cell, updates, seed, kept < longest, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
-        peft_config=lora_config(train),
+        peft_config=lora_config(train, beside_text(model, train.lora.targets)),
         callbacks=[*live_logging(train, cell), saving],
     )
     started = time.perf_counter()

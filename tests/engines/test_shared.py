@@ -1,5 +1,6 @@
 """The packed layout against plain forwards through transformers, one response at a time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +241,7 @@ def test_scaled_logits_are_refused(key: str) -> None:
             {"num_local_experts": 2, "num_experts_per_tok": 1},
             "does not compute the s_aux of GptOssAttention",
         ),
+        ("doge", {}, "does not compute the attention_mask of DogeAttention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "attention throughout.* Lfm2ForCausalLM is not"),
         ("mamba", {}, "attention throughout.* MambaForCausalLM is not"),
         ("bloom", {}, "attention throughout.* BloomForCausalLM is not"),  # ALiBi, outside AttentionInterface
@@ -254,8 +256,31 @@ def test_models_the_layout_cannot_express_are_refused(
         packed_logps(tiny_lm(architecture, **overrides), mixed_pairs())
 
 
-def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused() -> None:
-    model = tiny_lm("mistral", sliding_window=8)
+@pytest.mark.parametrize(("head", "memory", "fits"), [(128, 0, True), (256, 101_376, False), (256, 166_912, True)])
+def test_large_heads_need_a_gpu_with_enough_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, head: int, memory: int, fits: bool
+) -> None:
+    """No GPU here: an A100's properties and an RTX 4090's, as torch names them."""
+    found = SimpleNamespace(shared_memory_per_block_optin=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert shared.flex_fits(tiny_lm("llama", head_dim=head)) == fits
+
+
+QWEN2_MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("mistral", {}),
+        # Its window is in the masks of every second layer, and its attention is told of none.
+        ("qwen2_moe", QWEN2_MOE | {"use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused(
+    architecture: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny_lm(architecture, sliding_window=8, **overrides)
     fitting = random_pairs([(3, 5, 2), (4, 1, 4)])
     torch.testing.assert_close(packed_logps(model, fitting), separate_logps(model, fitting), atol=1e-4, rtol=0)
     for lengths in ((3, 6, 2), (4, 1, 5)):

@@ -24,11 +24,14 @@ from prefscan.errors import UserError
 
 ATTENTION = "prefscan_prefix_shared"
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-ATTENTION_CHANGES = ("softcap", "s_aux", "position_bias")  # logit cap, attention sinks, ALiBi and its like
+ATTENTION_CHANGES = ("softcap", "s_aux", "position_bias", "attention_mask")  # logit cap, sinks, ALiBi, and their like
 LAYERS = {"full_attention", "sliding_attention"}  # a convolution or a recurrence would read on into the next branch
 # By itself FlexAttention takes a kernel for decoding for rows of under 128 tokens, and torch cannot build it where
 # these times the query heads of a key head are over 128.
 KERNEL = {"BACKEND": "TRITON"}
+# Bytes of a GPU's shared memory that torch's FlexAttention takes for its backward pass where heads are larger than 128;
+# consumer GPUs have 101,376 (pytorch issues 198224 and 180278).
+LARGE_HEADS = 114_688
 HEAD_CHUNK = 256  # positions a call of the LM head: 50 MB of fp32 logits at a vocabulary of 49,152
 
 
@@ -98,19 +101,16 @@ def prefix_shared_attention(
     `query` is `[1, heads, T, head_dim]`; returns `[1, T, heads, head_dim]`. Causal within `[prompt | chosen]`;
     the rejected branch attends to the prompt and, causally, to itself. With `pair_mask`, a BlockMask of the whole row,
     one FlexAttention call does it; without, two SDPA calls a pair. Raises UserError for a pair longer than the model's
-    sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v.
+    sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v, as by a
+    mask that the model makes itself.
     """
+    others |= {"attention_mask": attention_mask}
     if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
         raise UserError(
             f"train.engine: 'shared' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
             "set it to trl for this model"
         )
-    longest = max(p + max(c, r) for p, c, r in pair_lengths)
-    if sliding_window is not None and longest > sliding_window:
-        raise UserError(
-            f"a pair of {longest} tokens exceeds the model's sliding window of {sliding_window}; "
-            "lower data.max_length, or set train.engine: trl"
-        )
+    refuse_beyond(sliding_window, pair_lengths)
     if pair_mask is not None and not dropout:  # FlexAttention has no dropout
         out = flex_attention()(
             query, key, value, block_mask=pair_mask, scale=scaling, enable_gqa=True, kernel_options=KERNEL
@@ -144,6 +144,22 @@ def prefix_shared_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def refuse_beyond(window: int | None, lengths: Sequence[tuple[int, int, int]]) -> None:
+    longest = max(p + max(c, r) for p, c, r in lengths)
+    if window is not None and longest > window:
+        raise UserError(
+            f"a pair of {longest} tokens exceeds the model's sliding window of {window}; "
+            "lower data.max_length, or set train.engine: trl"
+        )
+
+
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """The tokens that a layer looks back on, by the model's configuration; None where every layer sees all."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if layers is None or "sliding_attention" in layers else None
+
+
 @cache
 def flex_attention() -> Callable[..., Tensor]:
     """FlexAttention, compiled where there is a GPU: uncompiled, as on a CPU, it computes every masked score."""
@@ -166,6 +182,15 @@ def block_mask(lengths: Sequence[tuple[int, int, int]], device: torch.device) ->
         return same_pair & own_branch & (query >= key)
 
     return create_block_mask(visible, None, None, len(part), len(part), device=str(device))
+
+
+def flex_fits(model: PreTrainedModel) -> bool:
+    """Whether the model's GPU has the shared memory that FlexAttention takes for its heads."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head <= 128:
+        return True
+    return getattr(torch.cuda.get_device_properties(model.device), "shared_memory_per_block_optin", 0) >= LARGE_HEADS
 
 
 AttentionInterface.register(ATTENTION, prefix_shared_attention)
@@ -238,13 +263,15 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def pair_logps(model: nn.Module, batch: PackedPairs) -> tuple[Tensor, Tensor]:
     """Log-probability, in nats, of the chosen `[B]` and of the rejected `[B]` responses, summed over their tokens."""
     base = causal_lm(model)
+    refuse_beyond(sliding_window(base), batch.lengths)  # some models have their window in masks alone
     batch = batch.to(base.device)
+    flexible = base.device.type == "cuda" and flex_fits(base)
     hidden = base.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
         pair_lengths=batch.lengths,
-        pair_mask=block_mask(batch.lengths, base.device) if base.device.type == "cuda" else None,
+        pair_mask=block_mask(batch.lengths, base.device) if flexible else None,
     ).last_hidden_state[0]
     head = base.get_output_embeddings().weight
     if isinstance(head, DTensor):  # FSDP's hooks would gather it where the head is called, which it is not
