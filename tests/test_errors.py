@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, write_json
@@ -130,6 +131,15 @@ def test_a_full_disk_ends_the_stage_with_one_sentence_and_leaves_nothing(
     assert text.endswith("; make room or access and run `dvc repro` again")
     assert "\n" not in text
     assert not list(small_disk.iterdir())
+
+
+def test_a_full_gpu_names_the_keys_that_need_less() -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 23.5 GiB.")
+
+    text = message_of(main)
+    assert text.startswith("prefscan: CUDA out of memory: set train.activation_checkpointing: true, or lower train.")
+    assert "\n" not in text
 
 
 def test_a_stage_starts_without_walking_what_it_imports() -> None:

@@ -22,8 +22,8 @@ from prefscan import check
 from prefscan import launch as launch_stage
 from prefscan.clones import NOT_RUN, Chain, Outcome
 from prefscan.errors import UserError
-from prefscan.launch import FAILED, STOPPED, plan_chains, report_failures
-from prefscan.params import Agreement, OpenAIJudge, Params
+from prefscan.launch import FAILED, STOPPED, plan_chains, report_failures, settle_place
+from prefscan.params import Accelerate, Agreement, OpenAIJudge, Params
 from prefscan.pipeline import CELL_STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +175,22 @@ def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Pa
     assert chains["judge-base"].after == ("base",)
 
 
+def test_processes_without_a_gpu_of_their_own_are_refused(params: Params) -> None:
+    accelerate = Accelerate(distributed_type="MULTI_GPU", num_processes=2, num_machines=1)
+    train = params.train.model_copy(update={"accelerate": accelerate})
+
+    def launched_with(gpus: float) -> Params:
+        launch = params.launch.model_copy(update={"num_gpus": gpus})
+        return params.model_copy(update={"train": train, "launch": launch})
+
+    with pytest.raises(
+        UserError, match=r"^launch\.num_gpus: a cell would get 1, .* starts 2 processes .* set it to 2$"
+    ):
+        settle_place(launched_with(1.0), on_cluster=False)
+    for gpus in (0.0, 2.0):
+        assert settle_place(launched_with(gpus), on_cluster=False).remote is None
+
+
 def test_what_failed_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """As cells may that cannot reach one server."""
     refused = "prefscan: no loss\nERROR: check"
@@ -268,31 +284,31 @@ def test_parameters_that_a_stage_would_refuse_replace_nothing(
 
 def test_a_cell_that_fails_stops_no_other_and_is_all_that_runs_next(tmp_path: Path) -> None:
     """And so is what made an object of the cache that has been damaged meanwhile."""
-    work = make_logging(tmp_path / "work", 1)
+    work = make_logging(tmp_path / "work", 0, cells=2)
     code, output = launch(work)
     assert code == 1
     assert "not committed: dvc.yaml; commit, or take the changes along with --dirty" in output
     assert not (work / "dvc.lock").exists()
 
-    (tmp_path / "fault.txt").write_text(f"{CELLS[1]}\n")
+    (tmp_path / "fault.txt").write_text(f"{CELLS[0]}\n")
     code, output = launch(work, "--dirty")
     assert code == FAILED, output
-    assert re.search(rf"{CELLS[1]} failed on \S+:\n(.*\n)*  prefscan: a fault\n", output)
+    assert re.search(rf"{CELLS[0]} failed on \S+:\n(.*\n)*  prefscan: a fault\n", output)
     assert "Traceback" not in output
-    assert ran(work) == sorted([*of_cell(CELLS[0]), f"train@{CELLS[1]}", *of_cell(CELLS[2])])
-    assert {*of_cell(CELLS[0]), *of_cell(CELLS[2]), *REFERENCES, "mtbench-base", "judge-check"} <= set(lock_of(work))
+    assert ran(work) == sorted([f"train@{CELLS[0]}", *of_cell(CELLS[1])])
+    assert {*of_cell(CELLS[1]), *REFERENCES, "mtbench-base", "judge-check"} <= set(lock_of(work))
     # What git keeps and DVC's cache does not is taken over as well.
     assert "Running stage 'judge-check'" in log(work, "judge-check")
     assert "Running stage 'judge-check'" not in output
     assert (work / "metrics/judge.txt").exists()
-    assert not {*of_cell(CELLS[1]), "report"} & set(lock_of(work))
+    assert not {*of_cell(CELLS[0]), "report"} & set(lock_of(work))
 
     (tmp_path / "fault.txt").write_text("")
-    damaged = damage(work, f"models/adapters/{CELLS[2]}.txt")
+    damaged = damage(work, f"models/adapters/{CELLS[1]}.txt")
     code, output = launch(work, "--dirty")
     assert code == 0, output
     assert f"removed {damaged}: its content has another hash" in output
-    assert ran(work) == sorted([*of_cell(CELLS[1]), f"train@{CELLS[2]}"])
+    assert ran(work) == sorted([*of_cell(CELLS[0]), f"train@{CELLS[1]}"])
     assert damaged.exists()
     assert (work / "report.txt").exists()
     assert dvc(work, "status").stdout.strip() == "Data and pipelines are up to date."
@@ -339,13 +355,12 @@ def test_where_bits_differ_from_those_in_dvc_lock_each_stage_runs_once(tmp_path:
         body["cmd"] += f" && cat {processor} >> {body['outs'][0]}"
     (work / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     processor.write_text("one\n")
-    code, output = launch(work, "--dirty")
-    assert code == 0, output
+    assert dvc(work, "repro").returncode == 0
     every = sorted([*REFERENCES, "answer-base", *of_cell(CELLS[0])])
     assert ran(work) == every
     first = lock_of(work)
 
-    for name in (".dvc/cache", ".dvc/tmp", ".prefscan", "data", "models"):
+    for name in (".dvc/cache", ".dvc/tmp", "data", "models"):
         shutil.rmtree(work / name)
     processor.write_text("two\n")
     code, output = launch(work, "--dirty")

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from prefscan.errors import UserError
 from prefscan.losses import LOSSES
-from prefscan.params import Cell, Optimizer, Params, load
+from prefscan.params import Accelerate, Cell, Optimizer, Params, load
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"
@@ -172,6 +172,14 @@ def test_a_cell_in_several_processes_is_another_configuration_of_the_same_traini
     assert alone == compose("+experiment=openhermes")
     assert together.train.accelerate.model_dump() == DDP | {"main_process_port": 0}
     assert together.train.model_copy(update={"accelerate": None}) == alone.train
+
+
+def test_settings_of_deepspeed_stand_in_the_parameters() -> None:
+    deepspeed = DDP | {"distributed_type": "DEEPSPEED"}
+    inline = Accelerate.model_validate(deepspeed | {"deepspeed_config": {"zero_stage": 2}})
+    assert inline.model_dump()["deepspeed_config"] == {"zero_stage": 2}
+    with pytest.raises(ValueError, match=r"deepspeed_config_file: a change within ds\.json would train no cell anew"):
+        Accelerate.model_validate(deepspeed | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}})
 
 
 def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+OUT_OF_MEMORY = (
+    "set train.activation_checkpointing: true, or lower train.batch_size and raise train.accumulation as much; for "
+    "answers lower answer.batch_size, for a local judge judge.batch_size"
+)
 
 
 class UserError(Exception):
@@ -42,4 +46,6 @@ def run_stage(main: Callable[[], None], takes: tuple[str, ...] | None = None) ->
                 where = f" at {path}" if (path := getattr(error, "filename", None)) else ""
                 reason = f"cannot write{where}: {os.strerror(code)}"
                 sys.exit(f"prefscan: {reason}; make room or access and run `dvc repro` again")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which the stages without a model need not import
+            sys.exit(f"prefscan: {str(error).partition('. ')[0]}: {OUT_OF_MEMORY}")
         raise

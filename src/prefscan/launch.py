@@ -104,9 +104,17 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
 
 
 def settle_place(params: Params, on_cluster: bool) -> Place:
-    """Where clones, cache and unfinished work are; raises UserError where a cluster's nodes could not share them."""
+    """Where clones, cache and unfinished work are.
+
+    Raises UserError where a cluster's nodes could not share them, and for processes without a GPU of their own.
+    """
+    here, launch, accelerate = Path.cwd(), params.launch, params.train.accelerate
+    if accelerate and 0 < launch.num_gpus < accelerate.num_processes:
+        raise UserError(
+            f"launch.num_gpus: a cell would get {launch.num_gpus:g}, and train.accelerate starts "
+            f"{accelerate.num_processes} processes with a GPU each; set it to {accelerate.num_processes}"
+        )
     cache, remote = cache_and_remote()
-    here, launch = Path.cwd(), params.launch
     if not on_cluster:
         scratch = Path(launch.scratch).absolute() if launch.scratch else here / ".prefscan/launch"
         state = Path(launch.state).absolute() if launch.state else here

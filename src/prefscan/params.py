@@ -192,6 +192,16 @@ class Accelerate(Section):
     num_processes: Annotated[int, Field(ge=2)]
     num_machines: Literal[1]
 
+    @model_validator(mode="after")
+    def stands_here_whole(self) -> "Accelerate":
+        named = (self.model_extra or {}).get("deepspeed_config")
+        if isinstance(named, dict) and (file := named.get("deepspeed_config_file")):
+            raise ValueError(
+                f"deepspeed_config.deepspeed_config_file: a change within {file} would train no cell anew; write its "
+                "settings here"
+            )
+        return self
+
 
 class Train(Section):
     accelerate: Accelerate | None
@@ -349,7 +359,7 @@ class Prices(Section):
 class OpenAIJudge(Judge):
     kind: Literal["openai"]
     base_url: str | None
-    key_variable: str
+    key_variable: str | None
     max_tokens: Positive
     limit_field: Literal["max_tokens", "max_completion_tokens"]
     temperature: Literal[0] | None

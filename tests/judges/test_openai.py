@@ -300,6 +300,13 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch, key: str | None
         list(load_judge(OpenAIJudge.model_validate(openai_judge("http://127.0.0.1:9/v1"))).verdicts([Prompt("s", "u")]))
 
 
+def test_a_server_without_a_key_is_asked_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFSCAN_TEST_KEY")
+    with chat_server(lambda *_: GOOD) as server:
+        judge = load_judge(OpenAIJudge.model_validate(openai_judge(server.url, key_variable=None)))
+        assert [verdict.score for _, verdict in judge.verdicts([Prompt("s", "u")])] == [6]
+
+
 @pytest.mark.parametrize("key", ["“sk-quoted”", "sk-line\r", "sk line\n"])
 def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", key)
