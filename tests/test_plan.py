@@ -21,12 +21,16 @@ from mtbench_data import (
     write_params,
     write_questions,
 )
-from prefscan import mtbench, plan
+from prefscan import judge_check, mtbench, plan
 from prefscan.errors import UserError
 from prefscan.params import load
 from prefscan.pipeline import CELL_STAGES
+from prefscan.records import select_questions
 
-QUESTIONS = make_questions(1)
+EVERY = make_questions(2)  # the judge check swaps answers within a category
+QUESTIONS = select_questions(EVERY, 8)  # those that are answered
+# Six answers in two prompts, and the repeats. Good and swapped ones are equal in this data, and asked once.
+CHECK = 6 * 2 * 2 + 4
 CELL = "sigmoid-0.1-24"
 
 
@@ -35,7 +39,7 @@ def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("COLUMNS", "120")
     grid = {"loss": ["sigmoid"], "beta": [0.1], "steps": [24]}
     write_params(root, judge=judge, grid=grid, loss="sigmoid", beta=0.1, steps=24)
-    write_questions(root, QUESTIONS)
+    write_questions(root, EVERY)
     (root / "conf").symlink_to(ROOT / "conf")
 
 
@@ -46,6 +50,10 @@ def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, li
     plan.main()
     rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     return {row[0].strip(): [cell.strip().replace(",", "") for cell in row[1:]] for row in rows}
+
+
+def most_tokens(requests: list[dict[str, Any]]) -> int:
+    return sum(len(message["content"].encode()) + 16 for request in requests for message in request["messages"])
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +80,18 @@ def test_what_is_judged_is_no_longer_planned(
         assert before[CELL][0] == str(0 if mode == "pair" else calls)
         sys.argv = ["mtbench", "base"]
         mtbench.main()
-        sent = server.requests
+        sent = server.requests[:]
         assert len(sent) == calls
-    most = sum(len(message["content"].encode()) + 16 for request in sent for message in request["messages"])
+        sys.argv = ["judge_check"]
+        judge_check.main()
+        of_check = server.requests[calls:]
+    most = most_tokens(sent)
     assert before["base"][1:3] == [str(most), str(calls * 64)]
     assert float(before["base"][3]) == pytest.approx((most * 10 + calls * 64 * 100) / 1e6, abs=0.005)
     after = planned(capsys)
-    assert after["base"] == ["0", "0", "0", "0.00"]
+    assert after["base"] == after["judge check"] == ["0", "0", "0", "0.00"]
     assert after["all"] == after[CELL] == before[CELL]
+    assert before["judge check"][:2] == [str(len(of_check)), str(most_tokens(of_check))]
 
 
 def test_a_plan_before_any_answer_bounds_what_is_then_asked(
@@ -88,7 +100,7 @@ def test_a_plan_before_any_answer_bounds_what_is_then_asked(
     """With other parameters of the answers, those in the workspace do not count, nor do stale ones."""
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch)
     nothing = planned(capsys)
-    assert nothing["all"][0] == "32"
+    assert nothing["all"][0] == str(32 + CHECK)
     assert nothing["all"][3] == "no judge.prices"
     write_lines(in_tmp / "data/mt_bench/model_answer/base.jsonl", make_answers(QUESTIONS))
     there = planned(capsys)
@@ -122,8 +134,8 @@ def test_the_study_is_planned_before_its_data_is_there(
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     write_questions(in_tmp, make_questions(10))
     found = planned(capsys, "+experiment=openhermes", "judge.budget=5")
-    assert len(found) == 54 + 2
-    assert found["all"][0] == str(55 * 160)
+    assert len(found) == 54 + 3
+    assert found["all"][0] == str(55 * 160 + 15 * 2 * 2 + 4)
 
 
 def test_missing_questions_are_named_with_the_one_stage_that_fetches_them(
@@ -161,7 +173,7 @@ def test_what_was_spent_is_shown(
     assert "on average" not in said
     write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.02}])
     plan.main()
-    assert "2 requests to gpt-4 cost 0.0150 USD on average; at that, 32 calls would cost about 0.48 USD." in " ".join(
+    assert "2 requests to gpt-4 cost 0.0150 USD on average; at that, 60 calls would cost about 0.90 USD." in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -156,11 +156,17 @@ def judged_scores(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> 
     return [verdict.score for verdict in judge_turns(turns, settings) if verdict.score is not None]
 
 
-def repeat(turns: Sequence[Turn], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
-    """The turns judged again, each as a second sample of its prompt."""
-    again = judged_scores([replace(turn, prompt=replace(turn.prompt, sample=1)) for turn in turns], settings)
-    largest = max(abs(second - first) for first, second in zip(scores, again, strict=True))
-    return {"prompts": len(turns), "largest_difference": largest, "deterministic": largest < SAME}
+def repeated(turns: Sequence[Turn]) -> list[Turn]:
+    """The first of the check's turns, all in one prompt, once more: each as a second sample."""
+    count = min(REPEATS, len(turns) // len(PROMPTS))
+    return [replace(turn, prompt=replace(turn.prompt, sample=1)) for turn in turns[:count]]
+
+
+def repeat(again: Sequence[Turn], scores: Sequence[float], settings: LocalJudge | OpenAIJudge) -> dict[str, Any]:
+    """How far second samples are from the first ones' scores."""
+    pairs = zip(scores, judged_scores(again, settings), strict=True)
+    largest = max(abs(second - first) for first, second in pairs)
+    return {"prompts": len(again), "largest_difference": largest, "deterministic": largest < SAME}
 
 
 def external_scores(agreement: Agreement) -> dict[tuple[int, str, int], float]:
@@ -244,7 +250,7 @@ def main() -> None:
     shown = load_references(settings.references)
     answers = versions(questions, load_references("corrected"))
     turns = check_turns(questions, answers, templates, shown, settings.mode)
-    checked = len(turns)
+    checked, again = len(turns), repeated(turns)
     theirs, compared = {}, []
     if agreement:
         theirs = external_scores(agreement)
@@ -270,8 +276,7 @@ def main() -> None:
     figures = discrimination if settings.mode == "single" else pair_discrimination
     for i, name in enumerate(PROMPTS):
         metrics[name] = figures(scores[i * half : (i + 1) * half])
-    again = min(REPEATS, half)
-    metrics["repeat"] = repeat(turns[:again], scores[:again], settings)
+    metrics["repeat"] = repeat(again, scores[: len(again)], settings)
     ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
     metrics["agreement"] = agree(ours, theirs) if agreement else None
     write_json(JUDGE_METRICS, metrics)

@@ -6,8 +6,8 @@
 
 Where a model's answers are in the workspace, its prompts are built and looked up among the kept replies; where they are
 not, or are stale, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to
-their limit. Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. The judge
-check's calls and reminders are not counted. Hours go by what finished cells took.
+their limit. Costs are upper bounds: a token for each byte of a prompt, and judgements as long as theirs. Reminders to
+replies without a rating are not counted, nor what `agreement` has judged. Hours go by what finished cells took.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from rich.table import Column, Table
 from prefscan.effort import cells_left, measured_speed, sentences
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl
+from prefscan.judge_check import check_turns, repeated, versions
+from prefscan.judges import Prompt
 from prefscan.judges.openai import ChatJudge
 from prefscan.judges.spending import Spending, most_tokens, price
 from prefscan.mtbench import build_turns, load_questions, load_references
@@ -72,12 +74,27 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
         }
         others = answers if pair else None
     assert answers is not None  # read or made up
+    turns = build_turns(files.questions, [*answers.values()], files.templates, files.references, others)
+    prompts = [replace(turn.prompt, sample=sample) for turn in turns for sample in range(judge.samples)]
+    return not_kept(prompts, asker, look=known)
+
+
+def check_left(asker: ChatJudge, files: Files) -> tuple[int, int]:
+    """Judge calls that the judge check would still make, and the most input tokens that they have."""
+    answers = versions(files.questions, load_references("corrected"))
+    turns = check_turns(files.questions, answers, files.templates, files.references, asker.judge.mode)
+    return not_kept([turn.prompt for turn in [*turns, *repeated(turns)]], asker)
+
+
+def not_kept(prompts: list[Prompt], asker: ChatJudge, look: bool = True) -> tuple[int, int]:
+    """The prompts without a kept reply, or all where nobody is to `look` for one, and the most tokens in them."""
+    if look:  # one that stands there twice is asked once
+        prompts = list({(prompt.system, prompt.user, prompt.sample): prompt for prompt in prompts}.values())
     calls = tokens = 0
-    for turn in build_turns(files.questions, [*answers.values()], files.templates, files.references, others):
-        for sample in range(judge.samples):
-            request = asker.request(replace(turn.prompt, sample=sample))
-            if not known or asker.replies.get(request, sample) is None:
-                calls, tokens = calls + 1, tokens + most_tokens(request["messages"])
+    for prompt in prompts:
+        request = asker.request(prompt)
+        if not look or asker.replies.get(request, prompt.sample) is None:
+            calls, tokens = calls + 1, tokens + most_tokens(request["messages"])
     return calls, tokens
 
 
@@ -127,15 +144,18 @@ def main() -> None:
         raise UserError(f"{QUESTIONS} is missing; `dvc repro fetch@questions` fetches it, and nothing else")
     asker, files = ChatJudge(judge, judge_store()), Files(*load_questions(), load_references(judge.references))
     numbers = (Column(name, justify="right") for name in ("calls left", "tokens in", "tokens out", "USD"))
-    table = Table(Column("model", no_wrap=True), *numbers, title="Judging, at most")
-    total = [0, 0, 0, 0.0]
+    table = Table(Column("judged", no_wrap=True), *numbers, title="Judging, at most")
+    left = {}
     for key in keys:
         read = (key, judge.against) if judge.mode == "pair" else (key,)
         made = stale is not None and not any(answer_stage(model) in stale for model in read)
-        calls, tokens = calls_left(key, params, asker, files, ANSWERS if made else None)
+        left[key] = calls_left(key, params, asker, files, ANSWERS if made else None)
+    left["judge check"] = check_left(asker, files)
+    total = [0, 0, 0, 0.0]
+    for name, (calls, tokens) in left.items():
         row = [calls, tokens, calls * judge.max_tokens, price(judge.prices, tokens, calls * judge.max_tokens)]
         total = [a + b for a, b in zip(total, row, strict=True)]
-        table.add_row(key, *_printed(row, judge))
+        table.add_row(name, *_printed(row, judge))
     table.add_section()
     table.add_row("all", *_printed(total, judge))
     console.print(table)
