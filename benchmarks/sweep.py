@@ -12,7 +12,8 @@ and judges each turn. It has the same updates, pairs, seed, questions, token lim
 evaluation and does not answer with the base: less work than `make sweep` does.
 
 TRL 1.16 has no `kto_pair` and no `ipo_sum`: the loop trains these cells with `sigmoid` and `ipo`, which make the same
-forward, reference and backward passes and differ in arithmetic on one number a pair. Temperatures are FastChat's; the
+forward, reference and backward passes and differ in arithmetic on one number a pair. A grid with a loss of another
+trainer of TRL's, `kto`, `simpo`, `orpo` or `cpo`, is refused: those make other passes. Temperatures are FastChat's; the
 random draws of the two sides differ, so answers may end at other lengths: the number of generated tokens is reported.
 """
 
@@ -40,6 +41,7 @@ from prefscan.paths import ANSWER_METRICS, BASE, QUESTIONS, TRAIN_PAIRS
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = {"kto_pair": "sigmoid", "ipo_sum": "ipo"}  # losses that stock TRL 1.16 lacks
+OTHER_TRAINERS = ("kto", "simpo", "orpo", "cpo")  # losses that its DPOTrainer lacks, and others of its trainers have
 PHASES = ("start", "load", "train", "merge", "answer", "judge")
 
 
@@ -68,6 +70,9 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
         checkpoints=Path("runs/study"),
     )
     arguments.loss_type = [STAND_IN.get(cell.loss, cell.loss)]
+    options = dict(getattr(train.losses, cell.loss))
+    arguments.label_smoothing = options.get("label_smoothing", 0.0)
+    arguments.discopop_tau = options.get("tau", arguments.discopop_tau)
     trainer = TokenisedTrainer(
         model=model,
         args=arguments,

@@ -30,10 +30,12 @@ def check_losses(params: Params) -> None:
     for name, section in sections.items():
         if name not in LOSSES:
             raise UserError(f"params.yaml: train.losses.{name}: no known loss; {known}")
-        if list(type(section).model_fields) != LOSSES[name].options:
+        given, taken = set(type(section).model_fields), set(LOSSES[name].options)
+        if given != taken:
             raise UserError(
-                f"params.yaml: train.losses.{name}: its function takes {', '.join(LOSSES[name].options)}; give it a "
-                "class with these in src/prefscan/params.py, named in Losses"
+                f"params.yaml: train.losses.{name}: its function takes {', '.join(sorted(taken)) or 'nothing'}, its "
+                f"section has {', '.join(sorted(given)) or 'nothing'}; give it a class with what the function takes in "
+                "src/prefscan/params.py, named in Losses"
             )
 
 
