@@ -28,7 +28,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A script's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The files that take longest, so that pytest's two workers end together; those of the pipeline apart, since the first
+# The files that take longest, so that pytest's workers end together; those of the pipeline apart, since the first
 # makes the sweep that the others copy.
 FIRST = (
     "pipeline/test_repro.py",
