@@ -186,6 +186,8 @@ def compare(repository: Path, limit: int | None) -> dict[str, Any]:
     params = load(repository / "params.yaml")
     if not isinstance(params.judge, LocalJudge):
         raise UserError(f"judge.kind: {params.judge.kind!r} would be paid for twice; set the local judge")
+    if others := sorted({cell.loss for cell in params.grid.cells}.intersection(OTHER_TRAINERS)):
+        raise UserError(f"grid.loss: stock TRL's DPOTrainer has no {', '.join(others)}; take them out of the grid")
     keys = [cell.key for cell in params.grid.cells]
     with fetched_clone(repository) as folder:
         ours = run(folder, "prefscan.launch", "--dirty")

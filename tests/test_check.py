@@ -73,11 +73,11 @@ def test_a_new_loss_needs_a_class_for_its_hyperparameters(in_tmp: Path, monkeypa
     monkeypatch.setitem(LOSSES, "newloss", LOSSES["cpo"])
     sections = mtbench_data.default_params()["train"]["losses"] | {"newloss": {}}
     write_params(in_tmp, loss="newloss", grid={"loss": ["newloss"]}, train={"losses": sections})
-    with pytest.raises(UserError, match=r"newloss: its function takes alpha, its section has nothing; give it a class"):
+    with pytest.raises(UserError, match=r"newloss: its section has nothing, its function takes alpha; give it a class"):
         main()
     monkeypatch.setitem(LOSSES, "cpo", LOSSES["sigmoid"])
     write_params(in_tmp)
-    with pytest.raises(UserError, match=r"train\.losses\.cpo: its function takes nothing, its section has alpha; give"):
+    with pytest.raises(UserError, match=r"train\.losses\.cpo: its section has alpha, its function takes nothing; take"):
         main()
 
 

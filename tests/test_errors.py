@@ -1,4 +1,5 @@
 import errno
+import re
 import shutil
 import subprocess
 import sys
@@ -133,13 +134,24 @@ def test_a_full_disk_ends_the_stage_with_one_sentence_and_leaves_nothing(
     assert not list(small_disk.iterdir())
 
 
-def test_a_full_gpu_names_the_keys_that_need_less() -> None:
+@pytest.mark.parametrize(
+    ("stage", "way_out"),
+    [
+        ("train", r"set train\.activation_checkpointing: true, .* or lower train\.batch_size and raise train\.accumul"),
+        (
+            "reference",
+            r"lower train\.batch_size and raise train\.accumulation as much, by which every cell trains a",
+        ),
+        ("mtbench", r"lower judge\.batch_size, or choose a smaller judge$"),
+        ("merge", r"this stage needs a GPU with more$"),
+    ],
+)
+def test_a_full_gpu_names_the_keys_that_need_less(monkeypatch: pytest.MonkeyPatch, stage: str, way_out: str) -> None:
     def main() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 23.5 GiB.")
 
-    text = message_of(main)
-    assert text.startswith("prefscan: CUDA out of memory: set train.activation_checkpointing: true, or lower train.")
-    assert "\n" not in text
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/prefscan/{stage}.py"])
+    assert re.match(f"prefscan: CUDA out of memory; {way_out}", message_of(main))
 
 
 def test_a_stage_starts_without_walking_what_it_imports() -> None:

@@ -22,7 +22,7 @@ from prefscan import check
 from prefscan import launch as launch_stage
 from prefscan.clones import NOT_RUN, Chain, Outcome
 from prefscan.errors import UserError
-from prefscan.launch import FAILED, STOPPED, plan_chains, report_failures, settle_place
+from prefscan.launch import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
 from prefscan.params import Accelerate, Agreement, OpenAIJudge, Params
 from prefscan.pipeline import CELL_STAGES
 
@@ -177,18 +177,18 @@ def test_a_judge_that_is_asked_over_the_network_has_chains_of_its_own(params: Pa
 
 def test_processes_without_a_gpu_of_their_own_are_refused(params: Params) -> None:
     accelerate = Accelerate(distributed_type="MULTI_GPU", num_processes=2, num_machines=1)
-    train = params.train.model_copy(update={"accelerate": accelerate})
+    section = params.train.model_copy(update={"accelerate": accelerate})
 
     def launched_with(gpus: float) -> Params:
         launch = params.launch.model_copy(update={"num_gpus": gpus})
-        return params.model_copy(update={"train": train, "launch": launch})
+        return params.model_copy(update={"train": section, "launch": launch})
 
-    with pytest.raises(
-        UserError, match=r"^launch\.num_gpus: a cell would get 1, .* starts 2 processes .* set it to 2$"
-    ):
-        settle_place(launched_with(1.0), on_cluster=False)
+    train, judge = (Chain("cell", (f"{stage}@sigmoid-0.1-8",)) for stage in ("train", "mtbench"))
+    with pytest.raises(UserError, match=r"^launch\.num_gpus: a cell would get 1, .* 2 processes .*; set it to 2, or"):
+        refuse_shared_gpus([train], launched_with(1.0))
     for gpus in (0.0, 2.0):
-        assert settle_place(launched_with(gpus), on_cluster=False).remote is None
+        refuse_shared_gpus([train], launched_with(gpus))
+    refuse_shared_gpus([judge], launched_with(1.0))
 
 
 def test_what_failed_alike_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

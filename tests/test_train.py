@@ -320,14 +320,17 @@ def test_embeddings_that_share_the_heads_weight_are_no_lora_target(tiny_model: P
         refuse_targets(model, ["q_proj", target])
 
 
-def test_a_vision_tower_gets_no_adapter(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["", "self_attn."])
+def test_a_vision_tower_gets_no_adapter(train: Train, tmp_path: Path, attention: str) -> None:
     """No pair passes through it: DDP would wait for its gradient."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     text = {"vocab_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
     vision = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
     config = AutoConfig.for_model("gemma3", text_config=sizes | text, vision_config=sizes | vision)
     model = AutoModelForCausalLM.from_config(config)
-    left_out = beside_text(model, train.lora.targets)
+    targets = [f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj", *TARGETS[3:]]
+    train = train.model_copy(update={"lora": train.lora.model_copy(update={"targets": targets})})
+    left_out = beside_text(model, targets)
     assert [name.split(".")[1] for name in left_out] == ["vision_tower"] * 3
     policy = get_peft_model(model, lora_config(train, left_out))
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]

@@ -32,10 +32,11 @@ def check_losses(params: Params) -> None:
             raise UserError(f"params.yaml: train.losses.{name}: no known loss; {known}")
         given, taken = set(type(section).model_fields), set(LOSSES[name].options)
         if given != taken:
+            wanted = "give it a class with these" if taken else "take its class out"
             raise UserError(
-                f"params.yaml: train.losses.{name}: its function takes {', '.join(sorted(taken)) or 'nothing'}, its "
-                f"section has {', '.join(sorted(given)) or 'nothing'}; give it a class with what the function takes in "
-                "src/prefscan/params.py, named in Losses"
+                f"params.yaml: train.losses.{name}: its section has {', '.join(sorted(given)) or 'nothing'}, its "
+                f"function takes {', '.join(sorted(taken)) or 'nothing'}; {wanted} in src/prefscan/params.py, where "
+                "Losses names it"
             )
 
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-OUT_OF_MEMORY = (
-    "set train.activation_checkpointing: true, or lower train.batch_size and raise train.accumulation as much; for "
-    "answers lower answer.batch_size, for a local judge judge.batch_size"
-)
+SMALLER_BATCH = "lower train.batch_size and raise train.accumulation as much, by which every cell trains anew"
+NEEDS_LESS = {  # stages by what takes less of a GPU's memory
+    "train": f"set train.activation_checkpointing: true, which changes no result, or {SMALLER_BATCH}",
+    "reference": SMALLER_BATCH,
+    "mtbench": "lower judge.batch_size, or choose a smaller judge",
+    "judge_check": "lower judge.batch_size, or choose a smaller judge",
+}
 
 
 class UserError(Exception):
@@ -47,5 +50,6 @@ def run_stage(main: Callable[[], None], takes: tuple[str, ...] | None = None) ->
                 reason = f"cannot write{where}: {os.strerror(code)}"
                 sys.exit(f"prefscan: {reason}; make room or access and run `dvc repro` again")
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which the stages without a model need not import
-            sys.exit(f"prefscan: {str(error).partition('. ')[0]}: {OUT_OF_MEMORY}")
+            way_out = NEEDS_LESS.get(Path(sys.argv[0]).stem, "this stage needs a GPU with more")
+            sys.exit(f"prefscan: {str(error).partition('. ')[0]}; {way_out}")
         raise

@@ -104,17 +104,9 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
 
 
 def settle_place(params: Params, on_cluster: bool) -> Place:
-    """Where clones, cache and unfinished work are.
-
-    Raises UserError where a cluster's nodes could not share them, and for processes without a GPU of their own.
-    """
-    here, launch, accelerate = Path.cwd(), params.launch, params.train.accelerate
-    if accelerate and 0 < launch.num_gpus < accelerate.num_processes:
-        raise UserError(
-            f"launch.num_gpus: a cell would get {launch.num_gpus:g}, and train.accelerate starts "
-            f"{accelerate.num_processes} processes with a GPU each; set it to {accelerate.num_processes}"
-        )
+    """Where clones, cache and unfinished work are; raises UserError where a cluster's nodes could not share them."""
     cache, remote = cache_and_remote()
+    here, launch = Path.cwd(), params.launch
     if not on_cluster:
         scratch = Path(launch.scratch).absolute() if launch.scratch else here / ".prefscan/launch"
         state = Path(launch.state).absolute() if launch.state else here
@@ -144,6 +136,17 @@ def marker_of(remote: dict[str, Any]) -> Path | None:
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
     return marker
+
+
+def refuse_shared_gpus(chains: list[Chain], params: Params) -> None:
+    """Raises UserError where training would start more processes than it gets GPUs: both would take the first."""
+    processes = params.train.accelerate.num_processes if params.train.accelerate else 1
+    trains = any(target.startswith("train@") for chain in chains for target in chain.targets)
+    if trains and 0 < params.launch.num_gpus < processes:
+        raise UserError(
+            f"launch.num_gpus: a cell would get {params.launch.num_gpus:g}, and train.accelerate starts {processes} "
+            f"processes with a GPU each; set it to {processes}, or choose train/accelerate=none"
+        )
 
 
 def run_chains(chains: list[Chain], params: Params, place: Place, address: str | None, archive: bytes) -> list[Outcome]:
@@ -205,6 +208,7 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     place = settle_place(params, on_cluster)
     stale = stale_stages(missing_data_is_stale=True)
     chains = plan_chains(params, stale, remote=on_cluster)
+    refuse_shared_gpus(chains, params)
     if chains and not on_cluster and check_cache()[1]:  # on a cluster, each node checks its own
         stale = stale_stages(missing_data_is_stale=True)
         chains = plan_chains(params, stale, remote=on_cluster)

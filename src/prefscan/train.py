@@ -296,8 +296,13 @@ def refuse_mismatched(model: Any, pairs: list[dict[str, Any]]) -> None:
     if window is not None and longest > window:
         raise UserError(
             f"kto: a prompt and a response of another pair have {longest} tokens, the model has a sliding window of "
-            f"{window}; lower data.max_prompt_length and data.max_length to that together, or set train.engine: trl"
+            f"{window}; lower data.max_prompt_length and data.max_length to that in sum, or set train.engine: trl"
         )
+
+
+def is_target(name: str, targets: list[str]) -> bool:
+    """As PEFT takes `target_modules`."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def refuse_targets(model: Any, targets: list[str]) -> None:
@@ -308,15 +313,16 @@ def refuse_targets(model: Any, targets: list[str]) -> None:
     """
     head = model.get_output_embeddings().weight
     modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not head}
-    if absent := [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in modules)]:
+    if absent := [target for target in targets if not any(is_target(name, [target]) for name in modules)]:
         linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise UserError(f"train.lora.targets: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}")
 
 
 def beside_text(model: Any, targets: list[str]) -> list[str]:
-    """The modules of the targets' names outside of the text decoder, as in a vision tower, which no pair passes."""
+    """The targets outside of the text decoder where others are within, as in a vision tower, which no pair passes."""
     text = set(model.get_decoder().modules())
-    return [name for name, module in model.named_modules() if name.split(".")[-1] in targets and module not in text]
+    found = {name: module in text for name, module in model.named_modules() if is_target(name, targets)}
+    return [name for name, within in found.items() if not within] if any(found.values()) else []
 
 
 def lora_config(train: Train, leave_out: list[str] | None = None) -> LoraConfig:

@@ -102,3 +102,9 @@ def test_a_paid_judge_is_refused(workspace: Path) -> None:
     write_params(workspace, judge=params)
     with pytest.raises(UserError, match=r"^judge\.kind: 'openai'"):
         sweep.compare(workspace, None)
+
+
+def test_losses_of_other_trainers_are_refused(workspace: Path) -> None:
+    write_params(workspace, loss="ipo", beta=0.1, steps=3, grid=GRID | {"loss": ["ipo", "kto", "cpo"]})
+    with pytest.raises(UserError, match=r"^grid\.loss: stock TRL's DPOTrainer has no cpo, kto; take them out"):
+        sweep.compare(workspace, None)
