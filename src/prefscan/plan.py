@@ -22,7 +22,6 @@ from rich.table import Column, Table
 from prefscan.effort import cells_left, measured_speed, sentences
 from prefscan.errors import UserError, run_stage
 from prefscan.files import read_jsonl
-from prefscan.judge_check import check_turns, repeated, versions
 from prefscan.judges import Prompt
 from prefscan.judges.openai import ChatJudge
 from prefscan.judges.spending import Spending, most_tokens, price
@@ -81,6 +80,8 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
 
 def check_left(asker: ChatJudge, files: Files) -> tuple[int, int]:
     """Judge calls that the judge check would still make, and the most input tokens that they have."""
+    from prefscan.judge_check import check_turns, repeated, versions  # half a second of imports
+
     answers = versions(files.questions, load_references("corrected"))
     turns = check_turns(files.questions, answers, files.templates, files.references, asker.judge.mode)
     return not_kept([turn.prompt for turn in [*turns, *repeated(turns)]], asker)
