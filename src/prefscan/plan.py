@@ -53,6 +53,18 @@ def read_answers(key: str, folder: Path | None) -> dict[int, Any] | None:
     return {row["question_id"]: row for row in read_jsonl(path)} if path and path.exists() else None
 
 
+def not_kept(prompts: list[Prompt], asker: ChatJudge, look: bool = True) -> tuple[int, int]:
+    """The prompts without a kept reply, or all where nobody is to `look` for one, and the most tokens in them."""
+    if look:  # one that stands there twice is asked once
+        prompts = list({(prompt.system, prompt.user, prompt.sample): prompt for prompt in prompts}.values())
+    calls = tokens = 0
+    for prompt in prompts:
+        request = asker.request(prompt)
+        if not look or asker.replies.get(request, prompt.sample) is None:
+            calls, tokens = calls + 1, tokens + most_tokens(request["messages"])
+    return calls, tokens
+
+
 def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder: Path | None) -> tuple[int, int]:
     """Judge calls that a model's stage would still make, and the most input tokens that they have.
 
@@ -85,18 +97,6 @@ def check_left(asker: ChatJudge, files: Files) -> tuple[int, int]:
     answers = versions(files.questions, load_references("corrected"))
     turns = check_turns(files.questions, answers, files.templates, files.references, asker.judge.mode)
     return not_kept([turn.prompt for turn in [*turns, *repeated(turns)]], asker)
-
-
-def not_kept(prompts: list[Prompt], asker: ChatJudge, look: bool = True) -> tuple[int, int]:
-    """The prompts without a kept reply, or all where nobody is to `look` for one, and the most tokens in them."""
-    if look:  # one that stands there twice is asked once
-        prompts = list({(prompt.system, prompt.user, prompt.sample): prompt for prompt in prompts}.values())
-    calls = tokens = 0
-    for prompt in prompts:
-        request = asker.request(prompt)
-        if not look or asker.replies.get(request, prompt.sample) is None:
-            calls, tokens = calls + 1, tokens + most_tokens(request["messages"])
-    return calls, tokens
 
 
 def models_settings(params: Params) -> dict[str, Any]:

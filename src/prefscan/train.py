@@ -33,7 +33,7 @@ from prefscan.checkpoints import Saving, checkpoint_folder, last_checkpoint
 from prefscan.distributed import WholeRounds, from_main, launch, world
 from prefscan.engines import Engine, load_engine
 from prefscan.engines.lora import FusedLora
-from prefscan.engines.shared import sliding_window
+from prefscan.engines.shared import refuse_beyond, sliding_window
 from prefscan.errors import UserError, run_stage
 from prefscan.files import new_folder, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.intervals import mean_interval, share_interval
@@ -291,13 +291,12 @@ def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_mismatched(model: Any, pairs: list[dict[str, Any]]) -> None:
     """Raises UserError for a prompt that is too long with another pair's response, before the first update."""
-    longest = max(len(p["prompt_ids"]) + max(len(p[column]) for column in MISMATCHED.values()) for p in pairs)
-    window = sliding_window(model)
-    if window is not None and longest > window:
-        raise UserError(
-            f"kto: a prompt and a response of another pair have {longest} tokens, the model has a sliding window of "
-            f"{window}; lower data.max_prompt_length and data.max_length to that in sum, or set train.engine: trl"
-        )
+    refuse_beyond(
+        sliding_window(model),
+        [(len(p["prompt_ids"]), len(p["other_chosen_ids"]), len(p["other_rejected_ids"])) for p in pairs],
+        what="kto: a prompt with another pair's response",
+        lower="data.max_prompt_length and data.max_length to that in sum",
+    )
 
 
 def is_target(name: str, targets: list[str]) -> bool:

@@ -101,8 +101,7 @@ def prefix_shared_attention(
     `query` is `[1, heads, T, head_dim]`; returns `[1, T, heads, head_dim]`. Causal within `[prompt | chosen]`;
     the rejected branch attends to the prompt and, causally, to itself. With `pair_mask`, a BlockMask of the whole row,
     one FlexAttention call does it; without, two SDPA calls a pair. Raises UserError for a pair longer than the model's
-    sliding window, which this layout does not apply, and for an attention that is more than softmax(q·k)·v, as by a
-    mask that the model makes itself.
+    sliding window, and for an attention that is more than softmax(q·k)·v, as by a mask that the model makes itself.
     """
     others |= {"attention_mask": attention_mask}
     if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
@@ -144,12 +143,18 @@ def prefix_shared_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def refuse_beyond(window: int | None, lengths: Sequence[tuple[int, int, int]]) -> None:
+def refuse_beyond(
+    window: int | None,
+    lengths: Sequence[tuple[int, int, int]],
+    what: str = "a pair",
+    lower: str = "data.max_length",
+) -> None:
+    """Raises UserError where a prompt and a response are longer than the window, which this layout does not apply."""
     longest = max(p + max(c, r) for p, c, r in lengths)
     if window is not None and longest > window:
         raise UserError(
-            f"a pair of {longest} tokens exceeds the model's sliding window of {window}; "
-            "lower data.max_length, or set train.engine: trl"
+            f"{what} of {longest} tokens exceeds the model's sliding window of {window}; "
+            f"lower {lower}, or set train.engine: trl"
         )
 
 
