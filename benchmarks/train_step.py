@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import cycle, islice, permutations
+from itertools import cycle, islice, permutations, product
 from pathlib import Path
 from statistics import NormalDist, fmean, median
 from typing import Any
@@ -303,13 +303,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def measure(options: argparse.Namespace, folder: Path, lengths: str, micro_batch: int) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, folder: Path, lengths: str, micro_batch: int, peaks: dict[str, float]
+) -> dict[str, Any]:
     """All variants in turn on the same updates; one entry of the result's `runs`."""
     trains = {name: settings(options.shape, micro_batch, name, options.checkpointing) for name in VARIANTS}
     dtype = trains["stock"].dtype
     updates = make_updates(options, lengths, trains["stock"], vocabulary_of(folder))
-    # First, while this process holds no model.
-    peaks = {name: peak_memory(options, folder, name, lengths, micro_batch) for name in VARIANTS}
     tokenizer = load_tokenizer(BASE)
     variants = [Variant(name, trains[name], folder, tokenizer, updates[0]) for name in VARIANTS]
     repetitions: list[dict[str, Step]] = []
@@ -417,13 +417,15 @@ def main() -> None:
         "runs": [],
     }
     with base_model(options.shape) as folder:
-        for lengths in options.lengths:
-            for micro_batch in options.micro_batch:
-                run = measure(options, folder, lengths, micro_batch)
-                console.print(table(run, options.shape))
-                result["runs"].append(run)
-                if options.json:
-                    write_json(options.json, result)
+        runs = list(product(options.lengths, options.micro_batch))
+        # First: once this process has held models, the stages' GLIBC_TUNABLES have it keep their memory.
+        peaks = {run: {name: peak_memory(options, folder, name, *run) for name in VARIANTS} for run in runs}
+        for run in runs:
+            figures = measure(options, folder, *run, peaks[run])
+            console.print(table(figures, options.shape))
+            result["runs"].append(figures)
+            if options.json:
+                write_json(options.json, result)
 
 
 if __name__ == "__main__":
