@@ -4,9 +4,9 @@
 
 Mistral-7B's architecture with random weights, as in train_step.py, and the parameters of `+experiment=openhermes`, but
 for the pairs, which are those of the embedded default, fewer updates without warm-up, and shorter answers. Each stage
-runs as in dvc.yaml, in a process of its own, without DVC, which adds seconds. Random weights end no turn, so each
-answer has the most tokens: what a real model's answers take at the worst. They give no verdict either: no judging here.
-A stage's line is printed, and the file written, as it ends.
+runs as in dvc.yaml, in a process of its own, without DVC, which adds seconds. Random weights rarely end a turn, so an
+answer has nearly the most tokens: what a real model's answers take at the worst. They give no verdict either: no
+judging here. A stage's line is printed, and the file written, as it ends.
 
 Needs a CUDA GPU with 24 GB, 30 GB of main memory where the merge does not fit on the GPU, and 15 GB of disk.
 """

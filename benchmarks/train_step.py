@@ -14,7 +14,8 @@ test: collator, forward, loss and backward through the trainer's own `training_s
 `precomputed` and `fast` leave out the reference pass that they make once before training. LoRA, pairs and dtype are
 equal, dropout is off. The learning rate is 0, which saves no work, so that all variants keep the same adapter, which is
 not zero: their losses and gradient norms are compared at every step, and a difference ends the benchmark with an error.
-Peak memory comes from one more process a variant, since a process's peak never falls: two updates on the largest batch.
+Peak memory comes from one more process a variant, since a process's peak never falls: two updates on the largest batch,
+all before the first timed update.
 
 Lengths: `real` takes the pairs as prepare wrote them. `orca` cuts their tokens to lengths as in Intel/orca_dpo_pairs,
 prompt 255, chosen 164 and rejected 237 tokens on average; the spread about them is assumed: log-normal quantiles with

@@ -293,7 +293,7 @@ def refuse_mismatched(model: Any, pairs: list[dict[str, Any]]) -> None:
     """Raises UserError for a prompt that is too long with another pair's response, before the first update."""
     refuse_beyond(
         sliding_window(model),
-        [(len(p["prompt_ids"]), len(p["other_chosen_ids"]), len(p["other_rejected_ids"])) for p in pairs],
+        [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in map(mismatched, pairs)],
         what="kto: a prompt with another pair's response",
         lower="data.max_prompt_length and data.max_length to that in sum",
     )

@@ -284,7 +284,7 @@ def test_a_pair_as_long_as_the_sliding_window_is_right_and_a_longer_one_refused(
     fitting = random_pairs([(3, 5, 2), (4, 1, 4)])
     torch.testing.assert_close(packed_logps(model, fitting), separate_logps(model, fitting), atol=1e-4, rtol=0)
     for lengths in ((3, 6, 2), (4, 1, 5)):
-        with pytest.raises(UserError, match=r"a pair of 9 tokens exceeds .* window of 8; lower data\.max_length, or"):
+        with pytest.raises(UserError, match=r"a pair has 9 tokens, more .* window of 8; lower data\.max_length, or"):
             packed_logps(model, [*fitting, *random_pairs([lengths])])
 
 

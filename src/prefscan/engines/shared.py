@@ -153,7 +153,7 @@ def refuse_beyond(
     longest = max(p + max(c, r) for p, c, r in lengths)
     if window is not None and longest > window:
         raise UserError(
-            f"{what} of {longest} tokens exceeds the model's sliding window of {window}; "
+            f"{what} has {longest} tokens, more than the model's sliding window of {window}; "
             f"lower {lower}, or set train.engine: trl"
         )
 
