@@ -17,7 +17,7 @@ BASE ?= main
 review: $(BIN)/.ready  ## print what a pull request shows its reviewer, against BASE=main
 	@PYTHONPATH=src python -m prefscan.review $(BASE)
 
-test: $(BIN)/.ready  ## run the tests (7 to 16 minutes on 2 cores)
+test: $(BIN)/.ready  ## run the tests (6 to 16 minutes on 2 cores)
 	python -m pytest
 
 test-all: $(BIN)/.ready  ## run the slow tests too
