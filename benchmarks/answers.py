@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.answer import TEMPERATURES, answer_questions, even_groups, longest_conversation
-from prefscan.errors import run_stage
-from prefscan.files import read_jsonl, write_json
-from prefscan.generation import GREEDY_BELOW, prompt_ids, settled_batch_size
-from prefscan.models import load_model, load_tokenizer
-from prefscan.paths import BASE, QUESTIONS
-from prefscan.records import select_questions
+from prefscan.common.errors import run_stage
+from prefscan.common.io import read_jsonl, write_json
+from prefscan.common.paths import BASE, QUESTIONS
+from prefscan.generation.answers import TEMPERATURES, answer_questions, even_groups, longest_conversation
+from prefscan.generation.sampling import GREEDY_BELOW, prompt_ids, settled_batch_size
+from prefscan.judging.fastchat import select_questions
+from prefscan.models.loading import load_model, load_tokenizer
 
 
 class PlainReply(NamedTuple):

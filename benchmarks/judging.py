@@ -21,9 +21,9 @@ from typing import Any
 from aiohttp import web
 
 from configuration import group
-from prefscan.errors import UserError, run_stage
-from prefscan.judges import Prompt, load_judge
-from prefscan.params import OpenAIJudge
+from prefscan.common.config import OpenAIJudge
+from prefscan.common.errors import UserError, run_stage
+from prefscan.judging.judge import Prompt, load_judge
 
 KEY_VARIABLE = "PREFSCAN_BENCHMARK_KEY"
 

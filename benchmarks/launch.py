@@ -24,11 +24,11 @@ from typing import Any
 
 import yaml
 
-from prefscan.errors import UserError, run_stage
-from prefscan.files import write_json
-from prefscan.launch import FETCHED
-from prefscan.params import load
-from prefscan.paths import SPLITS
+from prefscan.common.config import load
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import write_json
+from prefscan.common.paths import SPLITS
+from prefscan.launch.sweep import FETCHED
 
 ROOT = Path(__file__).parents[1]
 SHARE = {"train": 0.7, "merge": 0.1, "answer": 0.1, "mtbench": 0.1}  # of a cell's seconds

@@ -17,9 +17,9 @@ from typing import Any
 
 from dvc.utils.hydra import compose_and_dump
 
-from prefscan.files import write_json, write_jsonl, write_text
-from prefscan.mtbench import scores
-from prefscan.params import load
+from prefscan.common.config import load
+from prefscan.common.io import write_json, write_jsonl, write_text
+from prefscan.judging.mtbench import scores
 
 ROOT = Path(__file__).parents[1]
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")

@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prefscan.errors import run_stage
-from prefscan.files import read_jsonl, write_json
-from prefscan.models import load_tokenizer
-from prefscan.paths import BASE, TRAIN_PAIRS
-from prefscan.reference import micro_batches
+from prefscan.common.errors import run_stage
+from prefscan.common.io import read_jsonl, write_json
+from prefscan.common.paths import BASE, TRAIN_PAIRS
+from prefscan.logprobs.reference import micro_batches
+from prefscan.models.loading import load_tokenizer
 from train_step import UPDATE, Pair, Variant, make_pairs, settings, vocabulary_of
 
 LAYOUTS = {"exact": "stock", "stock": "stock", "fast": "fast"}  # to train_step's variants

@@ -25,11 +25,11 @@ import torch
 from omegaconf import OmegaConf
 
 from configuration import composed
-from prefscan.errors import UserError, run_stage
-from prefscan.files import read_json, write_json, write_text
-from prefscan.models import load_tokenizer
-from prefscan.params import Cell
-from prefscan.paths import ANSWER_COST, BASE, QUESTIONS, SPLITS, TRAIN_COST, TRAIN_PAIRS
+from prefscan.common.config import Cell
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import read_json, write_json, write_text
+from prefscan.common.paths import ANSWER_COST, BASE, QUESTIONS, SPLITS, TRAIN_COST, TRAIN_PAIRS
+from prefscan.models.loading import load_tokenizer
 from train_step import base_model, machine
 
 SRC = Path(__file__).resolve().parents[1] / "src"

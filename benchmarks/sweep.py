@@ -34,10 +34,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefscan.errors import UserError, run_stage
-from prefscan.files import read_json, read_jsonl, write_json
-from prefscan.params import Cell, LocalJudge, Params, load
-from prefscan.paths import ANSWER_METRICS, BASE, QUESTIONS, TRAIN_PAIRS
+from prefscan.common.config import Cell, LocalJudge, Params, load
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import read_json, read_jsonl, write_json
+from prefscan.common.paths import ANSWER_METRICS, BASE, QUESTIONS, TRAIN_PAIRS
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = {"kto_pair": "sigmoid", "ipo_sum": "ipo"}  # losses that stock TRL 1.16 lacks
@@ -56,7 +56,8 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     """Stock TRL's trainer after the cell's updates, on the tokens that prepare wrote."""
     from datasets import Dataset
 
-    from prefscan.train import TokenisedTrainer, lora_config, training_arguments
+    from prefscan.training.lora import lora_config
+    from prefscan.training.trainer import TokenisedTrainer, training_arguments
     from train_step import ORCA
 
     pairs = read_jsonl(TRAIN_PAIRS)
@@ -89,7 +90,7 @@ def answer_one_at_a_time(model: Any, tokenizer: Any, params: Params, model_id: s
     import torch
 
     from answers import one_at_a_time
-    from prefscan.records import select_questions
+    from prefscan.judging.fastchat import select_questions
 
     records, generated = [], 0
     torch.manual_seed(params.seed)
@@ -106,9 +107,9 @@ def study_cell(key: str) -> dict[str, Any]:
     params = load()
     cell = params.cell(key)
     seconds: dict[str, float] = {}
-    from prefscan.models import DTYPES, load_model, load_tokenizer
-    from prefscan.mtbench import judge_answers
-    from prefscan.reference import load_base
+    from prefscan.judging.mtbench import judge_answers
+    from prefscan.logprobs.reference import load_base
+    from prefscan.models.loading import DTYPES, load_model, load_tokenizer
 
     with phase(seconds, "load"):
         model, tokenizer = load_base(params.train), load_tokenizer(BASE)

@@ -48,14 +48,15 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from configuration import group
-from prefscan.engines import shared
-from prefscan.errors import UserError, run_stage
-from prefscan.files import read_jsonl, read_text, write_json
-from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Cell, Train
-from prefscan.paths import BASE, RUNS, TRAIN_PAIRS
-from prefscan.reference import micro_batches
-from prefscan.train import PairTrainer, TokenisedTrainer, lora_config, peak_memory_gib, training_arguments
+from prefscan.common.config import Cell, Train
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import read_jsonl, read_text, write_json
+from prefscan.common.paths import BASE, RUNS, TRAIN_PAIRS
+from prefscan.logprobs import packed as shared
+from prefscan.logprobs.reference import micro_batches
+from prefscan.models.loading import load_model, load_tokenizer
+from prefscan.training.lora import lora_config
+from prefscan.training.trainer import PairTrainer, TokenisedTrainer, peak_memory_gib, training_arguments
 
 Pair = dict[str, Any]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from prefscan.errors import UserError, run_stage
-from prefscan.files import write_json
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import write_json
 
 ROOT = Path(__file__).parents[1]
 # Files with seconds, and pages that show them.

@@ -69,7 +69,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(tiny_model: Path) -> Any:
     """The tiny chat model, loaded; a test may change it."""
-    from prefscan.models import load_model
+    from prefscan.models.loading import load_model
 
     return load_model(tiny_model, "fp32").eval()
 
@@ -77,7 +77,7 @@ def model(tiny_model: Path) -> Any:
 @pytest.fixture
 def tokenizer(tiny_model: Path) -> Any:
     """The tiny chat model's tokenizer; a test may change it."""
-    from prefscan.models import load_tokenizer
+    from prefscan.models.loading import load_tokenizer
 
     return load_tokenizer(tiny_model)
 
@@ -91,8 +91,8 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pairs(tiny_model: Path) -> list[dict[str, Any]]:
     """24 tokenised pairs of different lengths, as prepare writes them."""
-    from prefscan.models import load_tokenizer
-    from prefscan.prepare import parse_pair, tokenize
+    from prefscan.data.pairs import parse_pair, tokenize
+    from prefscan.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_model)
     return [tokenize(parse_pair(row, "row"), tokenizer) for row in sharegpt_rows()]
@@ -101,7 +101,7 @@ def pairs(tiny_model: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def params() -> Any:
     """What conf/ composes by itself; `model_copy(update=…)` every value that a test relies on."""
-    from prefscan.params import Params
+    from prefscan.common.config import Params
 
     return Params.model_validate(default_params())
 
@@ -116,7 +116,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small sweep and its report."""
-    from prefscan import report
+    from prefscan.reporting import report
 
     root = tmp_path_factory.mktemp("sweep")
     write_sweep(root)

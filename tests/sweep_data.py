@@ -8,8 +8,8 @@ from typing import Any
 from scipy import stats
 
 from mtbench_data import local_judge, make_questions, write_lines, write_params
-from prefscan.files import write_json, write_text
-from prefscan.mtbench import scores
+from prefscan.common.io import write_json, write_text
+from prefscan.judging.mtbench import scores
 
 LOSSES, BETAS = ("sigmoid", "ipo"), (0.1, 0.5)
 CELLS = [f"{loss}-{beta}-8" for loss in LOSSES for beta in BETAS]

@@ -17,14 +17,16 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
-from prefscan import answer, generation
-from prefscan.answer import answer_questions, divergence, even_groups, log_ratios, token_logprobs
-from prefscan.errors import UserError
-from prefscan.files import write_json
-from prefscan.generation import Reply, SeededSampling, end_tokens
-from prefscan.models import load_cell, load_model, load_tokenizer, manifest
-from prefscan.params import Answer
-from prefscan.records import select_questions
+from prefscan.common.config import Answer
+from prefscan.common.errors import UserError
+from prefscan.common.io import write_json
+from prefscan.generation import answers as answer
+from prefscan.generation import sampling as generation
+from prefscan.generation.answers import answer_questions, even_groups
+from prefscan.generation.kl import divergence, log_ratios, token_logprobs
+from prefscan.generation.sampling import Reply, SeededSampling, end_tokens
+from prefscan.judging.fastchat import select_questions
+from prefscan.models.loading import load_cell, load_model, load_tokenizer, manifest
 
 GREEDY = ("extraction", "math", "coding", "reasoning")
 

@@ -6,9 +6,9 @@ import pytest
 from dvc.repo import Repo
 from dvc_data.hashfile.hash import file_md5
 
-from prefscan import cache
-from prefscan.cache import main, remove_damaged
-from prefscan.errors import UserError
+from prefscan.common.errors import UserError
+from prefscan.repo import cache
+from prefscan.repo.cache import main, remove_damaged
 
 FOLDER = [("first", "one\n"), ("second", "two\n")]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from prefscan import charts
-from prefscan.losses import LOSSES
+from prefscan.reporting import charts
+from prefscan.training.losses import LOSSES
 
 GRIDS: dict[str, tuple[list[str], list[float], list[str]]] = {
     "one cell": (["ipo"], [0.3], ["8"]),

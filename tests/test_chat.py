@@ -5,7 +5,7 @@ import httpx
 import openai
 import pytest
 
-from prefscan.chat import retry_after
+from prefscan.common.chat_client import retry_after
 
 
 def status_error(header: str | None) -> openai.APIStatusError:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import mtbench_data
-from prefscan import check
-from prefscan.check import check_logging, main
-from prefscan.errors import UserError
-from prefscan.losses import LOSSES
+from prefscan.common.errors import UserError
+from prefscan.stages.check import main
+from prefscan.training import settings as check
+from prefscan.training.losses import LOSSES
+from prefscan.training.settings import check_logging
 
 REPOSITORY = Path(__file__).parents[1]
 KNOWN = f"known are {', '.join(LOSSES)}"

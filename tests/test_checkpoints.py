@@ -17,10 +17,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from prefscan import checkpoints, keys, paths
-from prefscan.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
-from prefscan.errors import UserError
-from prefscan.params import Cell, Lora, load
+from prefscan.common import fingerprint as keys
+from prefscan.common import paths
+from prefscan.common.config import Cell, Lora, load
+from prefscan.common.errors import UserError
+from prefscan.training import checkpoints
+from prefscan.training.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
 from train_data import Killed, run_train, with_recipe, write_inputs
 
 ROOT = Path(__file__).parents[1]

@@ -15,24 +15,20 @@ import pytest
 import yaml
 from dvc.utils.serialize import parse_yaml
 
-from prefscan.clones import (
+from prefscan.common.errors import UserError
+from prefscan.launch.clone import (
     Chain,
     Outcome,
     Place,
     Progress,
-    cache_and_remote,
-    changed_since,
     new_clone,
     progress_after,
     remove_left_clones,
     run_chain,
     run_leashed,
-    snapshot,
-    uncommitted,
-    workspace_tree,
 )
-from prefscan.errors import UserError
-from prefscan.pipeline import lost_stages, push_current
+from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
+from prefscan.repo.pipeline import cache_and_remote, lost_stages, push_current
 
 AUTHOR = ["-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
 

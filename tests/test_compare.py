@@ -10,11 +10,11 @@ import pytest
 from scipy import stats
 
 from git_data import branch, make_repository
-from prefscan import compare
-from prefscan.compare import scores_of, sets_of_seeds, spread_of_seeds
-from prefscan.errors import UserError
-from prefscan.revisions import Revision, read_revision, shared_models, shared_questions
-from prefscan.stats import crossed_mean, holm
+from prefscan.common.errors import UserError
+from prefscan.reporting.stats import crossed_mean, holm
+from prefscan.review import compare
+from prefscan.review.compare import scores_of, sets_of_seeds, spread_of_seeds
+from prefscan.review.revisions import Revision, read_revision, shared_models, shared_questions
 from sweep_data import CATEGORY_OF, CELLS, Page
 
 MOVED = {f"seed{seed}": np.random.default_rng(seed).normal(0.3 * seed, 0.5, (8, 4)).round(3) for seed in (1, 2)}

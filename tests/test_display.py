@@ -5,8 +5,8 @@ import re
 import pytest
 from rich.console import Console
 
-from prefscan.clones import Chain, Outcome, Progress
-from prefscan.display import Display
+from prefscan.launch.clone import Chain, Outcome, Progress
+from prefscan.launch.display import Display
 
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
 

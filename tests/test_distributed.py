@@ -20,13 +20,13 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from prefscan import paths
-from prefscan import train as train_stage
-from prefscan.checkpoints import SEAL, last_checkpoint
-from prefscan.distributed import WholeRounds, launch
-from prefscan.errors import UserError
-from prefscan.models import load_model
-from prefscan.params import Accelerate, Lora
+from prefscan.common import paths
+from prefscan.common.config import Accelerate, Lora
+from prefscan.common.errors import UserError
+from prefscan.models.loading import load_model
+from prefscan.training import trainer as train_stage
+from prefscan.training.checkpoints import SEAL, last_checkpoint
+from prefscan.training.multi_gpu import WholeRounds, launch
 from tiny import random_adapter
 from train_data import with_recipe, write_inputs
 from two_processes import DDP, logps_and_gradients

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from prefscan.effort import Speed, cell_seconds, cells_left, hours_on, measured_speed, sentences
-from prefscan.files import write_json
-from prefscan.params import Cell, Params
+from prefscan.common.config import Cell, Params
+from prefscan.common.io import write_json
+from prefscan.launch.estimate import Speed, cell_seconds, cells_left, hours_on, measured_speed, sentences
 
 
 def finish(cell: Cell, seconds: float, updates: int, answers: float, size: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefscan.errors import UserError, run_stage
-from prefscan.files import new_folder, write_json
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import new_folder, write_json
 
 
 def raise_(error: BaseException) -> Callable[[], None]:

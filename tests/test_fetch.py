@@ -20,12 +20,13 @@ import yaml
 from packaging.version import Version
 
 from hub import COMMIT, Hub
-from prefscan.errors import UserError, run_stage
-from prefscan.fetch import extract, fetch_model, fetch_pairs, fetch_questions, main, set_up_tokenizer
-from prefscan.files import sha256
-from prefscan.generation import prompt_ids
-from prefscan.models import load_tokenizer
-from prefscan.params import HubPairs, HubSource, Model, PackageFile, PackagePairs, Questions, load
+from prefscan.common.config import HubPairs, HubSource, Model, PackageFile, PackagePairs, Questions, load
+from prefscan.common.errors import UserError, run_stage
+from prefscan.common.io import sha256
+from prefscan.data.sources import extract, fetch_model, fetch_pairs, fetch_questions, set_up_tokenizer
+from prefscan.generation.sampling import prompt_ids
+from prefscan.models.loading import load_tokenizer
+from prefscan.stages.fetch import main
 from tiny import CHAT_TEMPLATE, make_tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
@@ -593,7 +594,7 @@ def test_the_default_model_loads_and_knows_a_capital(tmp_path: Path, monkeypatch
     import gguf
     import torch
 
-    from prefscan.models import load_model, load_tokenizer
+    from prefscan.models.loading import load_model, load_tokenizer
 
     parsed = []
     parse = gguf.GGUFReader.__init__

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from prefscan.errors import UserError
-from prefscan.files import (
+from prefscan.common.errors import UserError
+from prefscan.common.io import (
     new_file,
     new_folder,
     read_json,

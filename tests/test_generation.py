@@ -9,9 +9,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, FalconH1Config, JambaConfig, MambaConfig, MistralConfig
 
-from prefscan import generation
-from prefscan.errors import UserError
-from prefscan.generation import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
+from prefscan.common.errors import UserError
+from prefscan.generation import sampling as generation
+from prefscan.generation.sampling import Reply, SeededSampling, cache_bytes, generate, prompt_ids, settled_batch_size
 from tiny import random_adapter
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])

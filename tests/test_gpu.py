@@ -23,18 +23,20 @@ from torch.nn.attention import SDPBackend
 
 from configuration import group
 from mtbench_data import local_judge
-from prefscan import checkpoints, paths
-from prefscan import train as train_stage
-from prefscan.engines import load_engine, shared
-from prefscan.files import read_jsonl
-from prefscan.generation import SeededSampling, generate, prompt_ids
-from prefscan.judges import Prompt, load_judge
-from prefscan.memory import activation_bytes, longest_batch
-from prefscan.merge import merge_cell
-from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Cell, LocalJudge, Merge, Train
-from prefscan.reference import reference_rows, with_reference, with_rows
-from prefscan.train import PairTrainer, train_cell
+from prefscan.common import paths
+from prefscan.common.config import Cell, LocalJudge, Merge, Train
+from prefscan.common.io import read_jsonl
+from prefscan.generation.sampling import SeededSampling, generate, prompt_ids
+from prefscan.judging.judge import Prompt, load_judge
+from prefscan.logprobs import packed as shared
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
+from prefscan.models.loading import load_model, load_tokenizer
+from prefscan.models.memory import activation_bytes, longest_batch
+from prefscan.training import checkpoints
+from prefscan.training import trainer as train_stage
+from prefscan.training.merging import merge_cell
+from prefscan.training.trainer import PairTrainer, train_cell
 from tiny import heads_of_64, random_adapter, random_pairs
 from train_data import Killed, run_train, with_recipe, write_inputs
 

@@ -4,7 +4,7 @@ import random
 import pytest
 from scipy import stats
 
-from prefscan.intervals import mean_interval, share_interval
+from prefscan.common.intervals import mean_interval, share_interval
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])

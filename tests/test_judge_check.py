@@ -20,9 +20,9 @@ from mtbench_data import (
     write_params,
     write_questions,
 )
-from prefscan import judge_check
-from prefscan.errors import UserError
-from prefscan.judge_check import agree, check_turns, first_quarter, swap, versions
+from prefscan.common.errors import UserError
+from prefscan.judging import check as judge_check
+from prefscan.judging.check import agree, check_turns, first_quarter, swap, versions
 
 QUESTIONS = {q["question_id"]: q for q in make_questions(7)}
 GOOD = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mtbench_data import ROOT
-from prefscan import keys
-from prefscan.keys import result_key
+from prefscan.common import fingerprint as keys
+from prefscan.common.fingerprint import result_key
 
 CODE = ("losses.py", "engines")
 

@@ -18,13 +18,13 @@ import yaml
 
 from launch import make_sleeping
 from mtbench_data import openai_judge
-from prefscan import check
-from prefscan import launch as launch_stage
-from prefscan.clones import NOT_RUN, Chain, Outcome
-from prefscan.errors import UserError
-from prefscan.launch import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
-from prefscan.params import Accelerate, Agreement, OpenAIJudge, Params
-from prefscan.pipeline import CELL_STAGES
+from prefscan.common.config import Accelerate, Agreement, OpenAIJudge, Params
+from prefscan.common.errors import UserError
+from prefscan.launch import sweep as launch_stage
+from prefscan.launch.clone import NOT_RUN, Chain, Outcome
+from prefscan.launch.sweep import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
+from prefscan.repo.pipeline import CELL_STAGES
+from prefscan.training import settings as check
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")

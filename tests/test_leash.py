@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefscan import leash
+from prefscan.launch import supervisor as leash
 
 LEASH = [sys.executable, "-P", leash.__file__]
 # A shell that starts a worker and waits, as DVC does, and passes no signal on; the worker saves when asked to end.

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefscan.engines import load_engine
-from prefscan.losses import LOSSES, PairLogps
-from prefscan.models import load_model, load_tokenizer
-from prefscan.params import Cell, DiscoPOP, Lora, Losses
-from prefscan.reference import reference_rows, with_reference
-from prefscan.train import PairTrainer, lora_config, training_arguments
+from prefscan.common.config import Cell, DiscoPOP, Lora, Losses
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import reference_rows, with_reference
+from prefscan.models.loading import load_model, load_tokenizer
+from prefscan.training.lora import lora_config
+from prefscan.training.losses import LOSSES, PairLogps
+from prefscan.training.trainer import PairTrainer, training_arguments
 from tiny import plain_logps, sharegpt_rows
 
 REPOSITORY = Path(__file__).parents[1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from prefscan.engines import load_engine
-from prefscan.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
-from prefscan.params import Accelerate
+from prefscan.common.config import Accelerate
+from prefscan.logprobs.layouts import load_engine
+from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
 from tiny import heads_of_64, random_pairs
 
 LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]

@@ -14,15 +14,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefscan import merge as merge_stage
-from prefscan import paths
-from prefscan.engines import load_engine
-from prefscan.errors import UserError
-from prefscan.files import sha256
-from prefscan.merge import merge_cell
-from prefscan.models import DTYPES, load_cell, load_model, set_evaluation
-from prefscan.params import Merge, Train, load
-from prefscan.reference import reference_rows, with_reference, with_rows
+from prefscan.common import paths
+from prefscan.common.config import Merge, Train, load
+from prefscan.common.errors import UserError
+from prefscan.common.io import sha256
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
+from prefscan.models.loading import DTYPES, load_cell, load_model, set_evaluation
+from prefscan.training import merging as merge_stage
+from prefscan.training.merging import merge_cell
 from tiny import plain_logps, random_adapter, write_rows
 
 ROOT = Path(__file__).parents[1]

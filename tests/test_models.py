@@ -11,9 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefscan.errors import UserError
-from prefscan.files import write_json
-from prefscan.models import (
+from prefscan.common.errors import UserError
+from prefscan.common.io import write_json
+from prefscan.models.loading import (
     DTYPES,
     MANIFEST,
     clean_adapter_config,

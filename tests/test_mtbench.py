@@ -15,9 +15,9 @@ from threading import Event
 from typing import Any
 
 import fastchat.llm_judge.common as fastchat
+import prefscan.chat
 import pytest
 
-import prefscan.chat
 from chat_server import ChatServer, Reply, chat_server, completion, error
 from mtbench_data import (
     CATEGORIES,
@@ -33,12 +33,12 @@ from mtbench_data import (
     write_params,
     write_questions,
 )
-from prefscan import mtbench
-from prefscan.errors import UserError
-from prefscan.intervals import mean_interval
-from prefscan.judges import Verdict
-from prefscan.judges.openai import Replies
-from prefscan.mtbench import build_turns, pair_row, scores
+from prefscan.common.errors import UserError
+from prefscan.common.intervals import mean_interval
+from prefscan.judging import mtbench
+from prefscan.judging.judge import Verdict
+from prefscan.judging.mtbench import build_turns, pair_row, scores
+from prefscan.judging.openai import Replies
 
 KEY = "sk-never-written-anywhere"
 

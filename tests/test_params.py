@@ -8,9 +8,9 @@ import pytest
 import yaml
 from transformers.training_args import OptimizerNames
 
-from prefscan.errors import UserError
-from prefscan.losses import LOSSES
-from prefscan.params import Accelerate, Cell, Optimizer, Params, load
+from prefscan.common.config import Accelerate, Cell, Optimizer, Params, load
+from prefscan.common.errors import UserError
+from prefscan.training.losses import LOSSES
 
 REPOSITORY = Path(__file__).parents[1]
 CONF = REPOSITORY / "conf"

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from git_data import git
-from prefscan.errors import UserError
-from prefscan.pipeline import forget, lost_stages, push_current, stale_stages, take_over
+from prefscan.common.errors import UserError
+from prefscan.repo.pipeline import forget, lost_stages, push_current, stale_stages, take_over
 
 
 @pytest.fixture

@@ -21,11 +21,13 @@ from mtbench_data import (
     write_params,
     write_questions,
 )
-from prefscan import judge_check, mtbench, plan
-from prefscan.errors import UserError
-from prefscan.params import load
-from prefscan.pipeline import CELL_STAGES
-from prefscan.records import select_questions
+from prefscan.common.config import load
+from prefscan.common.errors import UserError
+from prefscan.judging import check as judge_check
+from prefscan.judging import mtbench
+from prefscan.judging.fastchat import select_questions
+from prefscan.launch import plan
+from prefscan.repo.pipeline import CELL_STAGES
 
 EVERY = make_questions(2)  # the judge check swaps answers within a category
 QUESTIONS = select_questions(EVERY, 8)  # those that are answered

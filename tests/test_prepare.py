@@ -11,11 +11,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from hostile import changed
-from prefscan.errors import UserError
-from prefscan.files import read_json, read_jsonl
-from prefscan.models import load_tokenizer
-from prefscan.params import Data, PackagePairs
-from prefscan.prepare import Pair, is_held_out, main, parse_pair, prepare, tokenize
+from prefscan.common.config import Data, PackagePairs
+from prefscan.common.errors import UserError
+from prefscan.common.io import read_json, read_jsonl
+from prefscan.data.pairs import Pair, is_held_out, parse_pair, prepare, tokenize
+from prefscan.models.loading import load_tokenizer
+from prefscan.stages.prepare import main
 from tiny import CHAT_TEMPLATE, sharegpt_rows, write_rows
 
 REPOSITORY = Path(__file__).parents[1]

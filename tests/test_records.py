@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hostile import changed
 from mtbench_data import CATEGORIES, TEMPLATES, make_answers, make_questions
-from prefscan.errors import UserError
-from prefscan.records import (
+from prefscan.common.errors import UserError
+from prefscan.judging.fastchat import (
     Answer,
     Judgement,
     JudgePrompt,

@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from prefscan import paths, reference
-from prefscan.engines import load_engine
-from prefscan.errors import UserError
-from prefscan.models import load_model
-from prefscan.reference import micro_batches, reference_rows, with_reference
+from prefscan.common import paths
+from prefscan.common.errors import UserError
+from prefscan.logprobs import reference
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import micro_batches, reference_rows, with_reference
+from prefscan.models.loading import load_model
 from tiny import plain_logps, write_rows
 
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from git_data import branch, git, make_repository
-from prefscan import cluster
-from prefscan.checkpoints import NO_RESULT
-from prefscan.errors import UserError
-from prefscan.keys import LIBRARIES
-from prefscan.revisions import NEUTRAL, PINS, changed, commit_of, judge_of, leaves, read_revision, settings
+from prefscan.common.errors import UserError
+from prefscan.common.fingerprint import LIBRARIES
+from prefscan.launch import runner as cluster
+from prefscan.review.revisions import NEUTRAL, PINS, changed, commit_of, judge_of, leaves, read_revision, settings
+from prefscan.training.checkpoints import NO_RESULT
 from sweep_data import CATEGORY_OF, CELLS
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from prefscan.errors import UserError
-from prefscan.params import Params, load
+from prefscan.common.config import Params, load
+from prefscan.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from mtbench_data import ROOT, write_params
-from prefscan.errors import UserError
-from prefscan.files import write_json
-from prefscan.models import load_model, manifest
-from prefscan.serving import command, free_port, healthy, running_server, served_name
-from prefscan.serving import main as serving_main
+from prefscan.common.errors import UserError
+from prefscan.common.io import write_json
+from prefscan.generation.server import command, free_port, healthy, running_server, served_name
+from prefscan.generation.server import main as serving_main
+from prefscan.models.loading import load_model, manifest
 from tiny import make_tiny_model, random_adapter
 
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import integrate, stats
 
-from prefscan.stats import (
+from prefscan.reporting.stats import (
     VarianceComponents,
     bootstrap_mean_interval,
     cluster_bootstrap,

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from prefscan.stats import bootstrap_mean_interval, clustered_mean, holm, paired_difference, selected_best
+from prefscan.reporting.stats import bootstrap_mean_interval, clustered_mean, holm, paired_difference, selected_best
 
 # Points. A question's ease is 9 minus a gamma variable, so that scores pile up below 10 with a tail of hard questions;
 # second turns score lower. The standard deviation of a question's mean is 2.0, and 1.7 that of a paired difference.

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from prefscan.judge_check import pair_discrimination
-from prefscan.tables import judge_check, spread
+from prefscan.judging.check import pair_discrimination
+from prefscan.reporting.tables import judge_check, spread
 
 
 def judgements(scores: np.ndarray) -> list[dict[str, float | int]]:

@@ -27,28 +27,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
-from prefscan import paths
-from prefscan import train as train_stage
-from prefscan.engines import load_engine
-from prefscan.engines.lora import FusedLora
-from prefscan.errors import UserError
-from prefscan.losses import LOSSES, PairLogps
-from prefscan.memory import activation_bytes
-from prefscan.models import clean_adapter_config, load_model, load_tokenizer
-from prefscan.params import Accelerate, Cell, Lora, Train
-from prefscan.reference import COLUMNS, reference_rows, with_reference
-from prefscan.train import (
-    PairTrainer,
-    accuracy,
-    beside_text,
-    curve_csv,
-    lora_config,
-    mismatched,
-    refuse_targets,
-    train_cell,
-    training_arguments,
-    with_mismatched,
-)
+from prefscan.common import paths
+from prefscan.common.config import Accelerate, Cell, Lora, Train
+from prefscan.common.errors import UserError
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import COLUMNS, reference_rows, with_reference
+from prefscan.models.loading import clean_adapter_config, load_model, load_tokenizer
+from prefscan.models.memory import activation_bytes
+from prefscan.training import trainer as train_stage
+from prefscan.training.kto import mismatched, with_mismatched
+from prefscan.training.lora import FusedLora, beside_text, lora_config, refuse_targets
+from prefscan.training.losses import LOSSES, PairLogps
+from prefscan.training.trainer import PairTrainer, accuracy, curve_csv, train_cell, training_arguments
 from tiny import plain_logps, sharegpt_rows
 from train_data import write_inputs
 

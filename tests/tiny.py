@@ -50,7 +50,7 @@ def heads_of_64(layers: int, heads: int, key_heads: int, dtype: str) -> Any:
     """A Llama whose heads have 64 numbers, with an adapter: for measuring what its layers keep."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from prefscan.models import DTYPES
+    from prefscan.models.loading import DTYPES
 
     config = LlamaConfig(
         vocab_size=64,

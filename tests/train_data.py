@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from prefscan import paths
-from prefscan import train as train_stage
-from prefscan.checkpoints import Saving
-from prefscan.engines import load_engine
-from prefscan.models import load_model, load_tokenizer
-from prefscan.reference import reference_rows
+from prefscan.common import paths
+from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.reference import reference_rows
+from prefscan.models.loading import load_model, load_tokenizer
+from prefscan.training import trainer as train_stage
+from prefscan.training.checkpoints import Saving
 from tiny import write_rows
 
 

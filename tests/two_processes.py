@@ -17,8 +17,8 @@ import yaml
 from accelerate import Accelerator
 from torch.distributed import is_torchelastic_launched
 
-from prefscan.distributed import launch, world
-from prefscan.params import Accelerate
+from prefscan.common.config import Accelerate
+from prefscan.training.multi_gpu import launch, world
 from tiny import random_adapter, random_pairs
 
 CONFIGURATIONS = Path(__file__).parents[1] / "conf/train/accelerate"
@@ -28,7 +28,7 @@ DDP = yaml.safe_load((CONFIGURATIONS / "ddp.yaml").read_text()) | {"mixed_precis
 
 def run_train(folder: str) -> None:
     """The train stage for the recipe of the folder."""
-    from prefscan import train
+    from prefscan.training import trainer as train
 
     os.chdir(folder)
     sys.argv = ["train", train.load().recipe.key]
@@ -37,7 +37,7 @@ def run_train(folder: str) -> None:
 
 def run_save(folder: str) -> None:
     """The same with a checkpoint after every update."""
-    from prefscan import checkpoints
+    from prefscan.training import checkpoints
 
     checkpoints.FIRST = checkpoints.WAIT = 0
     run_train(folder)
@@ -51,8 +51,8 @@ def run_shard(folder: str) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    from prefscan.models import load_model
-    from prefscan.train import keep_whole_nats
+    from prefscan.models.loading import load_model
+    from prefscan.training.trainer import keep_whole_nats
 
     main = world().is_main_process  # and the processes are connected
     shipped = yaml.safe_load((CONFIGURATIONS / "fsdp.yaml").read_text())["fsdp_config"]
@@ -81,8 +81,8 @@ def logps_and_gradients(policy: Any, engine: str) -> tuple[torch.Tensor, dict[st
     """As PairTrainer computes them."""
     from trl.models.utils import _ForwardRedirection
 
-    from prefscan.engines import load_engine
-    from prefscan.train import PairTrainer
+    from prefscan.logprobs.layouts import load_engine
+    from prefscan.training.trainer import PairTrainer
 
     module = load_engine(engine)
     trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), redirect=_ForwardRedirection(), engine=module)

@@ -7,8 +7,8 @@ import torch
 
 import answers
 from mtbench_data import make_questions
-from prefscan import generation
-from prefscan.models import load_model
+from prefscan.generation import sampling as generation
+from prefscan.models.loading import load_model
 
 
 def test_both_sides_answer_both_turns_and_greedy_ones_are_compared(

@@ -12,7 +12,7 @@ import pytest
 
 import study_cell
 from mtbench_data import make_questions, write_questions
-from prefscan.errors import UserError
+from prefscan.common.errors import UserError
 from tiny import write_rows
 
 

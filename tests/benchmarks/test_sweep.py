@@ -10,9 +10,9 @@ from rich.console import Console
 
 import sweep
 from mtbench_data import ROOT, local_judge, make_questions, write_params, write_questions
-from prefscan.errors import UserError
-from prefscan.files import write_json
-from prefscan.params import load
+from prefscan.common.config import load
+from prefscan.common.errors import UserError
+from prefscan.common.io import write_json
 
 GRID = {"loss": ["ipo", "kto_pair"], "beta": [0.1], "steps": [3]}
 

@@ -12,7 +12,7 @@ import pytest
 
 import train_step
 from mtbench_data import ROOT
-from prefscan.errors import UserError
+from prefscan.common.errors import UserError
 from tiny import random_pairs
 from train_step import ORCA, Step, check_agreement, make_pairs, settings
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from prefscan.engines.lora import FusedLora, LoraProduct
+from prefscan.training.lora import FusedLora, LoraProduct
 
 Policy = Any
 

@@ -10,8 +10,9 @@ from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefscan.engines import load_engine, shared
-from prefscan.errors import UserError
+from prefscan.common.errors import UserError
+from prefscan.logprobs import packed as shared
+from prefscan.logprobs.layouts import load_engine
 from tiny import plain_logps, random_adapter, random_pairs
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from prefscan.engines import load_engine, shared, trl
-from prefscan.models import load_model
+from prefscan.logprobs import packed as shared
+from prefscan.logprobs import padded as trl
+from prefscan.logprobs.layouts import load_engine
+from prefscan.models.loading import load_model
 from tiny import plain_logps, random_adapter, random_pairs
 
 LENGTHS = [(5, 1, 1), (3, 9, 2), (40, 2, 60), (1, 4, 3), (12, 30, 1), (2, 1, 8)]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from mtbench_data import TEMPLATES, local_judge, make_answers, make_questions, make_references
-from prefscan.judges import Prompt, Verdict, beginnings, load_judge
-from prefscan.judges.local import ExpectedScore
-from prefscan.models import load_model, load_tokenizer
-from prefscan.mtbench import build_turns
-from prefscan.params import LocalJudge
+from prefscan.common.config import LocalJudge
+from prefscan.judging import prefix_cache as beginnings
+from prefscan.judging.judge import Prompt, Verdict, load_judge
+from prefscan.judging.local import ExpectedScore
+from prefscan.judging.mtbench import build_turns
+from prefscan.models.loading import load_model, load_tokenizer
 from tiny import make_tiny_model
 
 INSTRUCTIONS, QUESTION = "Rate the answer, please. ", "[Question] What is 2 + 2? [Answer] "

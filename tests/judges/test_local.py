@@ -9,11 +9,11 @@ import torch
 from transformers import DynamicCache
 
 from mtbench_data import local_judge
-from prefscan.errors import UserError
-from prefscan.judges import Prompt, load_judge
-from prefscan.judges.local import ExpectedScore, LikeliestWinner
-from prefscan.models import load_model, load_tokenizer
-from prefscan.params import LocalJudge
+from prefscan.common.config import LocalJudge
+from prefscan.common.errors import UserError
+from prefscan.judging.judge import Prompt, load_judge
+from prefscan.judging.local import ExpectedScore, LikeliestWinner
+from prefscan.models.loading import load_model, load_tokenizer
 
 PROMPT = Prompt("You judge.", "[Question]\nWhat is 2 + 2?\n[Answer]\nFour β.")
 

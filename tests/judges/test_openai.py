@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import prefscan.chat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prefscan.chat
 from chat_server import Reply, chat_server, completion, error
 from mtbench_data import openai_judge
-from prefscan.errors import UserError
-from prefscan.judges import Prompt, load_judge
-from prefscan.judges.openai import REMINDERS, Replies, parse_rating, parse_winner
-from prefscan.judges.spending import Spending
-from prefscan.params import OpenAIJudge
+from prefscan.common.config import OpenAIJudge
+from prefscan.common.errors import UserError
+from prefscan.judging.budget import Spending
+from prefscan.judging.judge import Prompt, load_judge
+from prefscan.judging.openai import REMINDERS, Replies, parse_rating, parse_winner
 
 KEY = "sk-test"
 

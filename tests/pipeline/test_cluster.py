@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pipeline.workspace import ROOT, Workspace
-from prefscan.clones import Chain, Place
+from prefscan.launch.clone import Chain, Place
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_paid_judge_needs_a_shared_folder_and_its_key_on_every_node(
 
 def test_a_node_that_joined_later_and_is_not_fit_runs_no_cell(tmp_path: Path, params: Any) -> None:
     """The nodes that are there at the start are asked before; this is the task that Ray gives to any of them."""
-    from prefscan.cluster import Needs, run_on_node
+    from prefscan.launch.runner import Needs, run_on_node
 
     place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path, remote={}, marker=None)
     needs = Needs({"dvc": "0.1", "no-such-library": "2"}, ["PREFSCAN_TEST_KEY"], tmp_path / "0.token")

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import constants
 
 from pipeline.workspace import Workspace
-from prefscan import params as params_module
-from prefscan.checkpoints import NO_RESULT
-from prefscan.params import Params, Section
+from prefscan.common import config as params_module
+from prefscan.common.config import Params, Section
+from prefscan.training.checkpoints import NO_RESULT
 
 CELL = "kto_pair-0.1-3"
 SERVER = {"answer.server"}  # read with `answer.engine: openai` alone

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workspace import ROOT, Workspace, of_cells, stages_run
-from prefscan.pipeline import CELL_STAGES
+from prefscan.repo.pipeline import CELL_STAGES
 
 
 def test_sweep_runs_to_the_report_and_then_nothing_is_stale(sweep: Workspace) -> None:

@@ -13,9 +13,9 @@ from scipy import stats
 
 from git_data import branch, make_repository
 from pipeline.workspace import Workspace, of_cells, stages_run
-from prefscan.errors import UserError
-from prefscan.review import STALE, difference_section, rows_or
-from prefscan.revisions import VERSIONS_NOTE, read_revision
+from prefscan.common.errors import UserError
+from prefscan.review.pull_request import STALE, difference_section, rows_or
+from prefscan.review.revisions import VERSIONS_NOTE, read_revision
 from sweep_data import CELLS
 
 

@@ -8,7 +8,7 @@ import yaml
 
 import two_nodes
 from pipeline.workspace import Workspace
-from prefscan.files import read_json
+from prefscan.common.io import read_json
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mtbench_data import TEMPLATES, make_questions, make_references
-from prefscan.files import sha256
-from prefscan.pipeline import CELL_STAGES
+from prefscan.common.io import sha256
+from prefscan.repo.pipeline import CELL_STAGES
 from tiny import sharegpt_rows
 
 ROOT = Path(__file__).parents[2]

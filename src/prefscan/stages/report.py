@@ -1,0 +1,34 @@
+"""Collect the sweep's metrics into reports/ (pages, charts, tables) and metrics/summary.json.
+
+    python -m prefscan.report
+
+It reads the cells that the grid names and no others, and removes the metrics of other cells from the workspace (DVC's
+cache keeps them), so that the recorded hash of its inputs belongs to the grid.
+"""
+
+from prefscan.common.config import load
+from prefscan.common.errors import run_stage
+from prefscan.common.io import write_json, write_jsonl, write_text
+from prefscan.common.paths import JUDGEMENTS, REPORTS, SUMMARY
+from prefscan.reporting.findings import counted
+from prefscan.reporting.report import FOLDERS, read_results, remove_other_cells, summarise, write_pages
+from prefscan.reporting.tables import QUESTION_SCORES, question_table
+
+
+def main() -> None:
+    params = load()
+    cells = params.grid.cells
+    keys = ("base", *(cell.key for cell in cells))
+    remove_other_cells(FOLDERS, set(keys))
+    results = read_results(keys)
+    table = write_pages(params, cells, results, REPORTS, title=f"{params.model.name}: {counted(len(cells), 'cell')}")
+    # In git, unlike metrics/mtbench: reviews and comparisons pair by question without DVC's cache.
+    write_text(QUESTION_SCORES, question_table(results.questions, results.judged).to_csv(index=False))
+    # One file for all models, where FastChat's show_result looks for it.
+    combined = [judgement for key in keys for judgement in results.judgements[key]]
+    write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
+    write_json(SUMMARY, summarise(table, params.recipe, results.judged["base"]))
+
+
+if __name__ == "__main__":
+    run_stage(main, takes=())

@@ -1,0 +1,83 @@
+"""Tune a LoRA adapter with one loss, at one β, for a number of steps.
+
+    python -m prefscan.train ipo-0.5-16
+
+The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
+losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage. With
+`train.accelerate`, several processes train the cell: distributed.py.
+"""
+
+import shutil
+import sys
+from typing import Any
+
+from torch.distributed import is_torchelastic_launched
+
+from prefscan.common.config import load
+from prefscan.common.errors import run_stage
+from prefscan.common.io import new_folder, read_jsonl, write_json, write_jsonl, write_text
+from prefscan.common.paths import (
+    ADAPTERS,
+    BASE,
+    CHECKPOINTS,
+    CURVES,
+    HELDOUT_PAIRS,
+    HELDOUT_POLICY,
+    HELDOUT_REFERENCE,
+    TRAIN_COST,
+    TRAIN_METRICS,
+    TRAIN_PAIRS,
+    TRAIN_REFERENCE,
+)
+from prefscan.logprobs.reference import load_base, with_reference
+from prefscan.models.loading import clean_adapter_config, load_tokenizer
+from prefscan.training.checkpoints import checkpoint_folder
+from prefscan.training.multi_gpu import from_main, launch, world
+from prefscan.training.trainer import PairTrainer, curve_csv, train_cell
+
+
+def write_cell(key: str, trainer: PairTrainer, metrics: dict[str, Any], cost: dict[str, float]) -> None:
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes: FSDP gathers it
+    if not world().is_main_process:
+        return
+    with new_folder(ADAPTERS / key) as folder:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=weights)
+        clean_adapter_config(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_jsonl(HELDOUT_POLICY / f"{key}.jsonl", trainer.held_out_rows)
+    write_text(CURVES / f"{key}.csv", curve_csv(trainer.state.log_history))
+    write_json(TRAIN_METRICS / f"{key}.json", metrics)
+    write_json(TRAIN_COST / f"{key}.json", cost)
+    shutil.rmtree(CHECKPOINTS / key)
+    held = metrics["heldout"]
+    print(
+        f"{key}: held-out accuracy {held['accuracy']:.2f}, margin {held['margin']:.2f} nats "
+        f"[{held['margin_low']:.2f}, {held['margin_high']:.2f}], {cost['seconds']:.0f} s"
+    )
+
+
+def main() -> None:
+    params = load()
+    (key,) = sys.argv[1:]
+    cell = params.cell(key)
+    if not is_torchelastic_launched():
+        print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
+        if params.train.accelerate:
+            return launch(params.train.accelerate, "prefscan.train", key)
+    checkpoints = from_main(lambda: checkpoint_folder(cell, params.train, params.seed))
+    trainer, metrics, cost = train_cell(
+        cell,
+        params.train,
+        params.seed,
+        with_reference(read_jsonl(TRAIN_PAIRS), read_jsonl(TRAIN_REFERENCE)),
+        with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE)),
+        load_base(params.train),
+        load_tokenizer(BASE),
+        checkpoints,
+    )
+    write_cell(key, trainer, metrics, cost)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_stage(main, takes=("cell",))
