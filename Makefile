@@ -10,12 +10,12 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 sweep: $(BIN)/.ready  ## run what is stale of the sweep in params.yaml, and make reports/report.html
-	PYTHONPATH=src python -m prefscan.launch --dirty
+	PYTHONPATH=src python -m prefscan launch --dirty
 	@echo "Report: reports/report.html"
 
 BASE ?= main
 review: $(BIN)/.ready  ## print what a pull request shows its reviewer, against BASE=main
-	@PYTHONPATH=src python -m prefscan.review $(BASE)
+	@PYTHONPATH=src python -m prefscan review $(BASE)
 
 test: $(BIN)/.ready  ## run the tests (6 to 16 minutes on 2 cores)
 	python -m pytest

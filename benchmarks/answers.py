@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.common.errors import run_stage
+from prefscan.common.errors import run
 from prefscan.common.io import read_jsonl, write_json
 from prefscan.common.paths import BASE, QUESTIONS
 from prefscan.generation.answers import TEMPERATURES, answer_questions, even_groups, longest_conversation
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("answers", main)

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from configuration import group
 from prefscan.common.config import OpenAIJudge
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.judging.judge import Prompt, load_judge
 
 KEY_VARIABLE = "PREFSCAN_BENCHMARK_KEY"
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("judging", main)

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from prefscan.common.config import load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import write_json
 from prefscan.common.paths import SPLITS
 from prefscan.launch.sweep import FETCHED
@@ -99,7 +99,7 @@ def measure(workers: int, cells: int, seconds: float) -> dict[str, float]:
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
         started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefscan.launch"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "prefscan", "launch"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout
         ends, taken = {}, []
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("launch", main)

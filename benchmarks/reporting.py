@@ -94,7 +94,7 @@ def measure(overrides: list[str], questions: int) -> dict[str, Any]:
         cells = write_sweep(root, overrides, questions)
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "prefscan.report"], cwd=root, env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "prefscan", "report"], cwd=root, env=environment, check=True)
         seconds = time.perf_counter() - begin
         pages = {path.name: path.stat().st_size for path in (root / "reports").glob("*.html")}
         return {"cells": cells, "judgements": 2 * questions, "seconds": round(seconds, 1), "bytes": pages}

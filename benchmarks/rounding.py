@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prefscan.common.errors import run_stage
+from prefscan.common.errors import run
 from prefscan.common.io import read_jsonl, write_json
 from prefscan.common.paths import BASE, TRAIN_PAIRS
 from prefscan.logprobs.reference import micro_batches
@@ -82,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("rounding", main)

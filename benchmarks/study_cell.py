@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 from configuration import composed
 from prefscan.common.config import Cell
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import read_json, write_json, write_text
 from prefscan.common.paths import ANSWER_COST, BASE, QUESTIONS, SPLITS, TRAIN_COST, TRAIN_PAIRS
 from prefscan.models.loading import load_tokenizer
@@ -38,7 +38,7 @@ COST = {"train": TRAIN_COST, "answer": ANSWER_COST}
 
 def parameters(options: argparse.Namespace, rows: str) -> tuple[str, str]:
     """params.yaml of the study with one cell, answering so many conversations at once, and the cell's key."""
-    overrides = ["+experiment=openhermes", "sweep=none", f"steps={options.steps}", "beta=0.1", "train.report_to=none"]
+    overrides = ["+experiment=openhermes", "sweep=none", f"steps={options.steps}", "beta=0.1", "runtime.report_to=none"]
     overrides += ["train.warmup_steps=0", f"answer.max_new_tokens={options.max_new_tokens}"]
     overrides += [f"answer.batch_size={rows}"]
     params = composed(*overrides)
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("study_cell", main)

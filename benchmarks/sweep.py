@@ -18,6 +18,7 @@ random draws of the two sides differ, so answers may end at other lengths: the n
 """
 
 import argparse
+from dataclasses import replace
 import json
 import os
 import shutil
@@ -35,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prefscan.common.config import Cell, LocalJudge, Params, load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
+from prefscan.common.errors import run as run_command
 from prefscan.common.io import read_json, read_jsonl, write_json
 from prefscan.common.paths import ANSWER_METRICS, BASE, QUESTIONS, TRAIN_PAIRS
 
@@ -57,21 +59,20 @@ def train_stock(cell: Cell, params: Params, model: Any, tokenizer: Any) -> Any:
     from datasets import Dataset
 
     from prefscan.training.lora import lora_config
-    from prefscan.training.trainer import TokenisedTrainer, training_arguments
+    from prefscan.training.trainer import CellSettings, TokenisedTrainer, training_arguments
     from train_step import ORCA
 
     pairs = read_jsonl(TRAIN_PAIRS)
-    train = params.train.model_copy(update={"report_to": "none", "engine": "trl"})
-    arguments = training_arguments(
-        train,
-        cell,
-        train.updates(cell.steps, len(pairs)),
-        params.seed,
-        recompute=False,  # on a CPU; the activations fit
-        checkpoints=Path("runs/study"),
+    train = params.train.model_copy(update={"layout": "padded"})
+    settings = replace(
+        CellSettings.of(params, cell.key),
+        train=train,
+        runtime=params.runtime.model_copy(update={"report_to": "none"}),
     )
+    updates = train.updates(cell.steps, len(pairs))
+    arguments = training_arguments(settings, updates, recompute=False, checkpoints=Path("runs/study"))
     arguments.loss_type = [STAND_IN.get(cell.loss, cell.loss)]
-    options = dict(getattr(train.losses, cell.loss))
+    options = dict(settings.options)
     arguments.label_smoothing = options.get("label_smoothing", 0.0)
     arguments.discopop_tau = options.get("tau", arguments.discopop_tau)
     trainer = TokenisedTrainer(
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_command("sweep", main)

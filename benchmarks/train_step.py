@@ -7,7 +7,7 @@ The variants, which take turns so that a slow moment of the machine meets all of
 
 - `stock`: TRL's DPOTrainer as the study ran it: padded rows, and a reference pass (adapter off) at every step;
 - `precomputed`: the same, with the reference's log-probabilities in the batch;
-- `fast`: prefscan's PairTrainer with `train.engine: shared`.
+- `fast`: prefscan's PairTrainer with `train.layout: shared`.
 
 A step is one optimizer update on 4 pairs (SmolLM2) or 16 (Mistral, as in the study), in micro-batches of the size under
 test: collator, forward, loss and backward through the trainer's own `training_step`, then clipping and optimizer.
@@ -49,7 +49,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configuration import group
 from prefscan.common.config import Cell, Train
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import read_jsonl, read_text, write_json
 from prefscan.common.paths import BASE, RUNS, TRAIN_PAIRS
 from prefscan.logprobs import packed as shared
@@ -90,22 +90,24 @@ class Variant:
         self, name: str, train: Train, folder: Path, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
     ) -> None:
         self.name = name
-        self.size = train.batch_size
-        model = load_model(folder, train.dtype, train.quantization, train.double_quantization).requires_grad_(False)
-        recompute = train.activation_checkpointing is True
+        self.size = train.per_device_train_batch_size
+        model = load_model(
+            folder, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant
+        ).requires_grad_(False)
+        recompute = runtime.gradient_checkpointing is True
         arguments = training_arguments(train, CELL, 1, seed=0, recompute=recompute, checkpoints=RUNS / "train_step")
         common = {
             "model": model,
             "args": arguments,
             "train_dataset": Dataset.from_list(pairs),
             "processing_class": tokenizer,
-            "peft_config": lora_config(train if name == "fast" else train.model_copy(update={"engine": "trl"})),
+            "peft_config": lora_config(train if name == "fast" else train.model_copy(update={"layout": "padded"})),
         }
         self.trainer: Any = (
             PairTrainer(
                 cell=CELL,
-                options=getattr(train.losses, CELL.loss),
-                engine=shared,
+                options=getattr(losses, CELL.loss),
+                layout=shared,
                 pad_token_id=tokenizer.pad_token_id,
                 kept_tokens=0,
                 **common,
@@ -126,7 +128,7 @@ class Variant:
         accelerator = self.trainer.accelerator
         self.model, self.trainer.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped = self.model
-        self.trainer.current_gradient_accumulation_steps = train.accumulation
+        self.trainer.current_gradient_accumulation_steps = train.gradient_accumulation_steps
         self.trainer.precompute_ref_logps = name != "stock"
 
     @torch.no_grad()
@@ -208,7 +210,7 @@ def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> 
         update={
             "batch_size": micro_batch,
             "accumulation": pairs // micro_batch,
-            "activation_checkpointing": checkpointing == "all" or (checkpointing == "stock" and variant != "fast"),
+            "gradient_checkpointing": checkpointing == "all" or (checkpointing == "stock" and variant != "fast"),
             "learning_rate": 0.0,
             "report_to": "none",
         }
@@ -282,7 +284,7 @@ def measure_peak(options: argparse.Namespace) -> float:
 
 def make_updates(options: argparse.Namespace, lengths: str, train: Train, vocabulary: int) -> list[list[Pair]]:
     """The pairs of a warm-up update and of one update a repetition."""
-    each = train.batch_size * train.accumulation
+    each = train.per_device_train_batch_size * train.gradient_accumulation_steps
     pairs = make_pairs(read_jsonl(TRAIN_PAIRS), lengths, each * (options.repetitions + 1), vocabulary)
     return list(micro_batches(pairs, each))
 
@@ -369,7 +371,7 @@ def table(run: dict[str, Any], shape: str) -> Table:
 
 def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+    packages = {name: version(name) for name in ("torch", "transformers", "padded", "peft")}
     return {"gpu": gpu, "threads": torch.get_num_threads(), **packages}
 
 
@@ -431,4 +433,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("train_step", main)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run("two_nodes", main)

@@ -431,7 +431,7 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monke
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     for key in ("base", cell):
-        command = [sys.executable, "-m", "prefscan.answer", key]
+        command = [sys.executable, "-m", "prefscan", "answer", key]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 

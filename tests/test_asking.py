@@ -12,13 +12,13 @@ import pytest
 
 from chat_server import Reply, chat_server, completion, error
 from mtbench_data import CATEGORIES, make_questions, openai_judge, write_params, write_questions
-from prefscan.common.chat_client import make_client
 from prefscan.common.config import Server
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
+from prefscan.endpoints.chat_client import make_client
+from prefscan.endpoints.server import free_port, running_server, served_name
 from prefscan.generation import answers as answer
 from prefscan.generation.answers import TEMPERATURES
-from prefscan.generation.server import free_port, running_server, served_name
 from prefscan.generation.server_client import ask_question, request_body, request_seed
 from prefscan.judging import mtbench
 from prefscan.models.loading import load_model, manifest

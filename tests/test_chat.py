@@ -5,7 +5,7 @@ import httpx
 import openai
 import pytest
 
-from prefscan.common.chat_client import retry_after
+from prefscan.endpoints.chat_client import retry_after
 
 
 def status_error(header: str | None) -> openai.APIStatusError:

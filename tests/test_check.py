@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import mtbench_data
+from prefscan.common.config import check_logging
 from prefscan.common.errors import UserError
 from prefscan.stages.check import main
 from prefscan.training import settings as check
 from prefscan.training.losses import LOSSES
-from prefscan.training.settings import check_logging
 
 REPOSITORY = Path(__file__).parents[1]
 KNOWN = f"known are {', '.join(LOSSES)}"
@@ -36,7 +36,7 @@ def write_params(folder: Path, **changes: Any) -> None:
 def test_the_command_ends_with_status_1_and_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_params(tmp_path, **changes)
     done = subprocess.run(
-        [sys.executable, "-m", "prefscan.check"],
+        [sys.executable, "-m", "prefscan", "check"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
         capture_output=True,
@@ -89,7 +89,7 @@ def test_a_log_whose_package_is_not_installed_is_refused(
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     monkeypatch.setattr(check, "find_spec", lambda name: None if name == package else find_spec(name))
     write_params(in_tmp, train={"report_to": package})
-    with pytest.raises(UserError, match=f"train.report_to: {package} is not installed; .*'.\\[{package}\\]'"):
+    with pytest.raises(UserError, match=f"runtime.report_to: {package} is not installed; .*'.\\[{package}\\]'"):
         main()
     assert extras[package] == [package]
     assert not (in_tmp / "data").exists()

@@ -83,12 +83,12 @@ def saved() -> list[Path]:
 # Going on.
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_from_any_update_a_cell_ends_with_the_same_bits(
-    lay_out: Lay, saving: pytest.MonkeyPatch, engine: str, capsys: pytest.CaptureFixture[str]
+    lay_out: Lay, saving: pytest.MonkeyPatch, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With dropout, over three epochs of 6 micro-batches, the last update of each epoch from fewer."""
-    lay_out(engine=engine)
+    lay_out(layout=layout)
     run_train(CELL)
     expected = result()
     for update in range(1, 7):
@@ -125,7 +125,7 @@ def test_kill_9_and_run_again(lay_out: Lay) -> None:
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (paths.ADAPTERS / key).exists()
-    stage = [sys.executable, "-m", "prefscan.train", key]
+    stage = [sys.executable, "-m", "prefscan", "train", key]
     again = subprocess.run(stage, env=environment, check=True, capture_output=True, text=True)
     assert f"{key}: going on from {paths.CHECKPOINTS / key}" in again.stdout
     resumed = result(key)
@@ -174,7 +174,7 @@ run_stage(train.main)
     assert last_checkpoint(checkpoint.parent)[0] == checkpoint
     assert not (paths.ADAPTERS / key).exists()
     again = subprocess.run(
-        [sys.executable, "-m", "prefscan.train", key], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-m", "prefscan", "train", key], env=environment, check=True, capture_output=True, text=True
     )
     assert f"{key}: going on from {checkpoint}\n" in again.stdout
     resumed = result(key)
@@ -279,9 +279,9 @@ def test_a_hyperparameter_is_in_the_key_of_its_own_loss_alone(lay_out: Lay) -> N
     lay_out()
     change("loss", "simpo")
     before = key_now()
-    change("train.losses.cpo.alpha", 0.5)
+    change("losses.cpo.alpha", 0.5)
     assert key_now() == before
-    change("train.losses.simpo.gamma", 0.9)
+    change("losses.simpo.gamma", 0.9)
     assert key_now() != before
 
 
@@ -305,7 +305,7 @@ def test_other_weights_are_another_key(lay_out: Lay) -> None:
     assert key_now() != before
 
 
-@pytest.mark.parametrize("name", ["losses.py", "train.py", "checkpoints.py", "engines/shared.py"])
+@pytest.mark.parametrize("name", ["losses.py", "train.py", "checkpoints.py", "layouts/shared.py"])
 def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, in_tmp: Path, name: str) -> None:
     lay_out()
     before = key_now()
@@ -318,7 +318,7 @@ def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch
     assert key_now() != before
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers", "trl", "peft"])
+@pytest.mark.parametrize("name", ["torch", "transformers", "padded", "peft"])
 def test_another_library_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     lay_out()
     before = key_now()
@@ -333,7 +333,7 @@ def test_another_number_of_threads_is_another_key(lay_out: Lay, monkeypatch: pyt
     assert torch.cuda.is_available() or key_now() != before
 
 
-@pytest.mark.parametrize(("key", "value"), [("report_to", "wandb"), ("activation_checkpointing", True)])
+@pytest.mark.parametrize(("key", "value"), [("report_to", "wandb"), ("gradient_checkpointing", True)])
 def test_what_changes_no_result_is_no_part_of_the_key(lay_out: Lay, key: str, value: Any) -> None:
     lay_out()
     before = key_now()

@@ -25,7 +25,7 @@ from prefscan.launch.clone import (
     progress_after,
     remove_left_clones,
     run_chain,
-    run_leashed,
+    run_supervised,
 )
 from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
 from prefscan.repo.pipeline import cache_and_remote, lost_stages, push_current
@@ -81,7 +81,7 @@ def run(
 def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
     lines = [
         "Running stage 'train@ipo-0.5-24':\n",
-        "> PYTHONPATH=src python -m prefscan.train ipo-0.5-24\n",
+        "> PYTHONPATH=src prefscan train ipo-0.5-24\n",
         "  0%|          | 0/24 [00:00<?, ?it/s]\n",
         "{'loss': '0.6931', 'grad_norm': '1.2', 'learning_rate': '0.0005', 'epoch': '0.04'}\n",
         "  4%|▍         | 1/24 [00:04<01:40,  4.36s/it]\n",
@@ -379,7 +379,7 @@ def test_a_clone_that_a_process_works_in_is_left_alone(repository: Path) -> None
 def test_a_log_that_cannot_be_written_ends_the_command(in_tmp: Path) -> None:
     talks = [sys.executable, "-c", "while True: print('line ' * 1000)"]
     with pytest.raises(OSError, match="No space left"):
-        run_leashed(talks, in_tmp, dict(os.environ), Path("/dev/full"), lambda _: None)
+        run_supervised(talks, in_tmp, dict(os.environ), Path("/dev/full"), lambda _: None)
 
 
 def test_what_another_process_has_locked_is_waited_for(repository: Path) -> None:

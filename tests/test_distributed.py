@@ -37,7 +37,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
-CELLS = [(loss, engine) for loss in ("sigmoid", "kto_pair") for engine in ("shared", "trl")] + [("kto", "shared")]
+CELLS = [(loss, layout) for loss in ("sigmoid", "kto_pair") for layout in ("packed", "padded")] + [("kto", "packed")]
 LONG = "ipo-0.3-20"
 
 # The same data.
@@ -65,11 +65,11 @@ def test_an_update_gets_the_micro_batches_that_one_process_gives_it(
 # The same result.
 
 
-def lay_out(folder: Path, loss: str, steps: int, engine: str, base: Path, pairs: list[Any], params: Any) -> Path:
+def lay_out(folder: Path, loss: str, steps: int, layout: str, base: Path, pairs: list[Any], params: Any) -> Path:
     """A cell for two processes: 7 micro-batches an epoch, the last of one pair, in updates of 4 and 3."""
     changes = {
         "accelerate": Accelerate(**DDP),
-        "engine": engine,
+        "layout": layout,
         "lora": Lora(r=4, alpha=8, dropout=0.0, targets=["q_proj", "v_proj", "down_proj"]),
         "learning_rate": 1e-3,
         "batch_size": 2,
@@ -104,9 +104,9 @@ def finish(process: subprocess.Popen[str], folder: Path) -> str:
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: list[Any], params: Any) -> Path:
     """A folder LOSS-ENGINE for each of the cells that two processes have trained, LONG, and a model for `shard`."""
     root = tmp_path_factory.mktemp("together")
-    for loss, engine in CELLS:
-        lay_out(root / f"{loss}-{engine}", loss, 7, engine, tiny_model, pairs, params)
-    lay_out(root / LONG, "ipo", 20, "shared", tiny_model, pairs, params)
+    for loss, layout in CELLS:
+        lay_out(root / f"{loss}-{layout}", loss, 7, layout, tiny_model, pairs, params)
+    lay_out(root / LONG, "ipo", 20, "packed", tiny_model, pairs, params)
     work = [f"train={folder}" for folder in root.iterdir()]
     shutil.copytree(tiny_model, root / "model")
     finish(start("two_processes", *work, f"shard={root / 'model'}", folder=root), root)
@@ -129,10 +129,10 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.parametrize(("loss", "engine"), CELLS)
+@pytest.mark.parametrize(("loss", "layout"), CELLS)
 def test_two_processes_train_what_one_trains(
     loss: str,
-    engine: str,
+    layout: str,
     together: Path,
     tmp_path: Path,
     tiny_model: Path,
@@ -140,8 +140,8 @@ def test_two_processes_train_what_one_trains(
     params: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    two = together / f"{loss}-{engine}"
-    one = lay_out(tmp_path / "one", loss, 7, engine, tiny_model, pairs, params)
+    two = together / f"{loss}-{layout}"
+    one = lay_out(tmp_path / "one", loss, 7, layout, tiny_model, pairs, params)
     monkeypatch.setattr(sys, "argv", ["train", f"{loss}-0.3-7"])
     monkeypatch.setattr(train_stage, "is_torchelastic_launched", lambda: True)  # or it would launch two
     with chdir(one):
@@ -162,23 +162,23 @@ def test_two_processes_train_what_one_trains(
     assert json.loads(cost.read_text())["processes"] == 2
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_an_engine_sees_whole_weights_where_fsdp_shards_them(engine: str, together: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_an_engine_sees_whole_weights_where_fsdp_shards_them(layout: str, together: Path, tiny_model: Path) -> None:
     """As accelerate shards the model, head and all; its `prepare` would, but on GPUs alone."""
     model = load_model(tiny_model, "fp32")
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight  # a unit of its own
-    logps, gradients = torch.load(together / "model" / f"{engine}-no.pt")
-    expected, expected_gradients = logps_and_gradients(random_adapter(model), engine)
+    logps, gradients = torch.load(together / "model" / f"{layout}-no.pt")
+    expected, expected_gradients = logps_and_gradients(random_adapter(model), layout)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-4)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert (gradient - expected_gradients[name]).norm() < 1e-5 * expected_gradients[name].norm(), name
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_fsdp_computes_in_bf16_and_rounds_no_sum_to_it(engine: str, together: Path, tiny_model: Path) -> None:
-    logps, gradients = torch.load(together / "model" / f"{engine}-bf16.pt")
-    expected, expected_gradients = logps_and_gradients(random_adapter(load_model(tiny_model, "fp32")), engine)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_fsdp_computes_in_bf16_and_rounds_no_sum_to_it(layout: str, together: Path, tiny_model: Path) -> None:
+    logps, gradients = torch.load(together / "model" / f"{layout}-bf16.pt")
+    expected, expected_gradients = logps_and_gradients(random_adapter(load_model(tiny_model, "fp32")), layout)
     assert logps.dtype == torch.float32
     assert (logps != logps.bfloat16()).any()
     torch.testing.assert_close(logps, expected, rtol=2e-2, atol=0)
@@ -207,7 +207,7 @@ def saved_after(checkpoint: Path) -> bool:
 def test_terminated_then_killed_two_processes_end_with_the_same_bits(
     together: Path, tmp_path: Path, tiny_model: Path, pairs: list[Any], params: Any
 ) -> None:
-    folder = lay_out(tmp_path / "cell", "ipo", 20, "shared", tiny_model, pairs, params)
+    folder = lay_out(tmp_path / "cell", "ipo", 20, "packed", tiny_model, pairs, params)
     stage = ("prefscan.train", LONG)
 
     terminated = start(*stage, folder=folder)

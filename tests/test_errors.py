@@ -77,7 +77,7 @@ def test_a_command_takes_what_it_names_and_nothing_else(
         run_stage(raise_(AssertionError("it ran")), takes)
     assert caught.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("usage: python -m prefscan.train [-h]")
+    assert printed.startswith("usage: prefscan train [-h]")
     assert said in printed
 
 
@@ -89,7 +89,7 @@ def test_a_command_reads_its_arguments_as_they_were_given(monkeypatch: pytest.Mo
 
 
 def test_help_is_the_modules_own_text_and_runs_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "prefscan.check", "--help"]
+    command = [sys.executable, "-m", "prefscan", "check", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Refuse wrong parameters before anything is computed." in done.stdout
@@ -137,7 +137,7 @@ def test_a_full_disk_ends_the_stage_with_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("stage", "way_out"),
     [
-        ("train", r"set train\.activation_checkpointing: true, .* or lower train\.batch_size and raise train\.accumul"),
+        ("train", r"set train\.gradient_checkpointing: true, .* or lower train\.batch_size and raise train\.accumul"),
         (
             "reference",
             r"lower train\.batch_size and raise train\.accumulation as much, by which every cell trains a",

@@ -29,13 +29,13 @@ from prefscan.common.io import read_jsonl
 from prefscan.generation.sampling import SeededSampling, generate, prompt_ids
 from prefscan.judging.judge import Prompt, load_judge
 from prefscan.logprobs import packed as shared
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
+from prefscan.merging.merge import merge_cell
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.models.memory import activation_bytes, longest_batch
 from prefscan.training import checkpoints
 from prefscan.training import trainer as train_stage
-from prefscan.training.merging import merge_cell
 from prefscan.training.trainer import PairTrainer, train_cell
 from tiny import heads_of_64, random_adapter, random_pairs
 from train_data import Killed, run_train, with_recipe, write_inputs
@@ -46,7 +46,7 @@ pytestmark = [
 ]
 SRC = Path(__file__).parents[1] / "src"
 CPU = torch.device("cpu")
-ENGINES = ["shared", "trl"]
+ENGINES = ["packed", "padded"]
 # Pairs shorter than a block of FlexAttention's 128 tokens, longer ones, and boundaries at its edges.
 LENGTHS = [(140, 60, 200), (3, 5, 2), (300, 1, 129), (64, 64, 128), (17, 230, 41), (128, 128, 1)]
 TRAINING = 16
@@ -56,7 +56,7 @@ TRAINING = 16
 def study() -> Train:
     """The study's training, in updates that move a tiny model."""
     train = Train.model_validate(group("train", "study"))
-    changes = {"learning_rate": 1e-3, "warmup_steps": 2, "accumulation": 2, "activation_checkpointing": True}
+    changes = {"learning_rate": 1e-3, "warmup_steps": 2, "accumulation": 2, "gradient_checkpointing": True}
     return train.model_copy(update=changes | {"report_to": "none"})
 
 
@@ -155,18 +155,18 @@ def test_micro_batches_of_any_lengths_share_their_kernels(wide_model: Path) -> N
     assert graphs[-1] <= 6
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", ENGINES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as_much(engine: str, dtype: str) -> None:
+def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as_much(layout: str, dtype: str) -> None:
     pairs = random_pairs([(160, 140, 140)] * 3)
     measured = []
     for layers in (1, 3):
         model = heads_of_64(layers, heads=16, key_heads=4, dtype=dtype).to("cuda")
-        batch = load_engine(engine).collate(pairs, 0)
+        batch = load_layout(layout).collate(pairs, 0)
         for _ in range(2):  # compiled at first
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
-            logps = load_engine(engine).pair_logps(model, batch)
+            logps = load_layout(layout).pair_logps(model, batch)
             kept = torch.cuda.memory_allocated() - before
             sum(logps).sum().backward()
             model.zero_grad()
@@ -174,8 +174,8 @@ def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as
         measured.append(kept)
     two_layers = measured[1] - measured[0]
     model.config.num_hidden_layers = 2
-    estimate = activation_bytes(model.config, longest_batch(pairs, 3, engine), dtype)
-    print("kept", engine, dtype, estimate / two_layers)
+    estimate = activation_bytes(model.config, longest_batch(pairs, 3, layout), dtype)
+    print("kept", layout, dtype, estimate / two_layers)
     assert 0.9 * two_layers <= estimate <= 2 * two_layers
 
 
@@ -191,10 +191,12 @@ def fit(in_tmp: Path, wide_model: Path, study: Train, pairs: list[Any]) -> Fit:
 
     def run(loss: str = "sigmoid", steps: int = 10, **changes: Any) -> tuple[PairTrainer, dict[str, Any]]:
         train = study.model_copy(update=changes)
-        loading = wide_model, train.dtype, train.quantization, train.double_quantization
+        loading = wide_model, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant
         model = load_model(*loading).requires_grad_(False)
         tokenizer = load_tokenizer(wide_model)
-        rows = reference_rows(model, load_engine(train.engine), pairs, train.batch_size, tokenizer.pad_token_id)
+        rows = reference_rows(
+            model, load_layout(train.layout), pairs, train.per_device_train_batch_size, tokenizer.pad_token_id
+        )
         reference = list(rows)
         sides = (with_reference(side, reference) for side in (pairs[:TRAINING], pairs[TRAINING:]))
         model.set_attn_implementation("sdpa")
@@ -215,9 +217,9 @@ FULL_PRECISION = {"dtype": "fp32", "quantization": "none", "optimizer": "adamw_t
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto", "simpo", "aot"])
 def test_both_engines_end_with_one_adapter_in_fp32(fit: Fit, loss: str) -> None:
     """Not kto_pair: its gradient jumps at a KL of 0, where training begins, so rounding decides the first update."""
-    (fast, metrics), (stock, expected) = (fit(loss, engine=engine, **FULL_PRECISION) for engine in ENGINES)
+    (fast, metrics), (stock, expected) = (fit(loss, layout=layout, **FULL_PRECISION) for layout in ENGINES)
     difference = relative(adapter(fast), adapter(stock))
-    print("engines", loss, difference)
+    print("layouts", loss, difference)
     assert difference < 1e-4
     assert metrics["heldout"] == pytest.approx(expected["heldout"], rel=1e-3, abs=1e-4)
     assert metrics["heldout"]["margin"] > 0.1
@@ -225,8 +227,8 @@ def test_both_engines_end_with_one_adapter_in_fp32(fit: Fit, loss: str) -> None:
 
 @pytest.mark.parametrize(("quantization", "double"), [("fp4", False), ("nf4", True)])
 def test_both_engines_train_a_4_bit_base_alike(fit: Fit, quantization: str, double: bool) -> None:
-    options = {"quantization": quantization, "double_quantization": double}
-    (fast, metrics), (stock, expected) = (fit(engine=engine, **options) for engine in ENGINES)
+    options = {"quantization": quantization, "bnb_4bit_use_double_quant": double}
+    (fast, metrics), (stock, expected) = (fit(layout=layout, **options) for layout in ENGINES)
     layers = [module for module in fast.model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14  # seven of each of the two layers; the head is not quantised
     for layer in layers:
@@ -245,13 +247,13 @@ def test_both_engines_train_a_4_bit_base_alike(fit: Fit, quantization: str, doub
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_base_in_half_precision_trains_about_as_in_fp32(fit: Fit, engine: str, dtype: str) -> None:
+@pytest.mark.parametrize("layout", ENGINES)
+def test_a_base_in_half_precision_trains_about_as_in_fp32(fit: Fit, layout: str, dtype: str) -> None:
     (half, metrics), (_, expected) = (
-        fit(engine=engine, **FULL_PRECISION | {"dtype": each}) for each in (dtype, "fp32")
+        fit(layout=layout, **FULL_PRECISION | {"dtype": each}) for each in (dtype, "fp32")
     )
     assert {p.dtype for p in adapter(half).values()} == {torch.float32}
-    print("half", engine, dtype, metrics["heldout"]["margin"], expected["heldout"]["margin"])
+    print("half", layout, dtype, metrics["heldout"]["margin"], expected["heldout"]["margin"])
     assert metrics["heldout"]["margin"] == pytest.approx(expected["heldout"]["margin"], rel=0.02)
 
 
@@ -260,14 +262,14 @@ def test_checkpointing_of_activations_changes_no_result(
     fit: Fit, pairs: list[Any], wide_model: Path, monkeypatch: pytest.MonkeyPatch, some: bool
 ) -> None:
     """Of all micro-batches, and of those longer than the mean."""
-    without, _ = fit(engine="shared", activation_checkpointing=False, **FULL_PRECISION)
+    without, _ = fit(layout="packed", gradient_checkpointing=False, **FULL_PRECISION)
     mean = 4 * sum(len(pair[key]) for pair in pairs for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     fits = 2 * activation_bytes(load_model(wide_model, "fp32").config, mean // len(pairs), "fp32")
     monkeypatch.setattr(train_stage, "free_bytes", lambda: fits)
     choices = []
     recompute = PairTrainer.recompute
     monkeypatch.setattr(PairTrainer, "recompute", lambda self, it: (choices.append(it), recompute(self, it))[1])
-    with_it, _ = fit(engine="shared", activation_checkpointing="auto" if some else True, **FULL_PRECISION)
+    with_it, _ = fit(layout="packed", gradient_checkpointing="auto" if some else True, **FULL_PRECISION)
     assert set(choices) == ({True, False} if some else {True})
     difference = relative(adapter(with_it), adapter(without))
     print("checkpointing", difference)
@@ -308,11 +310,11 @@ def lay_out(in_tmp: Path, wide_model: Path, pairs: list[Any], params: Any, study
 
 
 def test_a_gpu_trains_the_adapter_that_a_cpu_trains(lay_out: Callable[..., None]) -> None:
-    lay_out(engine="shared", **FULL_PRECISION)
+    lay_out(layout="packed", **FULL_PRECISION)
     ends, margins = [], []
     for devices in ({}, {"CUDA_VISIBLE_DEVICES": ""}):
         environment = os.environ | {"PYTHONPATH": str(SRC)} | devices
-        subprocess.run([sys.executable, "-m", "prefscan.train", CELL], env=environment, check=True, timeout=300)
+        subprocess.run([sys.executable, "-m", "prefscan", "train", CELL], env=environment, check=True, timeout=300)
         ends.append(load_file(paths.ADAPTERS / CELL / "adapter_model.safetensors"))
         margins.append(json.loads((paths.TRAIN_METRICS / f"{CELL}.json").read_text())["heldout"]["margin"])
     difference = relative(*ends)
@@ -321,18 +323,18 @@ def test_a_gpu_trains_the_adapter_that_a_cpu_trains(lay_out: Callable[..., None]
     assert margins[0] == pytest.approx(margins[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", ENGINES)
 @pytest.mark.parametrize("recipe", ["study", "fp32"])
 def test_a_killed_cell_goes_on_with_its_optimizer(
     lay_out: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    engine: str,
+    layout: str,
     recipe: str,
 ) -> None:
     monkeypatch.setattr(checkpoints, "FIRST", 0)
     monkeypatch.setattr(checkpoints, "WAIT", 0)
-    lay_out(engine=engine, **(FULL_PRECISION if recipe == "fp32" else {}))
+    lay_out(layout=layout, **(FULL_PRECISION if recipe == "fp32" else {}))
     ends = []
     for interrupted in (False, False, True):
         if interrupted:
@@ -344,7 +346,7 @@ def test_a_killed_cell_goes_on_with_its_optimizer(
             assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 10))
     assert "going on from" in capsys.readouterr().out
     again, resumed = relative(ends[1], ends[0]), relative(ends[2], ends[0])
-    print("resumed", engine, recipe, again, resumed)
+    print("resumed", layout, recipe, again, resumed)
     assert resumed <= 1e-6 + 2 * again
 
 

@@ -43,7 +43,7 @@ class Launched:
         self.output = folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "prefscan.launch", *arguments],
+                [sys.executable, "-m", "prefscan", "launch", *arguments],
                 cwd=folder,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -263,7 +263,7 @@ def damage(folder: Path, out: str) -> Path:
     ("override", "said"),
     [
         ("loss=dpo", "loss=dpo: grid.loss: 'dpo' is no known loss"),
-        ("train.report_to=wandb", "params.yaml: train.report_to: wandb is not installed"),
+        ("runtime.report_to=wandb", "params.yaml: runtime.report_to: wandb is not installed"),
     ],
 )
 def test_parameters_that_a_stage_would_refuse_replace_nothing(

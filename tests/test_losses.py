@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefscan.common.config import Cell, DiscoPOP, Lora, Losses
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.training.lora import lora_config
@@ -521,7 +521,7 @@ def stock_trainer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def make(trainer: Any, config: Any, rows: list[Any] = MESSAGES, **arguments: Any) -> Any:
         return trainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
-            args=config(output_dir=str(tmp_path_factory.mktemp("trl")), **STOCK | arguments),
+            args=config(output_dir=str(tmp_path_factory.mktemp("padded")), **STOCK | arguments),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
             peft_config=LoraConfig(
@@ -579,7 +579,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
     stock_trainer: Callable[..., Any], tiny_model: Path, params: Any, tmp_path: Path, loss: str
 ) -> None:
-    """Both engines on the adapter and pairs of the stock trainer: options, token counts and layout are in it."""
+    """Both layouts on the adapter and pairs of the stock trainer: options, token counts and layout are in it."""
     from datasets import Dataset
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from trl import DPOConfig, DPOTrainer
@@ -600,14 +600,14 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
     pad: Any = tokenizer.pad_token_id
     lora = Lora(r=8, alpha=32, dropout=0.0, targets=["q_proj", "v_proj"])
     changes = {"lora": lora, "dtype": "fp32", "quantization": "none", "report_to": "none"}
-    for name in ("shared", "trl"):
-        engine, model = load_engine(name), load_model(tiny_model, "fp32").requires_grad_(False)
-        train = params.train.model_copy(update=changes | {"engine": name, "batch_size": len(pairs)})
-        rows = with_reference(pairs, list(reference_rows(model, engine, pairs, len(pairs), pad)))
+    for name in ("packed", "padded"):
+        layout, model = load_layout(name), load_model(tiny_model, "fp32").requires_grad_(False)
+        train = params.train.model_copy(update=changes | {"layout": name, "batch_size": len(pairs)})
+        rows = with_reference(pairs, list(reference_rows(model, layout, pairs, len(pairs), pad)))
         ours = PairTrainer(
             cell=cell,
             options=getattr(OPTIONS, loss),
-            engine=engine,
+            layout=layout,
             pad_token_id=pad,
             kept_tokens=10**6,
             model=model,
@@ -716,13 +716,13 @@ def test_equals_stock_kto_trainer(stock_trainer: Callable[..., Any]) -> None:
 
 def test_the_document_is_current_and_its_table_whole() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "prefscan.losses"],
+        [sys.executable, "-m", "prefscan", "losses"],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         check=True,
     )
     written = (REPOSITORY / "docs/losses.md").read_bytes()
-    assert written == done.stdout, "run `python -m prefscan.losses > docs/losses.md`"
+    assert written == done.stdout, "run `prefscan losses > docs/losses.md`"
     table = [line for line in written.decode().splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| `{name}`" for name in LOSSES]
     assert {line.count("|") for line in table} == {8}

@@ -18,11 +18,11 @@ from prefscan.common import paths
 from prefscan.common.config import Merge, Train, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import sha256
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
+from prefscan.merging import merge as merge_stage
+from prefscan.merging.merge import merge_cell
 from prefscan.models.loading import DTYPES, load_cell, load_model, set_evaluation
-from prefscan.training import merging as merge_stage
-from prefscan.training.merging import merge_cell
 from tiny import plain_logps, random_adapter, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -39,19 +39,19 @@ def section(dtype: str = "fp32", format: str = "model") -> Merge:
 
 
 def training(**update: Any) -> Train:
-    return load(ROOT / "params.yaml").train.model_copy(update={"engine": "shared", "quantization": "none"} | update)
+    return load(ROOT / "params.yaml").train.model_copy(update={"layout": "packed", "quantization": "none"} | update)
 
 
 def referenced(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
     """The pairs as the reference stage leaves them, computed one by one as the merge does."""
-    model = load_model(paths.BASE, train.dtype, train.quantization).requires_grad_(False)
-    return with_reference(pairs, list(reference_rows(model, load_engine(train.engine), pairs, 1, pad_token_id=2)))
+    model = load_model(paths.BASE, train.dtype, train.bnb_4bit_quant_type).requires_grad_(False)
+    return with_reference(pairs, list(reference_rows(model, load_layout(train.layout), pairs, 1, pad_token_id=2)))
 
 
 def trained(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
     """A row a pair as the train stage leaves it, of the adapter that is there on the base in fp32."""
     model = PeftModel.from_pretrained(load_model(paths.BASE, "fp32"), ADAPTER)
-    rows = reference_rows(model, load_engine(train.engine), pairs, 1, pad_token_id=2)
+    rows = reference_rows(model, load_layout(train.layout), pairs, 1, pad_token_id=2)
     names = {"id": "id", "ref_chosen_logps": "policy_chosen_logps", "ref_rejected_logps": "policy_rejected_logps"}
     return [{name: row[key] for key, name in names.items()} for row in rows]
 
@@ -109,9 +109,9 @@ def mean_margin(policy: Any, base: Any, pairs: list[Any]) -> float:
     return sum(margins) / len(margins)
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any], engine: str) -> None:
-    merged, metrics = merged_cell(pairs[:8], section(), training(engine=engine))
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_fp32_keeps_the_margin_and_changes_the_tuned_weights_alone(policy: Any, pairs: list[Any], layout: str) -> None:
+    merged, metrics = merged_cell(pairs[:8], section(), training(layout=layout))
     expected = mean_margin(policy, load_model(paths.BASE, "fp32"), pairs[:8])
     assert abs(expected) > 0.1
     assert metrics["margin_adapter"] == pytest.approx(expected, abs=1e-4)
@@ -166,7 +166,7 @@ def test_weights_are_merged_and_counted_as_with_a_second_base(
     base.save_pretrained(paths.BASE)
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     get_peft_model(load_model(paths.BASE, "fp32"), config).save_pretrained(ADAPTER)
-    merged, metrics = merged_cell(pairs[:2], section(dtype), training(engine="trl"))
+    merged, metrics = merged_cell(pairs[:2], section(dtype), training(layout="padded"))
     assert merged.config.tie_word_embeddings == tied
     expected: Any = PeftModel.from_pretrained(load_model(paths.BASE, "fp32"), ADAPTER).merge_and_unload()
     after, before = (
@@ -294,11 +294,11 @@ def test_the_margin_is_measured_of_the_model_that_answers(
     )
     if format == "adapter":
         cell = PeftModel.from_pretrained(cell, ADAPTER).eval()
-    engine = load_engine("shared")
+    layout = load_layout("packed")
     changes = []
     for pair in pairs[:12]:
         with torch.no_grad():
-            of_cell, of_base = (torch.stack(engine.pair_logps(m, engine.collate([pair], 0))) for m in (cell, base))
+            of_cell, of_base = (torch.stack(layout.pair_logps(m, layout.collate([pair], 0))) for m in (cell, base))
         chosen, rejected = (of_cell - of_base).double()
         changes.append((chosen - rejected).item())
     low, high = scipy.stats.t.interval(0.95, 11, fmean(changes), scipy.stats.sem(changes))

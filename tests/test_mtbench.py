@@ -276,7 +276,7 @@ def test_a_killed_stage_asks_for_no_kept_reply_again(in_tmp: Path, monkeypatch: 
         prepare(in_tmp, openai_judge(server.url, concurrency=1), monkeypatch)
         source = str(Path(mtbench.__file__).parents[1])
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefscan.mtbench", "base"], env=os.environ | {"PYTHONPATH": source}
+            [sys.executable, "-m", "prefscan", "mtbench", "base"], env=os.environ | {"PYTHONPATH": source}
         )
         try:
             assert held.wait(60)

@@ -132,8 +132,8 @@ def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
         "max_grad_norm": 1.0,
         "dtype": "bf16",
         "quantization": "fp4",
-        "double_quantization": False,
-        "activation_checkpointing": "auto",
+        "bnb_4bit_use_double_quant": False,
+        "gradient_checkpointing": "auto",
         "losses": {
             **{loss: {} for loss in LOSSES},
             "exo_pair": {"label_smoothing": 1e-3},
@@ -185,7 +185,7 @@ def test_settings_of_deepspeed_stand_in_the_parameters() -> None:
 def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
     with pytest.raises(UserError, match="FSDP shards no base of quantization fp4; set quantization: none, or accele"):
         compose("train=study", "train/accelerate=fsdp")
-    unquantised = compose("train=study", "train/accelerate=fsdp", "train.quantization=none")
+    unquantised = compose("train=study", "train/accelerate=fsdp", "train.bnb_4bit_quant_type=none")
     assert unquantised.train.accelerate.distributed_type == "FSDP"
 
 
@@ -197,7 +197,7 @@ def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
             "dtype fp16 cannot train the adapter of a base of quantization fp4, which is bf16; choose",
         ),
         (
-            "train.optimizer=adafactor",
+            "train.optim=adafactor",
             "optimizer adafactor on a base of quantization fp4 does not go on from a checkpo",
         ),
     ],
@@ -207,7 +207,7 @@ def test_what_cannot_train_an_adapter_in_bf16_is_refused_on_a_4_bit_base(
 ) -> None:
     with pytest.raises(UserError, match=message):
         compose("train=study", override)
-    compose("train=study", override, "train.quantization=none")
+    compose("train=study", override, "train.bnb_4bit_quant_type=none")
 
 
 def test_a_sweep_takes_every_loss_at_the_recipes_beta_and_steps(compose: Any) -> None:
@@ -244,7 +244,7 @@ def test_every_optimizer_is_one_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("train.optimizer=adamw", r"train\.optimizer: .*'adamw_torch'"),
+        ("train.optim=adamw", r"train\.optimizer: .*'adamw_torch'"),
         ("seed=4294967296", r"seed: .*4294967296"),
     ],
 )
@@ -352,69 +352,69 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         ("colour", "red", "colour: unknown key (value 'red'); remove it or correct its spelling"),
         ("train.learning_rates", 1, "train.learning_rates: unknown key (value 1); remove it or correct its spelling"),
         (
-            "train.losses.robust.label_smoothing",
+            "losses.robust.label_smoothing",
             0.5,
-            "train.losses.robust.label_smoothing: 0.5 is refused: input should be less than 0.5",
+            "losses.robust.label_smoothing: 0.5 is refused: input should be less than 0.5",
         ),
         (
-            "train.losses.exo_pair.label_smoothing",
+            "losses.exo_pair.label_smoothing",
             0,
-            "train.losses.exo_pair.label_smoothing: 0 is refused: input should be greater than 0",
+            "losses.exo_pair.label_smoothing: 0 is refused: input should be greater than 0",
         ),
         (
-            "train.losses.discopop.tau",
+            "losses.discopop.tau",
             0,
-            "train.losses.discopop.tau: 0 is refused: input should be greater than 0",
+            "losses.discopop.tau: 0 is refused: input should be greater than 0",
         ),
         (
-            "train.losses.kto.undesirable_weight",
+            "losses.kto.undesirable_weight",
             0,
-            "train.losses.kto.undesirable_weight: 0 is refused: input should be greater than 0",
+            "losses.kto.undesirable_weight: 0 is refused: input should be greater than 0",
         ),
         (
-            "train.losses.simpo.gamma",
+            "losses.simpo.gamma",
             -1,
-            "train.losses.simpo.gamma: -1 is refused: input should be greater than or equal to 0",
+            "losses.simpo.gamma: -1 is refused: input should be greater than or equal to 0",
         ),
         (
-            "train.losses.sigmoid.gamma",
+            "losses.sigmoid.gamma",
             0.5,
-            "train.losses.sigmoid.gamma: unknown key (value 0.5); remove it or correct its spelling",
+            "losses.sigmoid.gamma: unknown key (value 0.5); remove it or correct its spelling",
         ),
         (
-            "train.losses.discopop",
+            "losses.discopop",
             REMOVE,
-            "train.losses.discopop: missing; conf/ shows its meaning, `dvc exp run` composes it",
+            "losses.discopop: missing; conf/ shows its meaning, `dvc exp run` composes it",
         ),
         (
-            "train.losses.discopop.tau",
+            "losses.discopop.tau",
             1.1,
-            "train.losses.discopop.tau: 1.1 is refused: input should be less than or equal to 1",
+            "losses.discopop.tau: 1.1 is refused: input should be less than or equal to 1",
         ),
         (
-            "train.losses.robust.label_smoothing",
+            "losses.robust.label_smoothing",
             -0.1,
-            "train.losses.robust.label_smoothing: -0.1 is refused: input should be greater than or equal to 0",
+            "losses.robust.label_smoothing: -0.1 is refused: input should be greater than or equal to 0",
         ),
         (
-            "train.losses.exo_pair.label_smoothing",
+            "losses.exo_pair.label_smoothing",
             0.5,
-            "train.losses.exo_pair.label_smoothing: 0.5 is refused: input should be less than 0.5",
+            "losses.exo_pair.label_smoothing: 0.5 is refused: input should be less than 0.5",
         ),
         (
-            "train.losses.cpo.alpha",
+            "losses.cpo.alpha",
             -1,
-            "train.losses.cpo.alpha: -1 is refused: input should be greater than or equal to 0",
+            "losses.cpo.alpha: -1 is refused: input should be greater than or equal to 0",
         ),
         (
-            "train.losses.kto.desirable_weight",
+            "losses.kto.desirable_weight",
             0,
-            "train.losses.kto.desirable_weight: 0 is refused: input should be greater than 0",
+            "losses.kto.desirable_weight: 0 is refused: input should be greater than 0",
         ),
         ("train.learning_rate", 0, "train.learning_rate: 0 is refused: input should be greater than 0"),
         ("train.max_grad_norm", 0, "train.max_grad_norm: 0 is refused: input should be greater than 0"),
-        ("train.lora.dropout", 1, "train.lora.dropout: 1 is refused: input should be less than 1"),
-        ("train.lora.alpha", 0, "train.lora.alpha: 0 is refused: input should be greater than or equal to 1"),
+        ("train.lora.lora_dropout", 1, "train.lora.lora_dropout: 1 is refused: input should be less than 1"),
+        ("train.lora.lora_alpha", 0, "train.lora.lora_alpha: 0 is refused: input should be greater than or equal to 1"),
         ("data.heldout_share", 1, "data.heldout_share: 1 is refused: input should be less than 1"),
         ("data.heldout_share", -0.1, "data.heldout_share: -0.1 is refused: input should be greater than or equal to 0"),
         ("train.lora.r", REMOVE, "train.lora.r: missing; conf/ shows its meaning, `dvc exp run` composes it"),

@@ -11,7 +11,7 @@ import yaml
 from prefscan.common import paths
 from prefscan.common.errors import UserError
 from prefscan.logprobs import reference
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import micro_batches, reference_rows, with_reference
 from prefscan.models.loading import load_model
 from tiny import plain_logps, write_rows
@@ -36,11 +36,11 @@ def expected_rows(model: Any, pairs: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_rows_match_the_pairs_in_order(tiny_model: Path, pairs: list[dict[str, Any]], engine: str, size: int) -> None:
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_rows_match_the_pairs_in_order(tiny_model: Path, pairs: list[dict[str, Any]], layout: str, size: int) -> None:
     model = load_model(tiny_model, "fp32").requires_grad_(False)
     expected = expected_rows(model, pairs)
-    assert list(reference_rows(model, load_engine(engine), pairs, size, pad_token_id=2)) == expected
+    assert list(reference_rows(model, load_layout(layout), pairs, size, pad_token_id=2)) == expected
 
 
 @pytest.mark.parametrize(("count", "size", "sizes"), [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 5, [2]), (0, 3, [])])
@@ -51,21 +51,21 @@ def test_micro_batches_hold_each_pair_once(count: int, size: int, sizes: list[in
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_the_stage_writes_the_rows_of_one_split(
     in_tmp: Path,
     tiny_model: Path,
     pairs: list[dict[str, Any]],
     params: Any,
     monkeypatch: pytest.MonkeyPatch,
-    engine: str,
+    layout: str,
     split: str,
 ) -> None:
     shutil.copytree(tiny_model, paths.BASE)
     sides = {"train": pairs[:7], "heldout": pairs[7:10]}
     for name, (path, _) in paths.SPLITS.items():
         write_rows(path, sides[name])
-    train = params.train.model_copy(update={"engine": engine, "batch_size": 4, "dtype": "fp32", "quantization": "none"})
+    train = params.train.model_copy(update={"layout": layout, "batch_size": 4, "dtype": "fp32", "quantization": "none"})
     Path("params.yaml").write_text(yaml.safe_dump(params.model_copy(update={"train": train}).model_dump()))
     monkeypatch.setattr(sys, "argv", ["reference", split])
     reference.main()

@@ -33,7 +33,7 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
     """As `dvc repro` runs it; and a second run, in another process and folder, writes the same bytes."""
     write_sweep(in_tmp)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "prefscan.report"]
+    command = [sys.executable, "-m", "prefscan", "report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     pictures = {f"{chart}.{form}" for chart in CHARTS for form in ("svg", "png")}

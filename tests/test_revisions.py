@@ -137,7 +137,7 @@ def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
     def change(params: Any) -> None:
         params["judge"] = OPENAI | {"budget": 50.0, "concurrency": 2}
         params["launch"] |= {"cells": 7}
-        params["train"] |= {"report_to": "wandb", "activation_checkpointing": True}
+        params["train"] |= {"report_to": "wandb", "gradient_checkpointing": True}
         params["agreement"] = {"judgements": "people.jsonl", "answers": "answers.jsonl"}
 
     branch("first", lambda params: params.update(judge=OPENAI))
@@ -161,7 +161,7 @@ def test_a_hyperparameter_is_a_setting_of_its_own_losss_cells_alone() -> None:
     main, gamma = read_revision("main"), read_revision("gamma")
     assert changed(settings(main, CELLS), settings(gamma, CELLS)) == {}
     simpo = [*CELLS, "simpo-0.1-8"]
-    assert changed(settings(main, simpo), settings(gamma, simpo)) == {"train.losses.simpo.gamma": (0.5, 1.0)}
+    assert changed(settings(main, simpo), settings(gamma, simpo)) == {"losses.simpo.gamma": (0.5, 1.0)}
 
 
 @pytest.mark.usefixtures("repository")

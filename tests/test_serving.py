@@ -15,8 +15,8 @@ import pytest
 from mtbench_data import ROOT, write_params
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
-from prefscan.generation.server import command, free_port, healthy, running_server, served_name
-from prefscan.generation.server import main as serving_main
+from prefscan.endpoints.server import command, free_port, healthy, running_server, served_name
+from prefscan.endpoints.server import main as serving_main
 from prefscan.models.loading import load_model, manifest
 from tiny import make_tiny_model, random_adapter
 
@@ -174,7 +174,7 @@ def trained(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_server_serves_the_base_and_every_cell(trained: Path) -> None:
     port = free_port()
     serving = subprocess.Popen(
-        [sys.executable, "-m", "prefscan.serving", "--port", str(port)],
+        [sys.executable, "-m", "prefscan", "serve", "--port", str(port)],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stdout=subprocess.PIPE,
         text=True,

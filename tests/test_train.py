@@ -1,4 +1,4 @@
-"""Training against stock TRL, between engines, between processes; and what the stage writes."""
+"""Training against stock TRL, between layouts, between processes; and what the stage writes."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from prefscan.common import paths
 from prefscan.common.config import Accelerate, Cell, Lora, Train
 from prefscan.common.errors import UserError
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import COLUMNS, reference_rows, with_reference
 from prefscan.models.loading import clean_adapter_config, load_model, load_tokenizer
 from prefscan.models.memory import activation_bytes
@@ -52,7 +52,7 @@ def train(params: Any) -> Train:
     lora = Lora(r=4, alpha=8, dropout=0.05, targets=TARGETS)
     return params.train.model_copy(
         update={
-            "engine": "shared",
+            "layout": "packed",
             "lora": lora,
             "disable_dropout": True,
             "learning_rate": 1e-3,
@@ -65,7 +65,7 @@ def train(params: Any) -> Train:
             "max_grad_norm": 1.0,
             "dtype": "fp32",
             "quantization": "none",
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "report_to": "none",
         }
     )
@@ -101,7 +101,7 @@ def fit_anywhere(
         model = load_model(tiny_model, section.dtype).requires_grad_(False)
         tokenizer = load_tokenizer(tiny_model)
         rows = reference_rows(
-            model, load_engine(section.engine), pairs[:TRAINING] + heldout, section.batch_size, tokenizer.pad_token_id
+            model, load_layout(section.layout), pairs[:TRAINING] + heldout, section.batch_size, tokenizer.pad_token_id
         )
         reference = list(rows)
         model.set_attn_implementation("sdpa")
@@ -210,8 +210,8 @@ def test_training_equals_stock_trl(
     """kto_pair is none of TRL 1's losses; its formula is tested in test_losses.py."""
     stock = stock_trainer(tiny_model, loss, beta, 10, seed, batch, accumulation)
     stock_accuracy = stock.evaluate()["eval_rewards/accuracies"]
-    for engine in ("shared", "trl"):
-        ours, metrics, _ = fit(loss, 10, beta, seed, engine=engine, batch_size=batch, accumulation=accumulation)
+    for layout in ("packed", "padded"):
+        ours, metrics, _ = fit(loss, 10, beta, seed, layout=layout, batch_size=batch, accumulation=accumulation)
         # The same loss at every step: the same pairs in the same order.
         # ipo's begins above 20, where fp32's neighbours are 2e-6 apart.
         assert history(ours, "loss") == pytest.approx(history(stock, "loss"), rel=1e-6, abs=1e-5)
@@ -225,9 +225,9 @@ def test_training_equals_stock_trl(
 # KTO's KL.
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_the_kl_of_kto_is_that_of_the_next_pairs_responses(fit: Fit, engine: str) -> None:
-    trainer, _, _ = fit("kto", 3, engine=engine)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_kl_of_kto_is_that_of_the_next_pairs_responses(fit: Fit, layout: str) -> None:
+    trainer, _, _ = fit("kto", 3, layout=layout)
     rows = list(trainer.train_dataset)
     following = [*rows[1:], *rows[:1]]
     expected = []
@@ -289,15 +289,15 @@ def test_a_training_that_diverges_ends_with_a_sentence(fit: Fit, steps: int) -> 
 
 
 @pytest.mark.parametrize("target", ["w_proj", "lm_head"])
-@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_lora_target_that_the_model_lacks_or_that_is_its_head_is_refused(
-    fit: Fit, train: Train, engine: str, target: str
+    fit: Fit, train: Train, layout: str, target: str
 ) -> None:
     """PEFT trains the others without a word, and an adapter of the head has no effect on TRL's loss."""
     lora = train.lora.model_copy(update={"targets": ["q_proj", target]})
     found = rf"train\.lora\.targets: the model has no {target} to tune; it has down_proj, .*, v_proj$"
     with pytest.raises(UserError, match=found):
-        fit("sigmoid", 1, lora=lora, engine=engine)
+        fit("sigmoid", 1, lora=lora, layout=layout)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "model.embed_tokens"])
@@ -332,7 +332,7 @@ def test_a_vision_tower_gets_no_adapter(train: Train, tmp_path: Path, attention:
     assert json.loads(written)["exclude_modules"] == sorted(left_out)
 
 
-# Between engines.
+# Between layouts.
 
 
 @dataclass(frozen=True)
@@ -343,15 +343,15 @@ class Trained:
 
 
 @pytest.fixture(scope="module", params=LOSSES)
-def engines(request: pytest.FixtureRequest, fit_anywhere: Fit) -> tuple[str, Trained, Trained]:
-    """A loss, and 10 updates with it by engine `shared` and by `trl`; a test may change the trainers' models."""
-    fits = [fit_anywhere(request.param, 10, engine=engine) for engine in ("shared", "trl")]
+def layouts(request: pytest.FixtureRequest, fit_anywhere: Fit) -> tuple[str, Trained, Trained]:
+    """A loss, and 10 updates with it by layout `shared` and by `trl`; a test may change the trainers' models."""
+    fits = [fit_anywhere(request.param, 10, layout=layout) for layout in ("packed", "padded")]
     shared, trl = (Trained(trainer, metrics["heldout"], adapter(trainer)) for trainer, metrics, _ in fits)
     return request.param, shared, trl
 
 
-def test_engines_train_the_same_adapter(engines: tuple[str, Trained, Trained]) -> None:
-    loss, shared, trl = engines
+def test_engines_train_the_same_adapter(layouts: tuple[str, Trained, Trained]) -> None:
+    loss, shared, trl = layouts
     losses = history(trl.trainer, "loss")
     # ipo_sum falls from 25 towards 0, where only the absolute error says something.
     assert history(shared.trainer, "loss") == pytest.approx(losses, rel=1e-5, abs=1e-5 * losses[0])
@@ -370,9 +370,9 @@ def test_engines_train_the_same_adapter(engines: tuple[str, Trained, Trained]) -
         assert 0.5 < shared.heldout["accuracy"] < 1
 
 
-def test_engines_give_the_same_loss_and_gradients(engines: tuple[str, Trained, Trained]) -> None:
+def test_engines_give_the_same_loss_and_gradients(layouts: tuple[str, Trained, Trained]) -> None:
     results = []
-    for trainer in (trained.trainer for trained in engines[1:]):
+    for trainer in (trained.trainer for trained in layouts[1:]):
         torch.manual_seed(0)
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         for parameter in weights.values():
@@ -386,9 +386,9 @@ def test_engines_give_the_same_loss_and_gradients(engines: tuple[str, Trained, T
     assert difference(our_gradients, their_gradients) < 1e-4
 
 
-@pytest.mark.parametrize(("engine", "own"), [("shared", 14), ("trl", 0)])
-def test_engine_shared_alone_trains_with_its_own_lora_layer(fit: Fit, engine: str, own: int) -> None:
-    trainer, _, _ = fit("sigmoid", steps=1, engine=engine)
+@pytest.mark.parametrize(("layout", "own"), [("packed", 14), ("padded", 0)])
+def test_engine_shared_alone_trains_with_its_own_lora_layer(fit: Fit, layout: str, own: int) -> None:
+    trainer, _, _ = fit("sigmoid", steps=1, layout=layout)
     layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
     assert len(layers) == 14  # seven matrices of two decoder layers
     assert sum(isinstance(layer, FusedLora) for layer in layers) == own
@@ -401,16 +401,16 @@ def test_weights_that_are_packed_or_parted_keep_pefts_layer(train: Train) -> Non
         assert not lora_config(train.model_copy(update=change))._custom_modules
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_activation_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
-    fit: Fit, train: Train, tiny_model: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+    fit: Fit, train: Train, tiny_model: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: (forwards.append(1), forward(*arguments))[1])
     half = train.lora.model_copy(update={"dropout": 0.5})
     sizes: list[int] = []
-    layout = load_engine(engine)
+    layout = load_layout(layout)
     positions = layout.positions
     monkeypatch.setattr(layout, "positions", lambda batch: (sizes.append(positions(batch)), sizes[-1])[1])
     # For `auto`: so much that the shortest micro-batch keeps its activations.
@@ -420,7 +420,7 @@ def test_activation_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
     for checkpointing in (False, True, "auto"):
         forwards.clear()
         trainer, metrics, _ = fit(
-            "sigmoid", 4, engine=engine, activation_checkpointing=checkpointing, lora=half, disable_dropout=False
+            "sigmoid", 4, layout=layout, gradient_checkpointing=checkpointing, lora=half, disable_dropout=False
         )
         weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         results.append((weights, metrics["heldout"], history(trainer, "loss"), history(trainer, "grad_norm")))
@@ -436,10 +436,10 @@ def test_activation_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
     assert [count - counts[0] for count in counts[1:]] == [4 * 2, longer * 2]
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
-def test_bf16_trains_nearly_as_fp32(fit: Fit, engine: str) -> None:
-    exact, _, _ = fit("sigmoid", 8, engine=engine)
-    rounded, metrics, _ = fit("sigmoid", 8, engine=engine, dtype="bf16")
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_bf16_trains_nearly_as_fp32(fit: Fit, layout: str) -> None:
+    exact, _, _ = fit("sigmoid", 8, layout=layout)
+    rounded, metrics, _ = fit("sigmoid", 8, layout=layout, dtype="bf16")
     assert rounded.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     assert history(rounded, "loss")[-1] == pytest.approx(history(exact, "loss")[-1], abs=0.03)
     assert metrics["heldout"]["margin"] > 0
@@ -464,12 +464,12 @@ def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train)
     assert difference(active, without) > 0.05
 
 
-@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_dropout_within_a_layer_acts_only_where_it_is_not_disabled(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch, engine: str
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     """TRL disables the modules of class Dropout; attention has a rate of its own, for a function."""
-    without = adapter(fit("sigmoid", engine=engine)[0])
+    without = adapter(fit("sigmoid", layout=layout)[0])
 
     load = load_model
 
@@ -480,8 +480,8 @@ def test_dropout_within_a_layer_acts_only_where_it_is_not_disabled(
         return model
 
     monkeypatch.setattr(sys.modules[__name__], "load_model", with_dropout)
-    disabled = adapter(fit("sigmoid", engine=engine, disable_dropout=True)[0])
-    active = adapter(fit("sigmoid", engine=engine, disable_dropout=False)[0])
+    disabled = adapter(fit("sigmoid", layout=layout, disable_dropout=True)[0])
+    active = adapter(fit("sigmoid", layout=layout, disable_dropout=False)[0])
     assert all(torch.equal(disabled[name], matrix) for name, matrix in without.items())
     assert difference(active, without) > 0.05
 
@@ -493,7 +493,7 @@ def test_dropout_within_a_layer_acts_only_where_it_is_not_disabled(
     ("loss", "changes"),
     [
         ("sigmoid", {}),
-        ("ipo", {"engine": "trl"}),
+        ("ipo", {"layout": "padded"}),
         ("kto_pair", {"batch_size": 3}),
         ("sigmoid", {"disable_dropout": False, "lora": Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)}),
     ],
@@ -515,7 +515,7 @@ def test_held_out_metrics_equal_an_independent_computation(
             value
             for start in range(0, len(heldout), size)
             for value in LOSSES[loss](
-                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(train.losses, loss)
+                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(losses, loss)
             ).tolist()
         ]
         for found in (columns, [*base_logps.T, *base_logps.T, *tokens.T])
@@ -574,9 +574,9 @@ def four_bit_training(
     model: torch.nn.Module, tokenizer: Any, train: Train, pairs: list[Any], heldout: list[Any], evaluate: bool
 ) -> tuple[PairTrainer, dict[str, torch.Tensor]]:
     """A trained cell and its gradients then; `evaluate` puts a reference pass before and a held-out pass after it."""
-    engine = load_engine(train.engine)
+    layout = load_layout(train.layout)
     if evaluate:
-        list(reference_rows(model, engine, pairs, train.batch_size, tokenizer.pad_token_id))
+        list(reference_rows(model, layout, pairs, train.per_device_train_batch_size, tokenizer.pad_token_id))
     reference = {"ref_chosen_logps": -60.0, "ref_rejected_logps": -50.0, "chosen_tokens": 20, "rejected_tokens": 12}
     rows, held = ([pair | reference for pair in some] for some in (pairs, heldout))
     cell = Cell(loss="sigmoid", beta=0.1, steps=3)
@@ -805,7 +805,7 @@ def lay_out(folder: Path, tiny_model: Path, pairs: list[Any], heldout: list[Any]
 
 def run_stage(folder: Path, key: str, hash_seed: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "prefscan.train", key],
+        [sys.executable, "-m", "prefscan", "train", key],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(hash_seed)},
         capture_output=True,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from prefscan.common import paths
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.training import trainer as train_stage
@@ -20,12 +20,14 @@ from tiny import write_rows
 def write_inputs(folder: Path, base: Path, pairs: list[Any], heldout: list[Any], params: Any) -> None:
     """The base model, the pairs, their reference and params.yaml."""
     train = params.train
-    model = load_model(base, train.dtype, train.quantization).requires_grad_(False)
-    engine, pad = load_engine(train.engine), load_tokenizer(base).pad_token_id
+    model = load_model(base, train.dtype, train.bnb_4bit_quant_type).requires_grad_(False)
+    layout, pad = load_layout(train.layout), load_tokenizer(base).pad_token_id
     shutil.copytree(base, folder / paths.BASE)
     for rows, (place, reference) in zip((pairs, heldout), paths.SPLITS.values(), strict=True):
         write_rows(folder / place, rows)
-        write_rows(folder / reference, list(reference_rows(model, engine, rows, train.batch_size, pad)))
+        write_rows(
+            folder / reference, list(reference_rows(model, layout, rows, train.per_device_train_batch_size, pad))
+        )
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
 
 

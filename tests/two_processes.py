@@ -44,7 +44,7 @@ def run_save(folder: str) -> None:
 
 
 def run_shard(folder: str) -> None:
-    """Each engine's log-probabilities and gradients on the folder's model, sharded, into ENGINE-PRECISION.pt.
+    """Each layout's log-probabilities and gradients on the folder's model, sharded, into ENGINE-PRECISION.pt.
 
     accelerate shards it as the shipped configuration says, through the function that its `prepare` calls on GPUs.
     """
@@ -57,7 +57,7 @@ def run_shard(folder: str) -> None:
     main = world().is_main_process  # and the processes are connected
     shipped = yaml.safe_load((CONFIGURATIONS / "fsdp.yaml").read_text())["fsdp_config"]
     options = {name.removeprefix("fsdp_"): value for name, value in shipped.items() if name != "fsdp_version"}
-    for engine, precision in product(("shared", "trl"), ("no", "bf16")):
+    for layout, precision in product(("packed", "padded"), ("no", "bf16")):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=shipped["fsdp_version"], **options)
         if precision != "no":
             plugin.set_mixed_precision(precision)
@@ -71,21 +71,21 @@ def run_shard(folder: str) -> None:
         )
         policy = fsdp2_prepare_model(accelerator, random_adapter(load_model(Path(folder), "fp32")))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
-            logps, gradients = logps_and_gradients(policy, engine)
+            logps, gradients = logps_and_gradients(policy, layout)
         whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
         if main:
-            torch.save((logps, whole), Path(folder) / f"{engine}-{precision}.pt")
+            torch.save((logps, whole), Path(folder) / f"{layout}-{precision}.pt")
 
 
-def logps_and_gradients(policy: Any, engine: str) -> tuple[torch.Tensor, dict[str, Any]]:
+def logps_and_gradients(policy: Any, layout: str) -> tuple[torch.Tensor, dict[str, Any]]:
     """As PairTrainer computes them."""
     from trl.models.utils import _ForwardRedirection
 
-    from prefscan.logprobs.layouts import load_engine
+    from prefscan.logprobs.layouts import load_layout
     from prefscan.training.trainer import PairTrainer
 
-    module = load_engine(engine)
-    trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), redirect=_ForwardRedirection(), engine=module)
+    module = load_layout(layout)
+    trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), redirect=_ForwardRedirection(), layout=module)
     batch = module.collate(random_pairs([(5, 7, 3), (9, 2, 6)]), 0)
     chosen, rejected = PairTrainer.pair_logps(trainer, policy, batch)
     (chosen - 2 * rejected).sum().backward()

@@ -114,6 +114,6 @@ def test_an_update_has_as_many_pairs_at_every_micro_batch(
 ) -> None:
     monkeypatch.chdir(ROOT)
     train = settings(shape, micro_batch, "fast", "stock")
-    assert (train.batch_size, train.accumulation * micro_batch) == (micro_batch, pairs)
-    assert not train.activation_checkpointing
-    assert settings(shape, micro_batch, "stock", "stock").activation_checkpointing
+    assert (train.per_device_train_batch_size, train.gradient_accumulation_steps * micro_batch) == (micro_batch, pairs)
+    assert not runtime.gradient_checkpointing
+    assert settings(shape, micro_batch, "stock", "stock").gradient_checkpointing

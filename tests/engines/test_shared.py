@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefscan.common.errors import UserError
 from prefscan.logprobs import packed as shared
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from tiny import plain_logps, random_adapter, random_pairs
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
 
 
 def test_is_loaded_by_name() -> None:
-    assert load_engine("shared") is shared
+    assert load_layout("packed") is shared
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

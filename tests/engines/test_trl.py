@@ -8,7 +8,7 @@ import torch
 
 from prefscan.logprobs import packed as shared
 from prefscan.logprobs import padded as trl
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.models.loading import load_model
 from tiny import plain_logps, random_adapter, random_pairs
 
@@ -26,7 +26,7 @@ def padded_logps(model: Any, pairs: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def test_is_loaded_by_name() -> None:
-    assert load_engine("trl") is trl
+    assert load_layout("padded") is trl
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -58,9 +58,9 @@ def test_repeated_calls_give_the_same_bits_and_wrap_the_head_once(
 
 def test_gradients_equal_those_of_the_shared_engine(tiny_model: Path, mixed_pairs: list[dict[str, Any]]) -> None:
     gradients = []
-    for engine in (trl, shared):
+    for layout in (trl, shared):
         policy = random_adapter(load_model(tiny_model, "fp32"))
-        chosen, rejected = engine.pair_logps(policy, engine.collate(mixed_pairs, 2))
+        chosen, rejected = layout.pair_logps(policy, layout.collate(mixed_pairs, 2))
         (chosen - 0.7 * rejected).sum().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
     theirs, ours = gradients

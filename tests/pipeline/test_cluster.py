@@ -66,7 +66,7 @@ class Launch:
         self.output = work.folder.parent / "launch.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "prefscan.launch", "--address", address],
+                [sys.executable, "-m", "prefscan", "launch", "--address", address],
                 cwd=work.folder,
                 env=work.environment,
                 stdout=file,
@@ -137,7 +137,7 @@ def test_whatever_is_killed_a_cluster_gives_the_hashes_of_dvc_repro(
 def test_without_a_remote_a_cluster_is_refused(fresh: Workspace, tmp_path: Path) -> None:
     work = fresh.copy(tmp_path / "work")
     work.environment = work.environment | {"PYTHONPATH": str(ROOT / "src")}
-    output = work.run(sys.executable, "-m", "prefscan.launch", "--address", "127.0.0.1:9", fails=True)
+    output = work.run(sys.executable, "-m", "prefscan", "launch", "--address", "127.0.0.1:9", fails=True)
     assert re.search(r"--address: results travel between machines by a DVC remote.*dvc remote add --default", output)
     assert "Traceback" not in output
 
@@ -146,7 +146,7 @@ def test_a_paid_judge_needs_a_shared_folder_and_its_key_on_every_node(
     work: Workspace, cluster: Any, tmp_path: Path
 ) -> None:
     """Both are said before anything runs. The parameters are composed as `dvc exp run -S` would."""
-    command = [sys.executable, "-m", "prefscan.launch", "--dirty", "--address", cluster.address, "judge=gpt4"]
+    command = [sys.executable, "-m", "prefscan", "launch", "--dirty", "--address", cluster.address, "judge=gpt4"]
     command += [f"launch.scratch={tmp_path}/scratch"]
     output = work.run(*command, fails=True)
     assert "launch.state: null, and each node would pay the judge anew and keep a budget of its own" in output

@@ -166,9 +166,9 @@ def test_damaged_objects_of_the_cache(sweep: Workspace, tmp_path: Path) -> None:
     clone.dvc("checkout")
     assert stages_run(clone.dvc("repro")) == []  # DVC trusts its cache
     assert (clone.folder / "models/base/model.safetensors").stat().st_size == 1000
-    output = clone.run(sys.executable, "-m", "prefscan.cache", fails=True)
+    output = clone.run(sys.executable, "-m", "prefscan", "check-cache", fails=True)
     removed = [line for line in output.splitlines() if line.startswith("removed ")]
     assert removed == [f"removed {path}: its content has another hash" for path in sorted([base, adapter])]
     assert set(stages_run(clone.dvc("repro"))) == {"fetch@model", f"train@{CELL}", "report"}
     assert locked(clone) == locked(sweep)
-    assert clone.run(sys.executable, "-m", "prefscan.cache").endswith(" objects, none damaged\n")
+    assert clone.run(sys.executable, "-m", "prefscan", "check-cache").endswith(" objects, none damaged\n")

@@ -11,7 +11,7 @@ from pipeline.workspace import Workspace, of_cells, stages_run
 
 def interim(work: Workspace, *arguments: str, fails: bool = False) -> str:
     work.environment = work.environment | {"PYTHONPATH": "src"}
-    return work.run(sys.executable, "-m", "prefscan.interim", *arguments, fails=fails)
+    return work.run(sys.executable, "-m", "prefscan", "partial-report", *arguments, fails=fails)
 
 
 def reported(work: Workspace) -> list[str]:

@@ -24,12 +24,12 @@ def test_sweep_runs_to_the_report_and_then_nothing_is_stale(sweep: Workspace) ->
 def test_the_plan_knows_what_is_left_and_by_what_speed(sweep: Workspace, tmp_path: Path) -> None:
     work = sweep.copy(tmp_path / "work")
     work.environment = work.environment | {"PYTHONPATH": "src", "COLUMNS": "200"}
-    assert "No cell is left to run." in work.run(sys.executable, "-m", "prefscan.plan")
-    gamma = work.run(sys.executable, "-m", "prefscan.plan", "train.losses.simpo.gamma=1")
+    assert "No cell is left to run." in work.run(sys.executable, "-m", "prefscan", "plan")
+    gamma = work.run(sys.executable, "-m", "prefscan", "plan", "losses.simpo.gamma=1")
     assert "No cell is left to run." in gamma  # simpo is not in this grid
-    other = work.run(sys.executable, "-m", "prefscan.plan", "judge.name=other")
+    other = work.run(sys.executable, "-m", "prefscan", "plan", "judge.name=other")
     assert "No cell is left to run.\nThe judge is another than in params.yaml: every model is judged anew." in other
-    planned = work.run(sys.executable, "-m", "prefscan.plan", "--workers", "2", "beta=0.7", "sweep.beta=0.1")
+    planned = work.run(sys.executable, "-m", "prefscan", "plan", "--workers", "2", "beta=0.7", "sweep.beta=0.1")
     found = re.search(r"2 of 4 cells are left to run: .* by (\S+) s an update and .* \(means of 2 finished", planned)
     assert found is not None
     spent = [work.json(f"metrics/cost/train/{key}.json")["seconds"] for key in ("sigmoid-0.1-3", "kto_pair-0.1-3")]

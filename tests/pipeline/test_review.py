@@ -41,7 +41,7 @@ def clone(author: Workspace, tmp_path: Path) -> Workspace:
 
 
 def review(clone: Workspace, *arguments: str, fails: bool = False) -> str:
-    return clone.run(sys.executable, "-m", "prefscan.review", "origin/main", *arguments, fails=fails)
+    return clone.run(sys.executable, "-m", "prefscan", "review", "origin/main", *arguments, fails=fails)
 
 
 def by_question(workspace: Workspace, cell: str) -> list[float]:
@@ -101,7 +101,7 @@ def test_a_branch_that_changes_beta_shows_the_recipes_difference(
 def test_a_stale_lock_fails_with_the_list_of_stale_stages(clone: Workspace) -> None:
     code = clone.folder / "src/prefscan/losses.py"
     code.write_text(code.read_text() + "\n# touched\n")
-    done = clone.run("sh", "-c", f"{sys.executable} -m prefscan.review origin/main > review.md; echo $?")
+    done = clone.run("sh", "-c", f"{sys.executable} -m prefscan review origin/main > review.md; echo $?")
     assert done.strip().endswith(str(STALE))
     text = (clone.folder / "review.md").read_text()
     listed = re.findall(r"^- `(\S+)`$", text, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_other_changes_than_the_recipe_are_named(clone: Workspace, monkeypatch: 
 def test_results_that_git_has_lost_are_stale(clone: Workspace) -> None:
     clone.git("rm", "--quiet", "-r", "reports", "metrics")
     clone.commit("Lose the results")
-    done = clone.run("sh", "-c", f"{sys.executable} -m prefscan.review origin/main > review.md; echo $?")
+    done = clone.run("sh", "-c", f"{sys.executable} -m prefscan review origin/main > review.md; echo $?")
     assert done.strip().endswith(str(STALE))
     text = (clone.folder / "review.md").read_text()
     assert "2 stages have not run with these parameters and this code, or their results are missing" in text
@@ -146,7 +146,7 @@ def test_what_the_base_did_since_is_not_the_branchs(clone: Workspace) -> None:
     clone.commit("Go on")
     clone.git("checkout", "--quiet", "tuned")
     left = clone.git("rev-parse", "--short", "origin/main").strip()
-    text = clone.run(sys.executable, "-m", "prefscan.review", "onwards")
+    text = clone.run(sys.executable, "-m", "prefscan", "review", "onwards")
     assert text.startswith(f"# This sweep against {left}, the merge base with onwards\n\n")
     assert f"`sigmoid-0.1-3` in {left} scores" in text
     assert "threads" not in text
@@ -156,7 +156,7 @@ def test_what_the_base_did_since_is_not_the_branchs(clone: Workspace) -> None:
 def test_a_base_that_shares_no_commit_ends_with_a_sentence(author: Workspace, clone: Workspace, tmp_path: Path) -> None:
     clone.git("checkout", "--quiet", "--orphan", "unrelated")
     clone.commit("Begin")
-    text = clone.run(sys.executable, "-m", "prefscan.review", "origin/main", fails=True)
+    text = clone.run(sys.executable, "-m", "prefscan", "review", "origin/main", fails=True)
     assert text == "prefscan: origin/main and HEAD share no commit; name the base that HEAD left\n"
     author.git(
         "clone", "--quiet", "--depth", "1", "--no-single-branch", f"file://{author.folder}", f"{tmp_path}/shallow"
@@ -183,7 +183,7 @@ def test_a_base_with_a_file_damaged_that_dvc_reads_too_gets_the_rest(
     for path in ("params.yaml", "dvc.lock", "metrics", "reports"):
         clone.git("checkout", "--quiet", "tuned", "--", path)
     clone.commit("Mend it")
-    text = clone.run(sys.executable, "-m", "prefscan.review", "old")
+    text = clone.run(sys.executable, "-m", "prefscan", "review", "old")
     assert re.search(rf"^No paired difference: {message}; run `dvc (exp run|repro)` there", text, re.MULTILINE)
     assert "no stage is stale" in text
     assert re.search(r"^\| params\.yaml +\| beta +\|", text, re.MULTILINE)
@@ -192,7 +192,7 @@ def test_a_base_with_a_file_damaged_that_dvc_reads_too_gets_the_rest(
 
 
 def test_an_unknown_base_ends_with_a_sentence(clone: Workspace) -> None:
-    text = clone.run(sys.executable, "-m", "prefscan.review", "nowhere", fails=True)
+    text = clone.run(sys.executable, "-m", "prefscan", "review", "nowhere", fails=True)
     assert text == "prefscan: 'nowhere' names no commit; name a branch, tag, commit or DVC experiment\n"
 
 

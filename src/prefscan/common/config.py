@@ -4,6 +4,7 @@ The meaning, unit and reason of each key stand beside it in conf/. The names of 
 module does not import losses.py, or editing a loss would make every stage stale.
 """
 
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,9 +133,9 @@ class Data(Section):
 
 class Lora(Section):
     r: Positive
-    alpha: Positive
-    dropout: Share
-    targets: Annotated[list[str], Field(min_length=1)]
+    lora_alpha: Positive
+    lora_dropout: Share
+    target_modules: Annotated[list[str], Field(min_length=1)]
 
 
 class NoOptions(Section):
@@ -205,41 +206,39 @@ class Accelerate(Section):
 
 class Train(Section):
     accelerate: Accelerate | None
-    engine: Literal["shared", "trl"]
+    layout: Literal["packed", "padded"]
     lora: Lora
     disable_dropout: bool
     learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     warmup_steps: Annotated[int, Field(ge=0)]
-    batch_size: Positive
-    accumulation: Positive
-    optimizer: Optimizer
+    per_device_train_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    optim: Optimizer
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     dtype: DType
-    quantization: Literal["none", "fp4", "nf4"]
-    double_quantization: bool
-    activation_checkpointing: bool | Literal["auto"]
-    losses: Losses
-    report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
+    bnb_4bit_quant_type: Literal["none", "fp4", "nf4"]
+    bnb_4bit_use_double_quant: bool
 
     def updates(self, steps: Steps, pairs: int) -> int:
         """Optimizer updates of a cell; `epoch` is one pass over the training pairs."""
-        return -(-pairs // (self.batch_size * self.accumulation)) if steps == "epoch" else int(steps)
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return -(-pairs // per_update) if steps == "epoch" else int(steps)
 
     @model_validator(mode="after")
     def quantization_leaves_an_adapter_in_bf16(self) -> "Train":
         """TRL casts the adapter of a 4-bit base to bf16, which not everything can train."""
-        if self.quantization != "none":
-            way_out = "; choose another, or quantization: none"
+        if self.bnb_4bit_quant_type != "none":
+            way_out = "; choose another, or bnb_4bit_quant_type: none"
             if self.dtype == "fp16":  # its loss scaling: on a GPU, torch cannot unscale gradients in bf16
                 raise ValueError(
-                    f"dtype fp16 cannot train the adapter of a base of quantization {self.quantization}, which is bf16"
+                    f"dtype fp16 cannot train the bf16 adapter of a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type}"
                     f"{way_out}"
                 )
-            if self.optimizer == "adafactor":  # torch loads its state in the adapter's dtype
+            if self.optim == "adafactor":  # torch loads its state in the adapter's dtype
                 raise ValueError(
-                    f"optimizer adafactor on a base of quantization {self.quantization} does not go on from a "
+                    f"optim adafactor on a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type} does not go on from a "
                     f"checkpoint with the same bits{way_out}"
                 )
         return self
@@ -249,17 +248,25 @@ class Train(Section):
         if self.accelerate is None:
             return self
         processes = self.accelerate.num_processes
-        if self.accumulation % processes:
+        if self.gradient_accumulation_steps % processes:
             raise ValueError(
-                f"accumulation {self.accumulation} cannot be shared by accelerate.num_processes {processes}; set "
-                f"accumulation to a multiple of {processes}; with a smaller batch_size an update keeps its pairs"
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} cannot be shared by "
+                f"accelerate.num_processes {processes}; set it to a multiple of {processes}; with a smaller "
+                "per_device_train_batch_size an update keeps its pairs"
             )
-        if self.accelerate.distributed_type != "MULTI_GPU" and self.quantization != "none":
+        if self.accelerate.distributed_type != "MULTI_GPU" and self.bnb_4bit_quant_type != "none":
             raise ValueError(
-                f"accelerate.distributed_type {self.accelerate.distributed_type} shards no base of quantization "
-                f"{self.quantization}; set quantization: none, or accelerate: ddp"
+                f"accelerate.distributed_type {self.accelerate.distributed_type} shards no base of "
+                f"bnb_4bit_quant_type {self.bnb_4bit_quant_type}; set it to none, or accelerate: ddp"
             )
         return self
+
+
+class Runtime(Section):
+    """How a cell trains without a change of its result: no stage depends on it."""
+
+    gradient_checkpointing: bool | Literal["auto"]
+    report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
 
 
 class Sweep(Section):
@@ -391,7 +398,7 @@ class Agreement(Section):
 
 
 class Launch(Section):
-    """How prefscan.launch spreads cells over processors and machines; no stage reads it."""
+    """How prefscan launch spreads cells over processors and machines; no stage reads it."""
 
     num_cpus: Annotated[float, Field(gt=0)]
     num_gpus: Annotated[float, Field(ge=0)]
@@ -423,6 +430,8 @@ class Params(Section):
     model: Model
     data: Data
     train: Train
+    losses: Losses
+    runtime: Runtime
     merge: Merge
     answer: Answer
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
@@ -509,3 +518,12 @@ def _sentence(key: str, errors: list[Any]) -> str:
     if isinstance(value, dict):
         return f"{key}: {allowed}" if key else allowed
     return f"{key}: {value!r} is refused: {allowed}"
+
+
+def check_logging(report_to: str) -> None:
+    """Raises UserError where training would log with a package that is not installed."""
+    if report_to in ("wandb", "tensorboard") and find_spec(report_to) is None:
+        raise UserError(
+            f"params.yaml: runtime.report_to: {report_to} is not installed; "
+            f"`pip install -c constraints.txt -e '.[{report_to}]'`, or set it to dvclive or none"
+        )

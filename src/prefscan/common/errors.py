@@ -1,20 +1,18 @@
-"""The one exception whose text is meant for the user, and how a stage ends with it."""
+"""The one exception whose text is meant for the user, and how a command ends with it."""
 
-import argparse
 import errno
 import gc
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-SMALLER_BATCH = "lower train.batch_size and raise train.accumulation as much, by which every cell trains anew"
+SMALLER_BATCH = "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps as much, by which every cell trains anew"
 NEEDS_LESS = {  # stages by what takes less of a GPU's memory
-    "train": f"set train.activation_checkpointing: true, which changes no result, or {SMALLER_BATCH}",
+    "train": f"set runtime.gradient_checkpointing: true, which changes no result, or {SMALLER_BATCH}",
     "reference": SMALLER_BATCH,
     "mtbench": "lower judge.batch_size, or choose a smaller judge",
-    "judge_check": "lower judge.batch_size, or choose a smaller judge",
+    "judge-check": "lower judge.batch_size, or choose a smaller judge",
 }
 
 
@@ -22,24 +20,11 @@ class UserError(Exception):
     """A mistake or a fault outside prefscan; its text names the key or file, the value found and the way out."""
 
 
-def run_stage(main: Callable[[], None], takes: tuple[str, ...] | None = None) -> None:
-    """Run a stage's `main`; end with one sentence on standard error and exit status 1 where the user can mend it.
-
-    `takes` names the arguments that the command takes, for its help and to refuse others before `main` reads them; None
-    where `main` parses its own.
-    """
+def run(name: str, command: Callable[[], None]) -> None:
+    """Run a command of `prefscan`; end with one sentence and exit status 1 where the user can mend what is wrong."""
     gc.freeze()  # what was imported stays, and is walked neither by the collector nor at the interpreter's end
-    if takes is not None:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m prefscan.{Path(sys.argv[0]).stem}",
-            description=sys.modules["__main__"].__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for name in takes:
-            parser.add_argument(name)
-        parser.parse_args()
     try:
-        main()
+        command()
     except UserError as error:
         sys.exit(f"prefscan: {error}")
     except Exception as error:
@@ -50,6 +35,6 @@ def run_stage(main: Callable[[], None], takes: tuple[str, ...] | None = None) ->
                 reason = f"cannot write{where}: {os.strerror(code)}"
                 sys.exit(f"prefscan: {reason}; make room or access and run `dvc repro` again")
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which the stages without a model need not import
-            way_out = NEEDS_LESS.get(Path(sys.argv[0]).stem, "this stage needs a GPU with more")
+            way_out = NEEDS_LESS.get(name, "this stage needs a GPU with more")
             sys.exit(f"prefscan: {str(error).partition('. ')[0]}; {way_out}")
         raise

@@ -34,11 +34,10 @@ JUDGE_METRICS = Path("metrics/judge.json")
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")
 
-# Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages, what a local judge read.
+# Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages.
 RUNS = Path("runs")
 CHECKPOINTS = Path(".prefscan/checkpoints")
 UNFINISHED_ANSWERS = Path(".prefscan/answers")
-BEGINNINGS = Path(".prefscan/beginnings")
 
 
 def judge_store() -> Path:

@@ -1,6 +1,6 @@
 """Turn raw preference pairs into tokens, and split them into training and held-out pairs.
 
-    python -m prefscan.prepare
+    prefscan prepare
 
 Three shapes of row are understood, told apart by their keys: Orca's (`system`, `question`, `chosen`, `rejected`),
 UltraFeedback's (`chosen` and `rejected` are lists of messages that differ in the last), and ShareGPT-like ones

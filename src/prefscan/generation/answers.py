@@ -1,7 +1,7 @@
 """Answer the MT-Bench questions with one model, in FastChat's answer format.
 
-    python -m prefscan.answer base
-    python -m prefscan.answer ipo-0.5-16
+    prefscan answer base
+    prefscan answer ipo-0.5-16
 
 Both turns, the model's own chat template, FastChat's temperature for each category. What is answered is kept in
 .prefscan/answers, and a stage that was killed goes on from there with the same bits.
@@ -20,15 +20,13 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.common.config import Answer, Params
+from prefscan.common.config import Params
 from prefscan.common.errors import UserError
-from prefscan.common.fingerprint import result_key
+from prefscan.common.fingerprint import stage_fingerprint
 from prefscan.common.io import BAD_JSON, write_jsonl
 from prefscan.common.paths import (
-    ADAPTERS,
     BASE,
     MERGED,
-    QUESTIONS,
     RUNS,
     UNFINISHED_ANSWERS,
 )
@@ -47,25 +45,6 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-
-# What the stage imports, as dvc.yaml lists it.
-CODE = (
-    "__init__.py",
-    "answer.py",
-    "asking.py",
-    "chat.py",
-    "errors.py",
-    "files.py",
-    "generation.py",
-    "intervals.py",
-    "keys.py",
-    "memory.py",
-    "models.py",
-    "params.py",
-    "paths.py",
-    "records.py",
-    "serving.py",
-)
 
 
 def longest_conversation(tokenizer: PreTrainedTokenizerBase, question: Any, max_new_tokens: int) -> int:
@@ -143,10 +122,9 @@ def answer_questions(
             yield answer_record(model_id, question, both), both
 
 
-def answers_file(key: str, answer: Answer, seed: int) -> Path:
+def answers_file(key: str) -> Path:
     """Where a model's answers are kept until all are there; those of its other results are removed."""
-    inputs = [QUESTIONS, BASE] if key == "base" else [QUESTIONS, BASE, ADAPTERS / key, MERGED / key]
-    digest = result_key({"model": key, "answer": answer.model_dump(), "seed": seed}, inputs, CODE)
+    digest = stage_fingerprint("answer-base" if key == "base" else "answer", key)
     path = UNFINISHED_ANSWERS / key / f"{digest}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     for other in path.parent.iterdir():
@@ -209,8 +187,8 @@ def answers_of_server(
     A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
     """
     # Here, since the openai client takes seconds to import.
-    from prefscan.common.chat_client import make_client
-    from prefscan.generation.server import running_server
+    from prefscan.endpoints.chat_client import make_client
+    from prefscan.endpoints.server import running_server
     from prefscan.generation.server_client import ask_questions, name_at_server
 
     answer, server = params.answer, params.answer.server

@@ -16,11 +16,11 @@ from typing import Any
 import openai
 from transformers import PreTrainedTokenizerBase
 
-from prefscan.common.chat_client import NoReply, complete
 from prefscan.common.config import Server
 from prefscan.common.errors import UserError
+from prefscan.endpoints.chat_client import NoReply, complete
+from prefscan.endpoints.server import served_name
 from prefscan.generation.sampling import GREEDY_BELOW, Reply, prompt_ids
-from prefscan.generation.server import served_name
 
 
 def request_seed(seed: int, question: int, turn: int) -> int:
@@ -69,8 +69,8 @@ def request_body(
 def name_at_server(client: openai.OpenAI, server: Server, key: str) -> str:
     """The name under which a server that the stage did not start has these weights.
 
-    That is `served_name` at one of prefscan.serving, which the list of its models shows, and the key at any other.
-    Raises UserError when the server cannot be reached, and when it is prefscan.serving's and has other weights.
+    That is `served_name` at one of prefscan serve, which the list of its models shows, and the key at any other.
+    Raises UserError when the server cannot be reached, and when it is prefscan serve's and has other weights.
     """
     if server.kind == "transformers":  # it lists what it finds in the hub's cache
         return key
@@ -90,7 +90,7 @@ def name_at_server(client: openai.OpenAI, server: Server, key: str) -> str:
     if any(name.startswith("base@") for name in served):
         raise UserError(
             f"answer.server.base_url: {server.base_url} does not serve {wanted}, the weights as they are now: "
-            "it was started before they changed; restart `python -m prefscan.serving`"
+            "it was started before they changed; restart `prefscan serve`"
         )
     return key
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from threading import Condition
 from typing import Any
 
-from prefscan.common.chat_client import NoReply
 from prefscan.common.config import Prices
 from prefscan.common.io import read_jsonl
+from prefscan.endpoints.chat_client import NoReply
 
 MESSAGE_TOKENS = 16  # for what a chat template puts around a message; OpenAI's is 3 or 4 tokens
 

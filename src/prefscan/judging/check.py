@@ -1,6 +1,6 @@
 """Check the judge before its scores are shown: does it tell good answers from bad ones, and does it repeat itself?
 
-    python -m prefscan.judge_check
+    prefscan judge-check
 
 Good answers are the corrected reference answers of math, reasoning and coding, the only ones that the fetched data
 has. Bad ones are made of them: the same answers, each given to another question of its category, and the first quarter
@@ -113,7 +113,7 @@ def check_turns(
                 layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
             for layout in layouts:
                 # Without cuts: nothing is kept of prompts that no cell has, and the repetition reads them whole.
-                prompt = replace(fill(templates, name, fields | layout), cuts=())
+                prompt = fill(templates, name, fields | layout)
                 turns.append(Turn(number, question["category"], 1, name, prompt))
     return turns
 

@@ -10,15 +10,11 @@ WINNERS = {"A": 1.0, "B": 0.0, "C": 0.5}  # the verdicts that FastChat's prompts
 
 @dataclass(frozen=True)
 class Prompt:
-    """FastChat's judge prompt for one turn, filled in; `sample` counts from 0 where a judge is asked several times.
-
-    `cuts` are places in `user`, in characters and ascending, up to which other prompts are likely to be the same.
-    """
+    """FastChat's judge prompt for one turn, filled in; `sample` counts from 0 where a judge is asked several times."""
 
     system: str
     user: str
     sample: int = 0
-    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,5 +42,5 @@ class Judge(Protocol):
 
 def load_judge(judge: Any) -> Judge:
     """The judge of `params.judge`; raises UserError when it cannot be set up."""
-    made: Judge = import_module(f"prefscan.judges.{judge.kind}").make(judge)
+    made: Judge = import_module(f"prefscan.judging.{judge.kind}").make(judge)
     return made

@@ -5,8 +5,8 @@ G-Eval (Liu et al., arXiv 2303.16634, equation 1): Σ p(s)·s over the scores s 
 its own and the first token of "10", so the pass reads a "1" as well, and what may follow it splits its probability.
 
 With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
-what it shares with the one before it, or of its beginning up to the answer, which beginnings.py keeps. Larger batches
-hold prompts of similar length, padded on the left, and share nothing.
+what it shares with the one before it. Larger batches hold prompts of similar length, padded on the left, and share
+nothing.
 
 On a pair the reply is prefilled up to the verdict, and the most probable of A, B and C is taken.
 """
@@ -23,7 +23,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from prefscan.common.config import LocalJudge
 from prefscan.common.errors import UserError
 from prefscan.judging.judge import WINNERS, Prompt, Verdict
-from prefscan.judging.prefix_cache import Beginnings, beginnings_key
 from prefscan.models.loading import load_model, load_tokenizer
 
 LEAST_MASS = 1e-3  # under this probability of any verdict, an expectation or a choice means nothing
@@ -36,25 +35,15 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 class TokenJudge(ABC):
-    """Judges by the probabilities of the token after `prefill`, under a causal language model with a chat template.
-
-    What prompts begin with is kept for later stages under the key `kept`; with None, for the next prompt alone.
-    """
+    """Judges by the probabilities of the token after `prefill`, under a causal language model with a chat template."""
 
     prefill: str
     further: Sequence[int] = ()  # tokens that are read after the prefill, for what may follow them
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 1,
-        kept: str | None = None,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.beginnings = Beginnings(self.model, kept)
 
     @abstractmethod
     def _of_verdicts(self, following: Tensor) -> Tensor:
@@ -97,14 +86,6 @@ class TokenJudge(ABC):
         text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         return self._encode(text + self.prefill)
 
-    def ends(self, prompt: Prompt, ids: Sequence[int]) -> list[int]:
-        """How many of a prompt's tokens come before each of its cuts, ascending; at most all but the last.
-
-        Without white space before a cut, which may be of one token with what follows.
-        """
-        chats = [self._chat(prompt.system, prompt.user[:cut].rstrip()) for cut in prompt.cuts]
-        return sorted({min(common(chat, ids), len(ids) - 1) for chat in chats} - {0})
-
     @torch.no_grad()
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
         """Probability of each verdict, shape `[verdicts]`; they sum to the judge's probability of giving one.
@@ -131,17 +112,14 @@ class TokenJudge(ABC):
         logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
         return logits[:, -kept:].double().softmax(-1).cpu()
 
-    def one_by_one(self, encoded: Sequence[list[int]], ends: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
+    def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
         cache = DynamicCache()  # without the model's config: every layer keeps all positions, and so can be cropped
         previous: list[int] = []
         for place in sorted(range(len(encoded)), key=encoded.__getitem__):
             ids = encoded[place]
             shared = common(previous, ids[:-1])  # at least the last token is left, to predict from
-            if ends[place] and shared < ends[place][-1]:
-                cache = self.beginnings.cache(ids, ends[place])
-            else:
-                cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
+            cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
             yield place, self.probabilities(ids, cache)
             previous = ids
 
@@ -155,10 +133,7 @@ class TokenJudge(ABC):
     def verdicts(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Verdict]]:
         prompts = list(prompts)
         encoded = [self.tokens(prompt) for prompt in prompts]
-        if self.batch_size == 1:
-            judged = self.one_by_one(encoded, [self.ends(*one) for one in zip(prompts, encoded, strict=True)])
-        else:
-            judged = self.in_batches(encoded)
+        judged = self.one_by_one(encoded) if self.batch_size == 1 else self.in_batches(encoded)
         for place, probabilities in judged:
             mass = probabilities.sum().item()
             if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
@@ -211,8 +186,4 @@ class LikeliestWinner(TokenJudge):
 def make(judge: LocalJudge) -> TokenJudge:
     folder = Path(judge.folder)
     kind = {"single": ExpectedScore, "pair": LikeliestWinner}[judge.mode]
-    model = load_model(folder, judge.dtype)
-    # A GPU reads a prompt again sooner than it reads its keys and values from a disk.
-    keeps = judge.batch_size == 1 and model.device.type == "cpu"
-    kept = beginnings_key(folder, judge.dtype) if keeps else None
-    return kind(model, load_tokenizer(folder), judge.batch_size, kept)
+    return kind(load_model(folder, judge.dtype), load_tokenizer(folder), judge.batch_size)

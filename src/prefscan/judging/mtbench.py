@@ -1,7 +1,7 @@
 """Judge a model's MT-Bench answers with FastChat's prompts, in FastChat's judgement format.
 
-    python -m prefscan.mtbench base
-    python -m prefscan.mtbench ipo-0.5-16
+    prefscan mtbench base
+    prefscan mtbench ipo-0.5-16
 
 A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. With
 `judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for a win, ½
@@ -9,7 +9,7 @@ for a tie and 0 for a loss.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean, variance
@@ -28,7 +28,6 @@ from prefscan.judging.judge import Prompt, Verdict, load_judge
 NEED_REFERENCE = {"math", "reasoning", "coding"}
 # By judge.mode, FastChat's prompts for a first turn: without and with a reference. "-multi-turn" is the second turn's.
 TEMPLATES = {"single": ("single-v1", "single-math-v1"), "pair": ("pair-v2", "pair-math-v1")}
-MARK = "\0"  # stands for a field while its place is sought
 
 
 @dataclass(frozen=True)
@@ -60,28 +59,18 @@ def load_references(author: str) -> dict[int, Any]:
 
 
 def fill(templates: dict[str, Any], name: str, fields: dict[str, str]) -> Prompt:
-    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others.
-
-    The prompt's cuts are where its first field begins, before which are the instructions, and where its first answer
-    does: prompts to the same question have question and reference in common.
-    """
+    """FastChat's template of that name with the fields; raises UserError where it is missing or asks for others."""
     if name not in templates:
         raise UserError(f"judge_prompts.jsonl has no {name}; fetch FastChat's again")
     template = templates[name]["prompt_template"]
-    answers = [field for field in fields if field.startswith("answer")]
-
-    def first(marked: Iterable[str]) -> int:
-        return int(template.format(**fields | dict.fromkeys(marked, MARK)).find(MARK))
-
     try:
         text = template.format(**fields)
-        cuts = first(fields), first(answers)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"judge_prompts.jsonl: the template {name} cannot be filled in ({type(error).__name__}: {error}); it may "
             f"name {', '.join(sorted(fields))}"
         ) from None
-    return Prompt(templates[name]["system_prompt"], text, cuts=tuple(cut for cut in cuts if cut > 0))
+    return Prompt(templates[name]["system_prompt"], text)
 
 
 def build_turns(

@@ -19,10 +19,10 @@ from typing import Any
 import openai
 from filelock import FileLock
 
-from prefscan.common.chat_client import NoReply, Reply, complete, counted, make_client, may_be_billed
 from prefscan.common.config import OpenAIJudge
 from prefscan.common.io import BAD_JSON, read_json, write_json
 from prefscan.common.paths import judge_store
+from prefscan.endpoints.chat_client import NoReply, Reply, complete, counted, make_client, may_be_billed
 from prefscan.judging.budget import Spending, most_tokens, price
 from prefscan.judging.judge import WINNERS, Prompt, Verdict
 
@@ -166,7 +166,7 @@ class ChatJudge:
         """
         places: dict[Prompt, list[int]] = {}
         for place, prompt in enumerate(prompts):
-            places.setdefault(replace(prompt, cuts=()), []).append(place)
+            places.setdefault(prompt, []).append(place)
 
         def given(prompt: Prompt, verdict: Verdict) -> Iterator[tuple[int, Verdict]]:
             first, *others = places[prompt]

@@ -26,7 +26,7 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponenti
 
 from prefscan.common.io import read_json
 from prefscan.common.paths import MTBENCH_METRICS
-from prefscan.launch import supervisor as leash
+from prefscan.launch import supervisor
 
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
 NOT_RUN = "not run"  # the error of a chain whose predecessor has failed
@@ -131,7 +131,7 @@ def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_leashed(
+def run_supervised(
     command: list[str], folder: Path, environment: dict[str, str], log: Path, seen: Callable[[str], None]
 ) -> tuple[int, str]:
     """Exit status and output of a command that ends with this process; `seen` is called with each line.
@@ -139,7 +139,7 @@ def run_leashed(
     An exception in this process, Ctrl-C included, asks the command to end and waits until it has.
     """
     process = subprocess.Popen(
-        [sys.executable, "-P", leash.__file__, *command],
+        [sys.executable, "-P", supervisor.__file__, *command],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -223,7 +223,7 @@ def run_stages(
 
     def dvc(*arguments: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-        return run_leashed(command, folder, place.environment(folder), log, seen)
+        return run_supervised(command, folder, place.environment(folder), log, seen)
 
     def reproduce(targets: tuple[str, ...]) -> str:
         nonlocal attempts

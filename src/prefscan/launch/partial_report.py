@@ -1,7 +1,7 @@
 """The report of the cells that have finished while others have not, into runs/interim, which git ignores.
 
-    python -m prefscan.interim          # of a sweep that runs on this machine
-    python -m prefscan.interim --pull   # of one on a cluster, whose results travel by the DVC remote
+    prefscan partial-report          # of a sweep that runs on this machine
+    prefscan partial-report --pull   # of one on a cluster, whose results travel by the DVC remote
 
 For a sweep of days, and for one of whose cells the last few fail. A cell has finished when none of its stages is stale.
 What a launch has finished is taken into the workspace first, as the launch does at its end. Where the recipe has not,
@@ -13,7 +13,7 @@ import argparse
 from dvc.exceptions import ReproductionError
 
 from prefscan.common.config import load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.paths import RUNS
 from prefscan.launch.estimate import cells_left
 from prefscan.repo.pipeline import CELL_STAGES, stale_stages, take_over
@@ -23,14 +23,15 @@ INTERIM = RUNS / "interim"
 EXCUSED = {"check", "report"}  # stale where the grid has changed, which makes no finished cell another
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="prefscan.interim", description="Report the cells that have finished.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pull", action="store_true", help="also of what has reached the default DVC remote")
-    options = parser.parse_args()
+
+
+def main(pull: bool) -> None:
     params = load()
     if stale := stale_stages(missing_data_is_stale=True):
         try:
-            taken = take_over(stale, pull=options.pull)
+            taken = take_over(stale, pull=pull)
         except ReproductionError as error:
             raise UserError(f"what has finished cannot be taken over: {error}: {error.__cause__}") from None
         if taken:
@@ -48,7 +49,3 @@ def main() -> None:
     title = f"{params.model.name}: {len(cells)} of {len(params.grid.cells)} cells, in the interim"
     write_pages(params, cells, results, INTERIM, title)
     print(f"{INTERIM / 'report.html'}: {len(cells)} of {len(params.grid.cells)} cells")
-
-
-if __name__ == "__main__":
-    run_stage(main)

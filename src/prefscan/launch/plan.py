@@ -1,8 +1,8 @@
 """What the grid of params.yaml would still take, before anything is spent: cells, hours, disk, and judging's cost.
 
-    python -m prefscan.plan                                  # of params.yaml
-    python -m prefscan.plan --workers 8                      # and when it would end on so many workers
-    python -m prefscan.plan judge=gpt4 +experiment=zephyr    # of what `dvc exp run -S …` would compose
+    prefscan plan                                  # of params.yaml
+    prefscan plan --workers 8                      # and when it would end on so many workers
+    prefscan plan judge=gpt4 +experiment=zephyr    # of what `dvc exp run -S …` would compose
 
 Where a model's answers are in the workspace, its prompts are built and looked up among the kept replies; where they are
 not, or are stale, or other parameters would make them anew, all its calls are left, on answers of 8 bytes a token up to
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from prefscan.common.config import OpenAIJudge, Params, load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.io import read_jsonl
 from prefscan.common.paths import ANSWERS, QUESTIONS, judge_store
 from prefscan.judging.budget import Spending, most_tokens, price
@@ -108,21 +108,22 @@ def models_settings(params: Params) -> dict[str, Any]:
 
 def retrained(params: Params, workspace: Params) -> list[str]:
     """The stages of the cells whose own loss has other hyperparameters than in the workspace."""
-    before, after = dict(workspace.train.losses), dict(params.train.losses)
+    before, after = dict(workspace.losses), dict(params.losses)
     cells = [cell for cell in params.grid.cells if before.get(cell.loss) != after.get(cell.loss)]
     return [f"{stage}@{cell.key}" for cell in cells for stage in CELL_STAGES]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="prefscan.plan", description="What the sweep would still take.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes them")
     parser.add_argument("--workers", type=int, help="cells at once; default: launch.cells")
-    options = parser.parse_args()
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers {options.workers}: one at least")
+
+
+def main(overrides: list[str], workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: one at least")
     workspace = load()
     with TemporaryDirectory() as folder:
-        params = compose(options.overrides, Path(folder) / "params.yaml") if options.overrides else workspace
+        params = compose(overrides, Path(folder) / "params.yaml") if overrides else workspace
     judge = params.judge
     keys = ["base", *(cell.key for cell in params.grid.cells)]
     console = Console()
@@ -134,7 +135,7 @@ def main() -> None:
     stale = [*stale_stages(missing_data_is_stale=True), *retrained(params, workspace)] if same else None
     cells = cells_left(params, workspace, stale)
     speed = None if stale is None else measured_speed(workspace, stale)
-    for sentence in sentences(cells, params, speed, options.workers or params.launch.cells):
+    for sentence in sentences(cells, params, speed, workers or params.launch.cells):
         console.print(sentence, highlight=False)
     if params.judge != workspace.judge:
         console.print("The judge is another than in params.yaml: every model is judged anew.")
@@ -174,7 +175,3 @@ def main() -> None:
 def _printed(row: list[int | float], judge: OpenAIJudge) -> list[str]:
     calls, inputs, outputs, usd = row
     return [f"{calls:,}", f"{inputs:,}", f"{outputs:,}", "no judge.prices" if judge.prices is None else f"{usd:,.2f}"]
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -24,6 +24,7 @@ from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from prefscan.common.config import Launch, Params
 from prefscan.common.errors import UserError
+from prefscan.common.libraries import LIBRARIES
 from prefscan.launch.clone import NOT_RUN, Chain, Outcome, Place, Progress, remove_left_clones, run_chain
 from prefscan.launch.display import Display
 from prefscan.launch.supervisor import GRACE
@@ -36,7 +37,6 @@ except ModuleNotFoundError:
     sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt -e '.[cluster]'")
 
 # The same on every node: ray and dvc to work together, and those of keys.py, or none could go on with another's work.
-LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "dvc", "peft", "ray", "torch", "transformers", "trl")
 CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 
@@ -113,7 +113,7 @@ def key_variables(params: Params) -> list[str]:
     """The environment variables with keys that the stages of these parameters read."""
     server = params.answer.server
     named = [getattr(params.judge, "key_variable", None), server.key_variable if server else None]
-    if params.train.report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+    if params.runtime.report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         named.append("WANDB_API_KEY")
     return sorted({name for name in named if name})
 

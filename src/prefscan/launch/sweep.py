@@ -1,9 +1,9 @@
 """The sweep on several processors or machines at once: DVC says what is stale, Ray runs it.
 
-    python -m prefscan.launch                   # this machine: `launch.cells` at once; with launch=gpu, a cell a GPU
-    python -m prefscan.launch --address auto    # a running Ray cluster, whose nodes share a DVC remote
-    python -m prefscan.launch --dirty           # uncommitted changes go along
-    python -m prefscan.launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml
+    prefscan launch                   # this machine: `launch.cells` at once; with launch=gpu, a cell a GPU
+    prefscan launch --address auto    # a running Ray cluster, whose nodes share a DVC remote
+    prefscan launch --dirty           # uncommitted changes go along
+    prefscan launch --dirty +experiment=openhermes    # of what `dvc exp run -S …` composes into params.yaml
 
 What cells share runs first, then each cell's chain train → merge → answer → mtbench in a clone of its own, and on one
 machine the judge check beside them; at the end this workspace takes all of it over, and `dvc repro` makes the report.
@@ -31,9 +31,9 @@ from dvc.repo import Repo
 from filelock import FileLock, Timeout
 
 from prefscan.common.config import Params, load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.paths import SPLITS
-from prefscan.launch.clone import BUSY, BUSY_WAIT, NOT_RUN, Chain, Outcome, Place, await_remote, run_leashed
+from prefscan.launch.clone import BUSY, BUSY_WAIT, NOT_RUN, Chain, Outcome, Place, await_remote, run_supervised
 from prefscan.repo.cache import check_cache
 from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
 from prefscan.repo.pipeline import (
@@ -175,7 +175,9 @@ def restore(made: list[str], targets: list[str], place: Place, patience: float) 
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     while True:
-        code, output = run_leashed(command, Path(), dict(os.environ), log, lambda line: print(line, end="", flush=True))
+        code, output = run_supervised(
+            command, Path(), dict(os.environ), log, lambda line: print(line, end="", flush=True)
+        )
         if code == 0 or not BUSY.search(output):
             return code
         time.sleep(BUSY_WAIT)
@@ -237,35 +239,30 @@ def interrupted(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="prefscan.launch", description="Run what is stale of the sweep, side by side."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as `dvc exp run -S` takes them")
     parser.add_argument("--address", help="of a running Ray cluster, or auto; without it, a Ray of this machine's own")
     parser.add_argument("--dirty", action="store_true", help="take uncommitted changes along")
-    arguments = parser.parse_args()
+
+
+def main(overrides: list[str], address: str | None, dirty: bool) -> None:
     signal.signal(signal.SIGTERM, interrupted)
     Path(".prefscan").mkdir(exist_ok=True)
     try:
         with FileLock(".prefscan/launch.lock", timeout=0):
-            if arguments.overrides:
+            if overrides:
                 with tempfile.TemporaryDirectory() as folder:  # what is wrong replaces nothing
                     composed = Path(folder) / "params.yaml"
-                    params = compose(arguments.overrides, composed)
-                    if arguments.address is None:  # a cluster's nodes may have what this machine lacks
-                        from prefscan.training.settings import check_logging  # which imports torch
+                    params = compose(overrides, composed)
+                    if address is None:  # a cluster's nodes may have what this machine lacks
+                        from prefscan.common.config import check_logging  # which imports torch
 
-                        check_logging(params.train.report_to)
+                        check_logging(params.runtime.report_to)
                     shutil.copyfile(composed, "params.yaml")
-            code = launch_sweep(arguments.address, arguments.dirty)
+            code = launch_sweep(address, dirty)
     except Timeout:
         raise UserError("another launch runs in this workspace; wait for it, or end it") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         code = STOPPED
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    run_stage(main)

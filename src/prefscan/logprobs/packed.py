@@ -7,6 +7,7 @@ prompt + rejected as padded rows) the prompt is computed once, nothing is comput
 only where a response token is predicted, in chunks, so that the full logits never exist.
 """
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,8 +22,10 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from prefscan.common.errors import UserError
+from prefscan.logprobs.layouts import lengths_of
 
-ATTENTION = "prefscan_prefix_shared"
+FUSED_LORA = True
+ATTENTION = "prefscan_packed"
 LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 ATTENTION_CHANGES = ("softcap", "s_aux", "position_bias", "attention_mask")  # logit cap, sinks, ALiBi, and their like
 LAYERS = {"full_attention", "sliding_attention"}  # a convolution or a recurrence would read on into the next branch
@@ -61,7 +64,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> PackedPair
     predictors: list[list[int]] = [[] for _ in range(2 * len(pairs))]
     for i, pair in enumerate(pairs):
         prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
-        p, c, r = len(prompt), len(chosen), len(rejected)
+        p, c, r = lengths_of(pair)
         last = len(ids) + p - 1  # the prompt's last token predicts the first token of both responses
         predictors[i] = list(range(last, last + c))
         predictors[len(pairs) + i] = [last, *range(last + c + 1, last + c + r)]
@@ -83,7 +86,16 @@ def positions(batch: PackedPairs) -> int:
     return batch.input_ids.numel()
 
 
-def prefix_shared_attention(
+def most_positions(pairs: Sequence[Mapping[str, Any]], batch_size: int) -> int:
+    return sum(heapq.nlargest(batch_size, (sum(lengths_of(pair)) for pair in pairs)))
+
+
+def refuse_long(model: nn.Module, pairs: Sequence[Mapping[str, Any]], what: str, lower: str) -> None:
+    """For a pair beyond the model's sliding window, which this layout does not apply."""
+    refuse_beyond(sliding_window(model), [lengths_of(pair) for pair in pairs], what, lower)
+
+
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -106,8 +118,8 @@ def prefix_shared_attention(
     others |= {"attention_mask": attention_mask}
     if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
         raise UserError(
-            f"train.engine: 'shared' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
-            "set it to trl for this model"
+            f"train.layout: 'packed' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
+            "set it to padded for this model"
         )
     refuse_beyond(sliding_window, pair_lengths)
     if pair_mask is not None and not dropout:  # FlexAttention has no dropout
@@ -154,11 +166,11 @@ def refuse_beyond(
     if window is not None and longest > window:
         raise UserError(
             f"{what} has {longest} tokens, more than the model's sliding window of {window}; "
-            f"lower {lower}, or set train.engine: trl"
+            f"lower {lower}, or set train.layout: padded"
         )
 
 
-def sliding_window(model: PreTrainedModel) -> int | None:
+def sliding_window(model: Any) -> int | None:
     """The tokens that a layer looks back on, by the model's configuration; None where every layer sees all."""
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
@@ -198,7 +210,7 @@ def flex_fits(model: PreTrainedModel) -> bool:
     return getattr(torch.cuda.get_device_properties(model.device), "shared_memory_per_block_optin", 0) >= LARGE_HEADS
 
 
-AttentionInterface.register(ATTENTION, prefix_shared_attention)
+AttentionInterface.register(ATTENTION, packed_attention)
 # The layout is in `pair_lengths`: transformers need not build a mask.
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
@@ -246,19 +258,19 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     scaled = [name for name in LOGIT_SCALES if getattr(config, name, None) is not None]
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad or scaled:
         raise UserError(
-            f"train.engine: 'shared' needs a frozen, plain LM head, and {type(base).__name__} has "
-            f"{' and '.join(scaled) or 'another'}; set it to trl for this model"
+            f"train.layout: 'packed' needs a frozen, plain LM head, and {type(base).__name__} has "
+            f"{' and '.join(scaled) or 'another'}; set it to padded for this model"
         )
     if not head.weight.numel():
         raise UserError(
-            "train.accelerate: DeepSpeed's ZeRO stage 3 leaves no process the LM head, which train.engine: 'shared' "
+            "train.accelerate: DeepSpeed's ZeRO stage 3 leaves no process the LM head, which train.layout: 'packed' "
             "reads; set its stage to 2, or choose train/accelerate=fsdp"
         )
     layers = set(getattr(config, "layer_types", None) or ())
     if base._is_stateful or not base._supports_attention_backend or not layers <= LAYERS:
         raise UserError(
-            "train.engine: 'shared' needs a model that is attention throughout, through transformers' "
-            f"AttentionInterface, and {type(base).__name__} is not; set it to trl for this model"
+            "train.layout: 'packed' needs a model that is attention throughout, through transformers' "
+            f"AttentionInterface, and {type(base).__name__} is not; set it to padded for this model"
         )
     if base.config._attn_implementation != ATTENTION:
         base.set_attn_implementation(ATTENTION)

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
+from prefscan.logprobs.layouts import lengths_of
+
+FUSED_LORA = False  # this layout is stock TRL's in every part
+
 
 def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """TRL's own collator: `input_ids`, `attention_mask`, `completion_mask`, each `[2B, longest]`, chosen rows first."""
@@ -17,6 +21,14 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, 
 
 def positions(batch: dict[str, Tensor]) -> int:
     return batch["input_ids"].numel()
+
+
+def most_positions(pairs: Sequence[Mapping[str, Any]], batch_size: int) -> int:
+    return 2 * batch_size * max(p + max(c, r) for p, c, r in map(lengths_of, pairs))
+
+
+def refuse_long(model: nn.Module, pairs: Sequence[Mapping[str, Any]], what: str, lower: str) -> None:
+    """Refuses nothing: the model applies its own masks."""
 
 
 def pair_logps(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

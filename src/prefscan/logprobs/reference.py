@@ -1,7 +1,7 @@
 """The base model's log-probability of every response, once for the whole sweep.
 
-    python -m prefscan.reference train      # data/reference/train.jsonl
-    python -m prefscan.reference heldout    # data/reference/heldout.jsonl
+    prefscan reference train      # data/reference/train.jsonl
+    prefscan reference heldout    # data/reference/heldout.jsonl
 
 Writes one row a pair: `id`, `ref_chosen_logps` and `ref_rejected_logps` (nats, summed over the response) and the token
 counts `chosen_tokens` and `rejected_tokens`. Every train cell reads it and makes no reference pass.
@@ -16,7 +16,7 @@ import torch
 from prefscan.common.config import Train
 from prefscan.common.errors import UserError
 from prefscan.common.paths import BASE, TRAIN_REFERENCE
-from prefscan.logprobs.layouts import Engine
+from prefscan.logprobs.layouts import Layout
 from prefscan.models.loading import load_model
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "chosen_tokens", "rejected_tokens")
@@ -29,11 +29,11 @@ def micro_batches(pairs: list[Any], size: int) -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def reference_rows(
-    model: torch.nn.Module, engine: Engine, pairs: list[Any], batch_size: int, pad_token_id: int
+    model: torch.nn.Module, layout: Layout, pairs: list[Any], batch_size: int, pad_token_id: int
 ) -> Iterator[dict[str, Any]]:
     """One row a pair, in order; computed in micro-batches of the training's size and layout."""
     for batch in micro_batches(pairs, batch_size):
-        chosen, rejected = engine.pair_logps(model, engine.collate(batch, pad_token_id))
+        chosen, rejected = layout.pair_logps(model, layout.collate(batch, pad_token_id))
         for pair, ref_chosen, ref_rejected in zip(batch, chosen.tolist(), rejected.tolist(), strict=True):
             yield {
                 "id": pair["id"],
@@ -59,5 +59,5 @@ def with_reference(pairs: list[dict[str, Any]], reference: list[dict[str, Any]])
 
 def load_base(train: Train) -> torch.nn.Module:
     """The frozen base model in the dtype and quantisation that training uses."""
-    model = load_model(BASE, train.dtype, train.quantization, train.double_quantization)
+    model = load_model(BASE, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant)
     return model.requires_grad_(False)

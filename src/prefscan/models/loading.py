@@ -44,7 +44,7 @@ def load_model(
     folder: Path,
     dtype: str,
     quantization: str = "none",
-    double_quantization: bool = False,
+    bnb_4bit_use_double_quant: bool = False,
     place: torch.device | None = None,
 ) -> "PreTrainedModel":
     """A causal language model in evaluation mode, on this machine's device, or on `place` if it is not quantised.
@@ -60,7 +60,7 @@ def load_model(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
         options["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}

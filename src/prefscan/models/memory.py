@@ -1,13 +1,10 @@
 """Which micro-batches keep their activations in memory, and which recompute them in the backward pass."""
 
-import heapq
-from typing import Any
-
 import psutil
 import torch
 from transformers import PretrainedConfig
 
-from prefscan.common.config import Train
+from prefscan.common.config import Runtime, Train
 
 # Bytes that a layer keeps for the backward pass, for each token and unit of width: of the hidden state 11 fp32 copies
 # (norms, LoRA's inputs, attention), of the MLP's inner state 4 copies. tests/test_memory.py measures them again.
@@ -15,14 +12,6 @@ HIDDEN = 44
 INNER = {"fp32": 16, "bf16": 10, "fp16": 10}
 # Of the free memory. The rest is for gradients, the optimizer and what the allocator loses.
 SHARE = 0.5
-
-
-def longest_batch(pairs: list[dict[str, Any]], batch_size: int, engine: str) -> int:
-    """Tokens of the largest micro-batch that these pairs can make: packed for `shared`, else padded rows."""
-    lengths = [tuple(len(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
-    if engine == "shared":
-        return sum(heapq.nlargest(batch_size, map(sum, lengths)))
-    return 2 * batch_size * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
 
 
 def activation_bytes(config: PretrainedConfig, tokens: int, dtype: str) -> int:
@@ -38,15 +27,15 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
-def kept_tokens(train: Train, longest: int, needed: int, free: int) -> int:
+def kept_tokens(train: Train, runtime: Runtime, longest: int, needed: int, free: int) -> int:
     """The most tokens of a micro-batch whose activations are kept; a longer one recomputes them, with the same result.
 
     `needed` are the bytes of activations of a micro-batch of `longest` tokens, the longest there is. `auto` keeps what
     takes up to half of the `free` bytes; but all or nothing under FSDP and DeepSpeed, where processes gather a layer's
     weights together: one that recomputed alone would wait for the others.
     """
-    if train.activation_checkpointing != "auto":
-        return 0 if train.activation_checkpointing else longest
+    if runtime.gradient_checkpointing != "auto":
+        return 0 if runtime.gradient_checkpointing else longest
     kept = min(longest, int(SHARE * free) * longest // needed)
     if kept < longest and train.accelerate and train.accelerate.distributed_type != "MULTI_GPU":
         kept = 0

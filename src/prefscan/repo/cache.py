@@ -1,6 +1,6 @@
 """Hash every object of DVC's cache again, and remove those that are not what their name says.
 
-    python -m prefscan.cache    # exit status 1 where some were removed
+    prefscan check-cache    # exit status 1 where some were removed
 
 DVC trusts a read-only object of its cache, and a file whose inode, time and size it knows: what a failing disk or an
 interrupted copy has changed is restored as it is, and every result after it is wrong. An object removed here is missing
@@ -15,7 +15,7 @@ from dvc_data.hashfile.hash import file_md5
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 
 OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # what follows the first two digits; a copy under way has another name
 
@@ -78,7 +78,3 @@ def main() -> None:
             "them again"
         )
     print(f"{count} objects, none damaged")
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=())

@@ -48,7 +48,7 @@ def compose(overrides: list[str], path: Path) -> Params:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from prefscan.training.settings import (
+    from prefscan.training.losses import (
         check_losses,  # torch: seconds, which a launch without overrides and its workers spare
     )
 

@@ -55,7 +55,7 @@ def as_json(value: Any) -> str:
 
 
 def own_script(name: str) -> str:
-    return files("prefscan").joinpath("templates", name).read_text(encoding="utf-8")
+    return files("prefscan.reporting").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def policy_hash(script: str) -> str:

@@ -1,6 +1,6 @@
 """Collect the sweep's metrics into reports/ (pages, charts, tables) and metrics/summary.json.
 
-    python -m prefscan.report
+    prefscan report
 
 It reads the cells that the grid names and no others, and removes the metrics of other cells from the workspace (DVC's
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.

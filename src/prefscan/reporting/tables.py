@@ -278,7 +278,7 @@ def judge_check(judge: dict[str, Any]) -> Table:
 def spread(keys: tuple[str, ...], judgements: dict[str, list[Any]]) -> list[Table]:
     """Of a judge that was asked several times: where a question's score varies; no table where it was asked once.
 
-    Seeds and answer samples have one row of scores each in a sweep: prefscan.compare sets seeds apart.
+    Seeds and answer samples have one row of scores each in a sweep: prefscan compare sets seeds apart.
     """
     rows = []
     for key in keys:

@@ -1,4 +1,4 @@
-"""Compare sweeps that git holds, in one report: python -m prefscan.compare zephyr openhermes
+"""Compare sweeps that git holds, in one report: prefscan compare zephyr openhermes
 
 Each argument is a branch, tag, commit or DVC experiment. The base and the cells that all of them have are paired
 question by question with their like in the first. Revisions that differ in `seed` alone are one sweep trained anew,
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.reporting import charts
 from prefscan.reporting.findings import counted
 from prefscan.reporting.pages import Figure, Table, write_report
@@ -227,30 +227,28 @@ def figures_of(table: pd.DataFrame, first: str) -> dict[str, Figure]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="prefscan.compare", description="Compare sweeps that git holds.")
-    parser.add_argument("revision", nargs="+", help="a branch, tag, commit or DVC experiment; two or more")
-    names = list(dict.fromkeys(parser.parse_args().revision))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("revisions", nargs="+", metavar="REVISION", help="a branch, tag, commit or DVC experiment")
+
+
+def main(revisions: list[str]) -> None:
+    names = list(dict.fromkeys(revisions))
     if len(names) < 2:
         raise UserError(f"{names[0]} alone is no comparison; name two or more revisions")
-    revisions = [read_revision(name) for name in names]
-    models, questions = shared_models(revisions), shared_questions(revisions)
+    sweeps = [read_revision(name) for name in names]
+    models, questions = shared_models(sweeps), shared_questions(sweeps)
     if len(models) < 2:
         raise UserError(f"{', '.join(names)}: no cell is in all of them; compare sweeps that share losses, β and steps")
-    refuse_scales(revisions)
+    refuse_scales(sweeps)
     try:
         COMPARISON.mkdir(exist_ok=True)
     except FileExistsError:
         raise UserError(f"{COMPARISON} is a file, and the report goes into a folder of that name; move it") from None
-    table = scores_of(revisions, models, questions)
-    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(revisions, models)]
-    lines = sentences(revisions, models, questions, table, seeds)
-    tables = tables_of(what_differs(revisions, models), table, seeds, revisions)
+    table = scores_of(sweeps, models, questions)
+    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(sweeps, models)]
+    lines = sentences(sweeps, models, questions, table, seeds)
+    tables = tables_of(what_differs(sweeps, models), table, seeds, sweeps)
     title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
     write_report(COMPARISON, title, lines, figures_of(table, names[0]), tables, names)
     print("\n\n".join(lines))
     print(f"\nReport: {COMPARISON}/report.html")
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -1,4 +1,4 @@
-"""What a pull request shows its reviewer, as Markdown: python -m prefscan.review main
+"""What a pull request shows its reviewer, as Markdown: prefscan review main
 
 It compares the workspace with the revision at which HEAD left its base: which stages dvc.lock misses, parameters,
 metrics, the recipe's paired difference, the charts. Of the revision it reads what is in git, so that it works on a
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dvc.repo import Repo
 
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.paths import REPORTS, SUMMARY
 from prefscan.repo.git import git
 from prefscan.repo.pipeline import dvc, stale_stages
@@ -156,19 +156,16 @@ def review(base: str, left: str, charts: str, stale: list[str], missing: dict[st
     return f"# This sweep against {against}\n\n" + "\n\n".join(f"## {n}\n\n{text}" for n, text in sections.items())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="prefscan.review", description="What a pull request shows its reviewer.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", help="the branch, tag or commit to merge into")
     parser.add_argument("--charts", default=str(REPORTS / "charts"), metavar="URL", help="where the charts can be seen")
-    arguments = parser.parse_args()
-    left = merge_base(arguments.base)
+
+
+def main(base: str, charts: str) -> None:
+    left = merge_base(base)
     outdated = stale_stages(missing_data_is_stale=False)  # the first to say that dvc.yaml or params.yaml is damaged
     missing = missing_results()
     stale = sorted({*outdated, *missing})
-    print(review(arguments.base, left, arguments.charts.rstrip("/"), stale, missing))
+    print(review(base, left, charts.rstrip("/"), stale, missing))
     if stale:
         sys.exit(STALE)
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -19,6 +19,7 @@ from dvc.scm import map_scm_exception, resolve_rev
 
 from prefscan.common.errors import UserError
 from prefscan.common.io import BAD_JSON, read_text
+from prefscan.common.libraries import LIBRARIES
 from prefscan.common.paths import BASE, JUDGE_METRICS, SUMMARY
 from prefscan.repo.git import git
 from prefscan.repo.pipeline import CHOICE
@@ -40,7 +41,7 @@ SAME_SCORE = 2e-5
 NEUTRAL = {
     *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
     *(f"answer.server.{name}" for name in ("timeout", "attempts", "key_variable")),
-    *(f"train.{name}" for name in ("activation_checkpointing", "report_to")),
+    *(f"train.{name}" for name in ("gradient_checkpointing", "report_to")),
     "agreement",
 }
 # Parameters that make a judge the one that it is, beside the name of one behind an API.
@@ -48,7 +49,6 @@ JUDGE = (
     *("kind", "mode", "against", "references", "folder", "dtype"),
     *("base_url", "seed", "temperature", "samples", "max_tokens"),
 )
-PINS = ("trl", "transformers", "peft", "torch", "accelerate", "bitsandbytes", "datasets")  # may change a result
 
 
 class Revision(NamedTuple):
@@ -205,7 +205,7 @@ VERSIONS_NOTE = (
 def pins(constraints: str) -> Iterator[tuple[str, str]]:
     for line in constraints.splitlines():
         name, _, version = line.partition("==")
-        if name in PINS:
+        if name in LIBRARIES:
             yield name, version
 
 
@@ -221,13 +221,13 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def settings(revision: Revision, models: Iterable[str]) -> dict[str, Any]:
     """What decides the models' results: the parameters but for the choice of cells, and the pinned versions.
 
-    Of `train.losses` it has the sections of their own losses.
+    Of `losses` it has the sections of their own losses.
     """
     losses = {model.partition("-")[0] for model in models}
     neutral = NEUTRAL | ({"judge.name"} if revision.params["judge"]["kind"] == "local" else set())  # as in judge_of
 
     def decides(name: str) -> bool:
-        if name.startswith("train.losses."):
+        if name.startswith("losses."):
             return name.split(".")[2] in losses
         return name.split(".")[0] not in CHOICE and neutral.isdisjoint((name, name.rpartition(".")[0]))
 

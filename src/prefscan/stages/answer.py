@@ -1,21 +1,19 @@
 """Answer the MT-Bench questions with one model, in FastChat's answer format.
 
-    python -m prefscan.answer base
-    python -m prefscan.answer ipo-0.5-16
+    prefscan answer base
+    prefscan answer ipo-0.5-16
 
 Both turns, the model's own chat template, FastChat's temperature for each category. What is answered is kept in
 .prefscan/answers, and a stage that was killed goes on from there with the same bits.
 """
 
 import json
-import sys
 from statistics import fmean
 from typing import Any
 
 from rich.progress import Progress
 
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import write_json, write_jsonl
 from prefscan.common.paths import ANSWER_COST, ANSWER_METRICS, ANSWERS, BASE, MERGED, QUESTIONS
 from prefscan.generation.answers import ENGINES, answers_file, read_finished, with_logprobs
@@ -25,14 +23,13 @@ from prefscan.judging.fastchat import Question, read_records, select_questions
 from prefscan.models.loading import load_cell, load_model, load_tokenizer
 
 
-def main() -> None:
+def main(key: str) -> None:
     params = load()
-    (key,) = sys.argv[1:]
     if key != "base":
         params.cell(key)
     asked = read_records(QUESTIONS / "question.jsonl", Question, ["question_id"])
     questions = select_questions(asked, params.answer.questions)
-    unfinished = answers_file(key, params.answer, params.seed)
+    unfinished = answers_file(key)
     rows = read_finished(unfinished)
     tokenizer = load_tokenizer(BASE)
     before = max((row["elapsed"] for row in rows.values()), default=0.0)  # an interrupted stage's, to its last answer
@@ -73,7 +70,3 @@ def main() -> None:
     write_json(ANSWER_METRICS / f"{key}.json", metrics)
     write_json(ANSWER_COST / f"{key}.json", cost)
     unfinished.unlink(missing_ok=True)  # another process may have answered for the same model
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=("model",))

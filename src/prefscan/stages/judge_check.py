@@ -1,6 +1,6 @@
 """Check the judge before its scores are shown: does it tell good answers from bad ones, and does it repeat itself?
 
-    python -m prefscan.judge_check
+    prefscan judge-check
 
 Good answers are the corrected reference answers of math, reasoning and coding, the only ones that the fetched data
 has. Bad ones are made of them: the same answers, each given to another question of its category, and the first quarter
@@ -10,7 +10,7 @@ of each. docs/judging.md says how to read metrics/judge.json.
 from typing import Any
 
 from prefscan.common.config import load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
 from prefscan.common.paths import JUDGE_METRICS
 from prefscan.judging.check import (
@@ -71,7 +71,3 @@ def main() -> None:
         for bad in VERSIONS[1:]:
             found = metrics[name][bad]
             print(f"{name}, {bad}: AUC {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]")
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=())

@@ -1,6 +1,6 @@
 """Merge a cell's adapter into the base, and measure what the merge kept.
 
-    python -m prefscan.merge ipo-0.5-16
+    prefscan merge ipo-0.5-16
 
 Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So can another base: one
 trained on a 4-bit base is merged into the base as published. So the stage compares the held-out margin of the merged
@@ -12,10 +12,7 @@ cell then answers with other numbers than were merged, as it does in another `an
 answer stage loads it is measured as well, over all held-out pairs.
 """
 
-import sys
-
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import new_folder, read_jsonl, write_json
 from prefscan.common.paths import (
     ADAPTERS,
@@ -26,15 +23,14 @@ from prefscan.common.paths import (
     MERGE_METRICS,
     MERGED,
 )
-from prefscan.logprobs.layouts import load_engine
+from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import with_reference, with_rows
+from prefscan.merging.merge import margin_answering, merge_cell
 from prefscan.models.loading import DTYPES, MANIFEST, load_tokenizer, manifest
-from prefscan.training.merging import margin_answering, merge_cell
 
 
-def main() -> None:
+def main(key: str) -> None:
     params = load()
-    (key,) = sys.argv[1:]
     params.cell(key)
     pairs = with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE))
     recorded = HELDOUT_POLICY / f"{key}.jsonl"
@@ -50,11 +46,7 @@ def main() -> None:
             load_tokenizer(BASE).save_pretrained(folder)
     del merged
     if params.answers_otherwise:
-        metrics |= margin_answering(BASE, MERGED / key, pairs, load_engine(params.train.engine), dtype)
+        metrics |= margin_answering(BASE, MERGED / key, pairs, load_layout(params.train.layout), dtype)
     write_json(MERGE_METRICS / f"{key}.json", metrics)
     kept = metrics["margin_kept"]
     print(f"{key}: the merge kept {'nothing to keep' if kept is None else f'{kept:.1%}'} of the held-out margin")
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=("cell",))

@@ -1,27 +1,24 @@
 """Judge a model's MT-Bench answers with FastChat's prompts, in FastChat's judgement format.
 
-    python -m prefscan.mtbench base
-    python -m prefscan.mtbench ipo-0.5-16
+    prefscan mtbench base
+    prefscan mtbench ipo-0.5-16
 
 A turn that cannot be scored fails the cell with the reason: nothing is averaged over fewer questions in silence. With
 `judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for a win, ½
 for a tie and 0 for a loss.
 """
 
-import sys
 from typing import Any
 
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import write_json, write_jsonl
 from prefscan.common.paths import ANSWERS, CELL_JUDGEMENTS, MTBENCH_METRICS
 from prefscan.judging.fastchat import Answer, read_records
 from prefscan.judging.mtbench import judge_answers, pair_figures, scores, self_comparison
 
 
-def main() -> None:
+def main(key: str) -> None:
     params = load()
-    (key,) = sys.argv[1:]
     if key != "base":
         params.cell(key)
     settings = params.judge
@@ -44,7 +41,3 @@ def main() -> None:
     provenance["usd"] = round(usd, 6)
     write_json(MTBENCH_METRICS / f"{key}.json", metrics | provenance)
     print(f"{key}: {metrics['average']:.3f} [{metrics['average_low']:.3f}, {metrics['average_high']:.3f}]")
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=("model",))

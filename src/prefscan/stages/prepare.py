@@ -1,6 +1,6 @@
 """Turn raw preference pairs into tokens, and split them into training and held-out pairs.
 
-    python -m prefscan.prepare
+    prefscan prepare
 
 Three shapes of row are understood, told apart by their keys: Orca's (`system`, `question`, `chosen`, `rejected`),
 UltraFeedback's (`chosen` and `rejected` are lists of messages that differ in the last), and ShareGPT-like ones
@@ -11,7 +11,6 @@ Nothing is truncated: a pair that does not fit the length limit is dropped and c
 """
 
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import write_json, write_jsonl
 from prefscan.common.paths import BASE, HELDOUT_PAIRS, PREPARE_METRICS, RAW_PAIRS, TRAIN_PAIRS
 from prefscan.data.pairs import prepare
@@ -25,7 +24,3 @@ def main() -> None:
     write_jsonl(HELDOUT_PAIRS, heldout)
     write_json(PREPARE_METRICS, metrics)
     print(f"{metrics['rows']} rows: {len(train)} training pairs, {len(heldout)} held out, dropped {metrics['dropped']}")
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=())

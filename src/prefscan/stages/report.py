@@ -1,13 +1,12 @@
 """Collect the sweep's metrics into reports/ (pages, charts, tables) and metrics/summary.json.
 
-    python -m prefscan.report
+    prefscan report
 
 It reads the cells that the grid names and no others, and removes the metrics of other cells from the workspace (DVC's
 cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import write_json, write_jsonl, write_text
 from prefscan.common.paths import JUDGEMENTS, REPORTS, SUMMARY
 from prefscan.reporting.findings import counted
@@ -28,7 +27,3 @@ def main() -> None:
     combined = [judgement for key in keys for judgement in results.judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
     write_json(SUMMARY, summarise(table, params.recipe, results.judged["base"]))
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=())

@@ -1,20 +1,18 @@
 """Tune a LoRA adapter with one loss, at one β, for a number of steps.
 
-    python -m prefscan.train ipo-0.5-16
+    prefscan train ipo-0.5-16
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
-losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage. With
+losses.py, the layout of a micro-batch from layouts/, the reference's log-probabilities from the reference stage. With
 `train.accelerate`, several processes train the cell: distributed.py.
 """
 
 import shutil
-import sys
 from typing import Any
 
 from torch.distributed import is_torchelastic_launched
 
 from prefscan.common.config import load
-from prefscan.common.errors import run_stage
 from prefscan.common.io import new_folder, read_jsonl, write_json, write_jsonl, write_text
 from prefscan.common.paths import (
     ADAPTERS,
@@ -33,7 +31,7 @@ from prefscan.logprobs.reference import load_base, with_reference
 from prefscan.models.loading import clean_adapter_config, load_tokenizer
 from prefscan.training.checkpoints import checkpoint_folder
 from prefscan.training.multi_gpu import from_main, launch, world
-from prefscan.training.trainer import PairTrainer, curve_csv, train_cell
+from prefscan.training.trainer import CellSettings, PairTrainer, Sides, curve_csv, train_cell
 
 
 def write_cell(key: str, trainer: PairTrainer, metrics: dict[str, Any], cost: dict[str, float]) -> None:
@@ -56,28 +54,18 @@ def write_cell(key: str, trainer: PairTrainer, metrics: dict[str, Any], cost: di
     )
 
 
-def main() -> None:
+def main(key: str) -> None:
     params = load()
-    (key,) = sys.argv[1:]
-    cell = params.cell(key)
+    settings = CellSettings.of(params, key)
     if not is_torchelastic_launched():
-        print(f"train {key}: cell {params.grid.cells.index(cell) + 1} of {len(params.grid.cells)}", flush=True)
+        print(f"train {key}: cell {params.grid.cells.index(settings.cell) + 1} of {len(params.grid.cells)}", flush=True)
         if params.train.accelerate:
-            return launch(params.train.accelerate, "prefscan.train", key)
-    checkpoints = from_main(lambda: checkpoint_folder(cell, params.train, params.seed))
-    trainer, metrics, cost = train_cell(
-        cell,
-        params.train,
-        params.seed,
+            return launch(params.train.accelerate, "prefscan", "train", key)
+    checkpoints = from_main(lambda: checkpoint_folder(key))
+    sides = Sides(
         with_reference(read_jsonl(TRAIN_PAIRS), read_jsonl(TRAIN_REFERENCE)),
         with_reference(read_jsonl(HELDOUT_PAIRS), read_jsonl(HELDOUT_REFERENCE)),
-        load_base(params.train),
-        load_tokenizer(BASE),
-        checkpoints,
     )
+    trainer, metrics, cost = train_cell(settings, sides, load_base(params.train), load_tokenizer(BASE), checkpoints)
     write_cell(key, trainer, metrics, cost)
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=("cell",))

@@ -20,64 +20,29 @@ from typing import Any
 from torch.distributed import is_torchelastic_launched
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prefscan.common.config import Cell, Train
 from prefscan.common.errors import UserError
-from prefscan.common.fingerprint import result_key
+from prefscan.common.fingerprint import stage_fingerprint
 from prefscan.common.io import BAD_JSON, sha256, write_json
-from prefscan.common.paths import BASE, CHECKPOINTS, HELDOUT_PAIRS, HELDOUT_REFERENCE, TRAIN_PAIRS, TRAIN_REFERENCE
+from prefscan.common.paths import CHECKPOINTS
 from prefscan.training.multi_gpu import in_any, world
 
 SEAL = "seal.json"
 FIRST = 30  # seconds of training before a save: a laptop's cell takes two minutes
 WAIT = 100  # times the last save's duration until the next: saving takes at most 1 % of the time
 
-# What the train stage imports, as dvc.yaml lists it.
-CODE = (
-    "__init__.py",
-    "checkpoints.py",
-    "distributed.py",
-    "engines",
-    "errors.py",
-    "files.py",
-    "intervals.py",
-    "keys.py",
-    "losses.py",
-    "memory.py",
-    "models.py",
-    "params.py",
-    "paths.py",
-    "reference.py",
-    "train.py",
-)
 
-
-# Keys of `train` that change no result: they are not in dvc.yaml's list for the stage either.
-NO_RESULT = {"activation_checkpointing", "report_to"}
-
-
-def train_key(cell: Cell, train: Train, seed: int) -> str:
-    parameters = {
-        "cell": cell.model_dump(),
-        "train": train.model_dump(exclude=NO_RESULT | {"losses"}),
-        "options": getattr(train.losses, cell.loss).model_dump(),
-        "seed": seed,
-    }
-    inputs = [TRAIN_PAIRS, HELDOUT_PAIRS, TRAIN_REFERENCE, HELDOUT_REFERENCE, BASE]
-    return result_key(parameters, inputs, CODE)
-
-
-def checkpoint_folder(cell: Cell, train: Train, seed: int) -> Path:
+def checkpoint_folder(key: str) -> Path:
     """Where this result's checkpoints go; those of the cell's other results are removed, or they would pile up.
 
     Raises UserError where another process trains the cell: a killed `dvc` leaves the stage that it ran alive.
     """
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    lock = os.open(CHECKPOINTS / f"{cell.key}.lock", os.O_CREAT | os.O_WRONLY)  # held until this process ends
+    lock = os.open(CHECKPOINTS / f"{key}.lock", os.O_CREAT | os.O_WRONLY)  # held until this process ends
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is training {cell.key} here; end it, and run `dvc repro` again") from None
-    folder = CHECKPOINTS / cell.key / train_key(cell, train, seed)
+        raise UserError(f"another process is training {key} here; end it, and run `dvc repro` again") from None
+    folder = CHECKPOINTS / key / stage_fingerprint("train", key)
     remove_others(folder, "*")
     return folder
 

@@ -1,9 +1,8 @@
-"""TODO"""
+"""The responses of another prompt beside each pair, from which `kto` estimates its KL (arXiv 2402.01306, section 4.1)."""
 
 from typing import Any
 
 from prefscan.common.errors import UserError
-from prefscan.logprobs.packed import refuse_beyond, sliding_window
 
 MISMATCHED = {"chosen_ids": "other_chosen_ids", "rejected_ids": "other_rejected_ids"}
 
@@ -31,13 +30,3 @@ def with_mismatched(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def mismatched(pair: dict[str, Any]) -> dict[str, Any]:
     """The prompt of a pair with the responses of another, as a pair."""
     return {"prompt_ids": pair["prompt_ids"]} | {key: pair[column] for key, column in MISMATCHED.items()}
-
-
-def refuse_mismatched(model: Any, pairs: list[dict[str, Any]]) -> None:
-    """Raises UserError for a prompt that is too long with another pair's response, before the first update."""
-    refuse_beyond(
-        sliding_window(model),
-        [(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in map(mismatched, pairs)],
-        what="kto: a prompt with another pair's response",
-        lower="data.max_prompt_length and data.max_length to that in sum",
-    )

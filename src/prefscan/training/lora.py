@@ -1,4 +1,4 @@
-"""A LoRA layer whose product is one function: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
+"""The LoRA adapter of a cell, and a layer for it whose product is one function: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
 PEFT writes the second term to memory, scales it and adds it, each time at the output's size, and so does the backward
 pass with its gradients. Here both are accumulated into the product of the frozen weight.
@@ -7,9 +7,14 @@ pass with its gradients. Here both are accumulated into the product of the froze
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from prefscan.common.config import Train
+from prefscan.common.errors import UserError
+from prefscan.logprobs.layouts import load_layout
 
 
 class LoraProduct(torch.autograd.Function):
@@ -64,16 +69,6 @@ class FusedLora(PeftLinear):
         return y
 
 
-from typing import Any
-
-import torch
-from peft import LoraConfig
-from torch import Tensor
-
-from prefscan.common.config import Train
-from prefscan.common.errors import UserError
-
-
 def is_target(name: str, targets: list[str]) -> bool:
     """As PEFT takes `target_modules`."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -83,13 +78,15 @@ def refuse_targets(model: Any, targets: list[str]) -> None:
     """Raises UserError for a target that is no module of the model, and for the LM head.
 
     PEFT refuses an unknown one only where all are. An adapter of the head, or of embeddings that share its weight, is
-    left out of the log-probabilities: the engines compute them from the weight alone.
+    left out of the log-probabilities: the layouts compute them from the weight alone.
     """
     head = model.get_output_embeddings().weight
     modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not head}
     if absent := [target for target in targets if not any(is_target(name, [target]) for name in modules)]:
         linear = sorted({name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
-        raise UserError(f"train.lora.targets: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}")
+        raise UserError(
+            f"train.lora.target_modules: the model has no {', '.join(absent)} to tune; it has {', '.join(linear)}"
+        )
 
 
 def beside_text(model: Any, targets: list[str]) -> list[str]:
@@ -100,17 +97,17 @@ def beside_text(model: Any, targets: list[str]) -> list[str]:
 
 
 def lora_config(train: Train, leave_out: list[str] | None = None) -> LoraConfig:
-    """PEFT's configuration of `train.lora`. Engine `shared` brings a layer of its own, for weights that are whole."""
+    """PEFT's configuration of `train.lora`. Layout `packed` brings a layer of its own, for whole weights."""
     lora = train.lora
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
         exclude_modules=leave_out or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    if train.engine == "shared" and train.quantization == "none" and not train.accelerate:
+    if load_layout(train.layout).FUSED_LORA and train.bnb_4bit_quant_type == "none" and not train.accelerate:
         config._register_custom_module({nn.Linear: FusedLora})
     return config

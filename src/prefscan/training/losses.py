@@ -1,6 +1,6 @@
 """Every preference loss, as a pure function of log-probabilities, and the registry of them.
 
-    python -m prefscan.losses > docs/losses.md
+    prefscan losses > docs/losses.md
 
 Notation, for a micro-batch of B pairs, all tensors of shape `[B]`, in nats:
 
@@ -24,6 +24,9 @@ from inspect import cleandoc, signature
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from prefscan.common.config import Params
+from prefscan.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Loss:
 
     @property
     def options(self) -> list[str]:
-        """Its hyperparameters: the keys of its own section of train.losses in params.yaml."""
+        """Its hyperparameters: the keys of its own section of losses in params.yaml."""
         return list(signature(self.function).parameters)[2:]
 
     def __call__(self, logps: PairLogps, beta: float, options: object) -> Tensor:
@@ -422,13 +425,38 @@ def kto(logps: PairLogps, beta: float, desirable_weight: float, undesirable_weig
     return (desirable_weight * desirable + undesirable_weight * undesirable) / 2
 
 
+def check_losses(params: Params) -> None:
+    """Raises UserError for the first loss that losses.py does not define, or that has no section in losses."""
+    known = f"known are {', '.join(LOSSES)}"
+    sections = dict(params.losses)
+    for name in [params.loss, *params.grid.loss]:
+        if name not in LOSSES:
+            raise UserError(f"params.yaml: grid.loss: {name!r} is no known loss; {known}")
+        if name not in sections:
+            raise UserError(
+                f"params.yaml: losses.{name}: missing; add it to conf/train/losses/papers.yaml, as {{}} if the "
+                "loss has no hyperparameters"
+            )
+    for name, section in sections.items():
+        if name not in LOSSES:
+            raise UserError(f"params.yaml: losses.{name}: no known loss; {known}")
+        given, taken = set(type(section).model_fields), set(LOSSES[name].options)
+        if given != taken:
+            wanted = "give it a class with these" if taken else "take its class out"
+            raise UserError(
+                f"params.yaml: losses.{name}: its section has {', '.join(sorted(given)) or 'nothing'}, its "
+                f"function takes {', '.join(sorted(taken)) or 'nothing'}; {wanted} in src/prefscan/params.py, where "
+                "Losses names it"
+            )
+
+
 # docs/losses.md ------------------------------------------------------------------------------------
 
 
 def document() -> str:
     """docs/losses.md: the table of the registry and each function's own text."""
     notation = cleandoc(__doc__).partition("\n\n")[2].partition("\n\n")[2]  # after the title and the command
-    head = ["`sweep.loss`", "loss of a pair", "paper", "β", "`train.losses`", "reference needed", "batch-dependent"]
+    head = ["`sweep.loss`", "loss of a pair", "paper", "β", "`losses`", "reference needed", "batch-dependent"]
     rows = [
         [
             f"`{name}`",
@@ -445,12 +473,12 @@ def document() -> str:
         [
             "# Losses",
             "",
-            "Written by `python -m prefscan.losses > docs/losses.md`; change `src/prefscan/losses.py`, not this file.",
+            "Written by `prefscan losses > docs/losses.md`; change `src/prefscan/training/losses.py`, not this file.",
             "",
             notation,
             "",
             "The value of a pair under a batch-dependent loss depends on the other pairs of its micro-batch, so\n"
-            "`train.batch_size` is part of the method.",
+            "`train.per_device_train_batch_size` is part of the method.",
             "",
             *(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]),
             "",
@@ -460,5 +488,5 @@ def document() -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(document())

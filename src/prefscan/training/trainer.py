@@ -1,9 +1,9 @@
 """Tune a LoRA adapter with one loss, at one β, for a number of steps.
 
-    python -m prefscan.train ipo-0.5-16
+    prefscan train ipo-0.5-16
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
-losses.py, the layout of a micro-batch from engines/, the reference's log-probabilities from the reference stage. With
+losses.py, the layout of a micro-batch from layouts/, the reference's log-probabilities from the reference stage. With
 `train.accelerate`, several processes train the cell: distributed.py.
 """
 
@@ -11,9 +11,9 @@ import os
 import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
@@ -27,21 +27,29 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
-from prefscan.common.config import Cell, Section, Train
+from prefscan.common.config import Cell, Params, Runtime, Section, Train
 from prefscan.common.errors import UserError
 from prefscan.common.intervals import mean_interval, share_interval
 from prefscan.common.paths import (
     RUNS,
 )
-from prefscan.logprobs.layouts import Engine, load_engine
+from prefscan.logprobs.layouts import Layout, load_layout
 from prefscan.logprobs.reference import COLUMNS, micro_batches
 from prefscan.models.loading import set_evaluation
-from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
+from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens
 from prefscan.training.checkpoints import Saving, last_checkpoint
-from prefscan.training.kto import MISMATCHED, mismatched, refuse_mismatched, with_mismatched
+from prefscan.training.kto import MISMATCHED, mismatched, with_mismatched
 from prefscan.training.lora import beside_text, lora_config, refuse_targets
 from prefscan.training.losses import LOSSES, PairLogps
 from prefscan.training.multi_gpu import WholeRounds, from_main, world
+
+
+class Sides(NamedTuple):
+    """The pairs of a sweep with the reference's columns: those that are trained on, and those held out."""
+
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+
 
 CURVE_COLUMNS = {
     "step": "step",
@@ -64,11 +72,11 @@ class PairTrainer(TokenisedTrainer):
     """DPOTrainer on tokenised pairs that carry the reference's log-probabilities."""
 
     def __init__(
-        self, *, cell: Cell, options: Section, engine: Engine, pad_token_id: int, kept_tokens: int, **kwargs: Any
+        self, *, cell: Cell, options: Section, layout: Layout, pad_token_id: int, kept_tokens: int, **kwargs: Any
     ) -> None:
         self.cell = cell
         self.options = options
-        self.engine = engine
+        self.layout = layout
         self.pad_token_id = pad_token_id
         self.kept_tokens = kept_tokens
         self.held_out_rows: list[dict[str, Any]] = []
@@ -102,15 +110,15 @@ class PairTrainer(TokenisedTrainer):
         pairs = pairs or [self.train_dataset[0]]
         batch: dict[str, Any] = {"weight": weight}
         batch |= {key: torch.tensor([float(pair[key]) for pair in pairs]) for key in COLUMNS}
-        batch["pairs"] = self.engine.collate(pairs, self.pad_token_id)
+        batch["pairs"] = self.layout.collate(pairs, self.pad_token_id)
         if LOSSES[self.cell.loss].mismatched:
-            batch["mismatched"] = self.engine.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
+            batch["mismatched"] = self.layout.collate([mismatched(pair) for pair in pairs], self.pad_token_id)
         return batch
 
     def pair_logps(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """The engine's, within the forward pass of what wraps the model: there DDP's and FSDP's hooks act."""
+        """The layout's, within the forward pass of what wraps the model: there DDP's and FSDP's hooks act."""
         policy = self.accelerator.unwrap_model(model)
-        return self.redirect(model, policy, lambda batch: self.engine.pair_logps(policy, batch), batch)
+        return self.redirect(model, policy, lambda batch: self.layout.pair_logps(policy, batch), batch)
 
     @torch.no_grad()
     def kl_logratio(self, model: nn.Module, batch: Any) -> Tensor:
@@ -149,7 +157,7 @@ class PairTrainer(TokenisedTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         if self.args.gradient_checkpointing:
-            self.recompute(self.engine.positions(inputs["pairs"]) > self.kept_tokens)
+            self.recompute(self.layout.positions(inputs["pairs"]) > self.kept_tokens)
         logps = self.logps(model, inputs)
         loss = inputs["weight"] * LOSSES[self.cell.loss](logps, self.cell.beta, self.options).mean()
         self.refuse_divergence(loss.detach())
@@ -247,35 +255,51 @@ def accuracy(logps: PairLogps) -> Tensor:
     return (torch.sign(logps.chosen_logratio - logps.rejected_logratio) + 1) / 2
 
 
-def training_arguments(
-    train: Train, cell: Cell, steps: int, seed: int, recompute: bool, checkpoints: Path
-) -> DPOConfig:
+@dataclass(frozen=True)
+class CellSettings:
+    """The parameters of one cell's training; `options` are its loss's hyperparameters."""
+
+    cell: Cell
+    train: Train
+    options: Section
+    runtime: Runtime
+    seed: int
+
+    @classmethod
+    def of(cls, params: Params, key: str) -> "CellSettings":
+        """Raises UserError for a key that is no cell of the grid."""
+        cell = params.cell(key)
+        return cls(cell, params.train, getattr(params.losses, cell.loss), params.runtime, params.seed)
+
+
+def training_arguments(settings: CellSettings, updates: int, recompute: bool, checkpoints: Path) -> DPOConfig:
     """TRL's arguments for a cell. Its own `loss_type` is not used: PairTrainer computes the loss."""
+    cell, train, runtime = settings.cell, settings.train, settings.runtime
     on_gpu = torch.cuda.is_available()
     arguments = DPOConfig(
         output_dir=str(checkpoints),
         beta=cell.beta,
-        max_steps=steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation // world().num_processes,
+        max_steps=updates,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps // world().num_processes,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim=train.optimizer,
+        optim=train.optim,
         bf16=on_gpu and train.dtype == "bf16",
         fp16=on_gpu and train.dtype == "fp16",
         gradient_checkpointing=recompute,
         disable_dropout=train.disable_dropout,
         max_length=None,  # prepare has dropped what does not fit
         remove_unused_columns=False,
-        seed=seed,
+        seed=settings.seed,
         logging_steps=1,
         logging_first_step=True,
         save_strategy="no",  # checkpoints.Saving asks for it
         ddp_find_unused_parameters=False,  # every pair passes through every adapter
-        report_to=[] if train.report_to in ("none", "dvclive") else [train.report_to],
+        report_to=[] if runtime.report_to in ("none", "dvclive") else [runtime.report_to],
         run_name=cell.key,
         use_cpu=not on_gpu,
     )
@@ -283,17 +307,19 @@ def training_arguments(
     return arguments
 
 
-def live_logging(train: Train, cell: Cell) -> list[TrainerCallback]:
+def live_logging(runtime: Runtime, cell: Cell) -> list[TrainerCallback]:
     """DVCLive into runs/dvclive/CELL, the files of other back ends into runs/ as well; they need no callback of ours.
 
     The log of a cell that goes on from a checkpoint starts there; its curve in metrics/curves is whole.
     """
-    if train.report_to == "tensorboard":  # which would write beside the checkpoints, and go with them
+    if runtime.report_to == "tensorboard":  # which would write beside the checkpoints, and go with them
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(RUNS / "tensorboard" / cell.key))
-    if train.report_to == "wandb":  # which would write an offline run into a launch's clone, and it would go with that
+    if (
+        runtime.report_to == "wandb"
+    ):  # which would write an offline run into a launch's clone, and it would go with that
         RUNS.mkdir(exist_ok=True)  # W&B takes a temporary folder in place of one that is not there
         os.environ.setdefault("WANDB_DIR", str(RUNS.absolute()))
-    if train.report_to != "dvclive" or not world().is_main_process:
+    if runtime.report_to != "dvclive" or not world().is_main_process:
         return []
     from dvclive import Live
     from transformers.integrations import DVCLiveCallback
@@ -324,50 +350,73 @@ def terminated(cell: Cell, update: int, updates: int, checkpoints: Path) -> Base
     return UserError(f"{cell.key}: terminated at update {update} of {updates}; {then}")
 
 
+def with_mismatched_columns(settings: CellSettings, model: Any, sides: Sides) -> tuple[Sides, list[str]]:
+    """The pairs with what the loss reads beside its own responses, and the columns that training needs.
+
+    Raises UserError for what `kto` cannot compute.
+    """
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
+    if not LOSSES[settings.cell.loss].mismatched:
+        return sides, columns
+    sides = Sides(*map(with_mismatched, sides))
+    load_layout(settings.train.layout).refuse_long(
+        model,
+        [mismatched(pair) for side in sides for pair in side],
+        what="kto: a prompt with another pair's response",
+        lower="data.max_prompt_length and data.max_length to that in sum",
+    )
+    return sides, [*columns, *MISMATCHED.values()]
+
+
+def training_cost(train: Train, pairs: list[dict[str, Any]], updates: int, seconds: float) -> dict[str, float]:
+    """metrics/cost/train/CELL.json: tokens a second of all processes together, memory of the largest."""
+    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
+    epochs, rest = divmod(updates, train.updates("epoch", len(pairs)))
+    # An epoch's last update may be short.
+    trained = epochs * len(pairs) + rest * train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return {
+        "seconds": round(seconds, 1),
+        # Tokens of prompt + chosen and of prompt + rejected, whatever a layout shares: comparable between layouts.
+        "tokens_per_second": round(tokens * trained / seconds, 1),
+        "peak_memory_gib": round(max(gather_object([peak_memory_gib()])), 2),
+        "processes": world().num_processes,
+    }
+
+
 def train_cell(
-    cell: Cell,
-    train: Train,
-    seed: int,
-    pairs: list[dict[str, Any]],
-    heldout: list[dict[str, Any]],
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoints: Path,
+    settings: CellSettings, sides: Sides, model: Any, tokenizer: PreTrainedTokenizerBase, checkpoints: Path
 ) -> tuple[PairTrainer, dict[str, Any], dict[str, float]]:
     """Train one cell, from its last checkpoint if there is one.
 
     Returns the trainer and the contents of metrics/train/CELL.json and metrics/cost/train/CELL.json. The cost's seconds
-    include those that went into the checkpoint; the work that a kill lost is not in them. Speed is that of all
-    processes together, memory that of the largest. Raises UserError after SIGTERM, with a checkpoint saved, for a
-    training that diverges, for a LoRA target that the model lacks, and for what `kto` could not compute.
+    include those that went into the checkpoint; the work that a kill lost is not in them. Raises UserError after
+    SIGTERM, with a checkpoint saved, for a training that diverges, for a LoRA target that the model lacks, and for what
+    `kto` could not compute.
     """
-    refuse_targets(model, train.lora.targets)
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids", *COLUMNS]
-    if LOSSES[cell.loss].mismatched:
-        pairs, heldout = with_mismatched(pairs), with_mismatched(heldout)
-        if train.engine == "shared":
-            refuse_mismatched(model, [*pairs, *heldout])
-        columns += MISMATCHED.values()
+    cell, train = settings.cell, settings.train
+    refuse_targets(model, train.lora.target_modules)
+    (pairs, heldout), columns = with_mismatched_columns(settings, model, sides)
     updates = train.updates(cell.steps, len(pairs))
-    longest = longest_batch(pairs, train.batch_size, train.engine)
+    layout = load_layout(train.layout)
+    longest = layout.most_positions(pairs, train.per_device_train_batch_size)
     activations = activation_bytes(model.config, longest, train.dtype)
-    kept = from_main(lambda: kept_tokens(train, longest, activations, free_bytes()))
+    kept = from_main(lambda: kept_tokens(train, settings.runtime, longest, activations, free_bytes()))
     checkpoint, seconds = from_main(lambda: last_checkpoint(checkpoints))
     if checkpoint and world().is_main_process:
         print(f"{cell.key}: going on from {checkpoint}", flush=True)
     saving = Saving(seconds)
     trainer = PairTrainer(
         cell=cell,
-        options=getattr(train.losses, cell.loss),
-        engine=load_engine(train.engine),
+        options=settings.options,
+        layout=layout,
         pad_token_id=tokenizer.pad_token_id,
         kept_tokens=kept,
         model=model,
-        args=training_arguments(train, cell, updates, seed, kept < longest, checkpoints),
+        args=training_arguments(settings, updates, kept < longest, checkpoints),
         train_dataset=Dataset.from_list([{key: pair[key] for key in columns} for pair in pairs]),
         processing_class=tokenizer,
-        peft_config=lora_config(train, beside_text(model, train.lora.targets)),
-        callbacks=[*live_logging(train, cell), saving],
+        peft_config=lora_config(train, beside_text(model, train.lora.target_modules)),
+        callbacks=[*live_logging(settings.runtime, cell), saving],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -375,20 +424,10 @@ def train_cell(
     if saving.terminated:
         raise terminated(cell, trainer.state.global_step, updates, checkpoints)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs) / len(pairs)
-    epochs, rest = divmod(updates, train.updates("epoch", len(pairs)))
-    trained = epochs * len(pairs) + rest * train.batch_size * train.accumulation  # an epoch's last update may be short
     metrics = {
         "loss": sum(losses) / len(losses),
         "last_loss": losses[-1],
         "updates": updates,
-        "heldout": trainer.held_out(heldout, train.batch_size),
+        "heldout": trainer.held_out(heldout, train.per_device_train_batch_size),
     }
-    cost = {
-        "seconds": round(seconds, 1),
-        # Tokens of prompt + chosen and of prompt + rejected, whatever an engine shares: comparable between engines.
-        "tokens_per_second": round(tokens * trained / seconds, 1),
-        "peak_memory_gib": round(max(gather_object([peak_memory_gib()])), 2),
-        "processes": world().num_processes,
-    }
-    return trainer, metrics, cost
+    return trainer, metrics, training_cost(train, pairs, updates, seconds)

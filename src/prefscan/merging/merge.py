@@ -1,6 +1,6 @@
 """Merge a cell's adapter into the base, and measure what the merge kept.
 
-    python -m prefscan.merge ipo-0.5-16
+    prefscan merge ipo-0.5-16
 
 Rounding can erase a small adapter: merged in bf16, an early one kept 16 % of its margin. So can another base: one
 trained on a 4-bit base is merged into the base as published. So the stage compares the held-out margin of the merged
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from prefscan.common.config import Merge, Train
 from prefscan.common.intervals import mean_interval
-from prefscan.logprobs.layouts import Engine, load_engine
+from prefscan.logprobs.layouts import Layout, load_layout
 from prefscan.models.loading import (
     DTYPES,
     device,
@@ -42,11 +42,11 @@ ROOM = 4 * 2**30
 
 
 @torch.no_grad()
-def margins(model: nn.Module, engine: Engine, pairs: list[Any], description: str) -> torch.Tensor:
+def margins(model: nn.Module, layout: Layout, pairs: list[Any], description: str) -> torch.Tensor:
     """log π(chosen) − log π(rejected) of each pair, in nats; shape `[pairs]`."""
     rows = []
     for pair in track(pairs, description):
-        chosen, rejected = engine.pair_logps(model, engine.collate([pair], 0))
+        chosen, rejected = layout.pair_logps(model, layout.collate([pair], 0))
         rows.append((chosen.double() - rejected.double()).cpu())  # as differences of the reference's columns
     return torch.cat(rows)
 
@@ -76,9 +76,9 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return policy
 
 
-def base_margins(policy: PeftModel, engine: Engine, pairs: list[Any]) -> torch.Tensor:
+def base_margins(policy: PeftModel, layout: Layout, pairs: list[Any]) -> torch.Tensor:
     with policy.disable_adapter():
-        return margins(policy, engine, pairs, "base")
+        return margins(policy, layout, pairs, "base")
 
 
 def recorded_margins(pairs: list[Any], of: str) -> torch.Tensor:
@@ -94,18 +94,18 @@ def free_memory() -> None:
 
 
 def margin_on_4_bit(
-    base: Path, adapter: Path, pairs: list[Any], engine: Engine, dtype: str, quantization: str, double: bool
+    base: Path, adapter: Path, pairs: list[Any], layout: Layout, dtype: str, quantization: str, double: bool
 ) -> float:
     """Mean margin of the 4-bit base + adapter against the 4-bit base, in nats; both are freed again."""
     policy = with_adapter(load_model(base, dtype, quantization, double).requires_grad_(False), adapter)
-    before = base_margins(policy, engine, pairs)
-    margin = (margins(policy, engine, pairs, "4-bit base + adapter") - before).mean().item()
+    before = base_margins(policy, layout, pairs)
+    margin = (margins(policy, layout, pairs, "4-bit base + adapter") - before).mean().item()
     del policy
     free_memory()
     return margin
 
 
-def margin_answering(base: Path, cell: Path, pairs: list[Any], engine: Engine, dtype: str) -> dict[str, Any]:
+def margin_answering(base: Path, cell: Path, pairs: list[Any], layout: Layout, dtype: str) -> dict[str, Any]:
     """Mean margin of a cell against the base in nats, with its 95 % interval, both as the answer stage loads them.
 
     `cell` is the folder that this stage has written. Base and cell are rounded apart in `dtype`: in bf16, a pair's
@@ -115,7 +115,7 @@ def margin_answering(base: Path, cell: Path, pairs: list[Any], engine: Engine, d
     for name, loader, folder in (("base", load_model, base), ("cell", load_cell, cell)):
         free_memory()
         model = loader(folder, dtype).requires_grad_(False)
-        found.append(margins(model, engine, pairs, f"{name} as it answers, in {dtype}"))
+        found.append(margins(model, layout, pairs, f"{name} as it answers, in {dtype}"))
         del model
     before, after = found
     margin, low, high = mean_interval((after - before).tolist())
@@ -157,24 +157,24 @@ def merge_cell(
     the reference's columns and the trained policy's. For an adapter trained on a 4-bit base, `margin_adapter` is
     measured on that base and against it: what the training made.
     """
-    engine = load_engine(train.engine)
-    loading = train.dtype, train.quantization, train.double_quantization
-    quantized = train.quantization != "none"
-    margin_adapter = margin_on_4_bit(base, adapter, pairs, engine, *loading) if quantized else None
+    layout = load_layout(train.layout)
+    loading = train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant
+    quantized = train.bnb_4bit_quant_type != "none"
+    margin_adapter = margin_on_4_bit(base, adapter, pairs, layout, *loading) if quantized else None
     model = load_fp32(base)
     size = sum(weight.numel() for weight in model.parameters())
     policy = with_adapter(model, adapter)
     # Else what is recorded is of another base than the one merged into, or rounded by what shared its micro-batch.
     exact = train.dtype == "fp32" and not quantized
-    before = recorded_margins(pairs, "ref") if exact else base_margins(policy, engine, pairs)
+    before = recorded_margins(pairs, "ref") if exact else base_margins(policy, layout, pairs)
     if margin_adapter is None:
-        trained = recorded_margins(pairs, "policy") if exact else margins(policy, engine, pairs, "base + adapter")
+        trained = recorded_margins(pairs, "policy") if exact else margins(policy, layout, pairs, "base + adapter")
         margin_adapter = (trained - before).mean().item()
     changed = merge_weights(policy, merge.dtype)
     merged: Any = policy.unload()
     for weight in merged.parameters():
         weight.data = rounded(weight.data, merge.dtype)
-    after = (margins(merged, engine, pairs, "merged") - before).mean().item()
+    after = (margins(merged, layout, pairs, "merged") - before).mean().item()
     metrics = {
         "dtype": merge.dtype,
         "format": merge.format,

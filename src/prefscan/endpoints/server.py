@@ -1,6 +1,6 @@
 """Start an OpenAI-compatible server for a stage, wait until it is healthy, and stop it whatever happens.
 
-    python -m prefscan.serving      # or one vLLM with the base and all cells of the grid, until Ctrl-C
+    prefscan serve      # or one vLLM with the base and all cells of the grid, until Ctrl-C
 
 That one loads the weights at its start and names them by their hash: after a new training it has to be restarted.
 vLLM serves the base with a cell's adapter on it; `transformers serve` has no adapters and serves merged models. Both
@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Literal
 
 from prefscan.common.config import load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, sha256
 from prefscan.common.paths import BASE, MERGED, RUNS
 from prefscan.models.loading import MANIFEST, parts_of_cell
@@ -165,10 +165,11 @@ def running_server(
         signal.signal(signal.SIGTERM, before)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="prefscan.serving", description="Serve the base and all cells by one vLLM.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="of 127.0.0.1; default: 8000")
-    port = parser.parse_args().port
+
+
+def main(port: int) -> None:
     params = load()
     adapters = {}
     for cell in params.grid.cells:
@@ -186,7 +187,3 @@ def main() -> None:
             signal.pause()
         except KeyboardInterrupt:
             print("stopping")
-
-
-if __name__ == "__main__":
-    run_stage(main)
