@@ -18,7 +18,6 @@ random draws of the two sides differ, so answers may end at other lengths: the n
 """
 
 import argparse
-from dataclasses import replace
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any

@@ -18,7 +18,7 @@ from prefscan.review.revisions import NEUTRAL, PINS, changed, commit_of, judge_o
 from prefscan.training.checkpoints import NO_RESULT
 from sweep_data import CATEGORY_OF, CELLS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPENAI = yaml.safe_load((ROOT / "conf/judge/gpt4.yaml").read_text())
 
 

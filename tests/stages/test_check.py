@@ -17,7 +17,7 @@ from prefscan.stages.check import main
 from prefscan.training import settings as check
 from prefscan.training.losses import LOSSES
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 KNOWN = f"known are {', '.join(LOSSES)}"
 
 

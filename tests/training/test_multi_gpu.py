@@ -31,7 +31,7 @@ from tiny import random_adapter
 from train_data import with_recipe, write_inputs
 from two_processes import DDP, logps_and_gradients
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}",
     "OMP_NUM_THREADS": "1",

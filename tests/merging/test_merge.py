@@ -25,7 +25,7 @@ from prefscan.merging.merge import merge_cell
 from prefscan.models.loading import DTYPES, load_cell, load_model, set_evaluation
 from tiny import plain_logps, random_adapter, write_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = "sigmoid-0.1-8"
 ADAPTER = paths.ADAPTERS / KEY
 POLICY = paths.HELDOUT_POLICY / f"{KEY}.jsonl"

@@ -26,7 +26,7 @@ from prefscan.launch.sweep import FAILED, STOPPED, plan_chains, refuse_shared_gp
 from prefscan.repo.pipeline import CELL_STAGES
 from prefscan.training import settings as check
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
 REFERENCES = ("reference@train", "reference@heldout")
 OF_REFERENCE = ("reference-heldout", "reference-train")  # their chains

@@ -25,7 +25,7 @@ from prefscan.training import checkpoints
 from prefscan.training.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
 from train_data import Killed, run_train, with_recipe, write_inputs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CELL = "ipo-0.3-7"
 ADAPTER = paths.ADAPTERS / CELL / "adapter_model.safetensors"
 KEPT = "its checkpoint is kept, and `dvc repro` goes on from it"

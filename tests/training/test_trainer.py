@@ -42,7 +42,7 @@ from prefscan.training.trainer import PairTrainer, accuracy, curve_csv, train_ce
 from tiny import plain_logps, sharegpt_rows
 from train_data import write_inputs
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(__file__).parents[2] / "src"
 TRAINING = 16  # of the 24 pairs; the others are held out
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -646,7 +646,7 @@ def test_the_hub_is_told_of_no_training(setting: dict[str, str], pings: list[str
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         environment |= {
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+            "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
             **setting,
         }
         subprocess.run([sys.executable, "-c", PING], env=environment, check=True, timeout=60)

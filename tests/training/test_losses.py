@@ -24,7 +24,7 @@ from prefscan.training.losses import LOSSES, PairLogps
 from prefscan.training.trainer import PairTrainer, training_arguments
 from tiny import plain_logps, sharegpt_rows
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 # Each far from its default, so that a test sees whether it is read.
 OPTIONS = Losses.model_validate(
     {loss: {} for loss in LOSSES}

@@ -29,7 +29,7 @@ from prefscan.models.loading import load_tokenizer
 from prefscan.stages.fetch import main
 from tiny import CHAT_TEMPLATE, make_tiny_model
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PAIRS = b'[{"question": "2 + 2?", "chosen": "4", "rejected": "5"}]\n'
 HELDOUT = b'{"question": "3 + 3?", "chosen": "6", "rejected": "7"}\n'
 METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"

@@ -19,7 +19,7 @@ from prefscan.models.loading import load_tokenizer
 from prefscan.stages.prepare import main
 from tiny import CHAT_TEMPLATE, sharegpt_rows, write_rows
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SYSTEM, QUESTION, GOOD, BAD = "Be brief.", "2 + 2?", "It is 4.\n", "\n5?"
 
 

@@ -12,7 +12,7 @@ from prefscan.common.config import Accelerate, Cell, Optimizer, Params, load
 from prefscan.common.errors import UserError
 from prefscan.training.losses import LOSSES
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = {
