@@ -233,13 +233,14 @@ class Train(Section):
             way_out = "; choose another, or bnb_4bit_quant_type: none"
             if self.dtype == "fp16":  # its loss scaling: on a GPU, torch cannot unscale gradients in bf16
                 raise ValueError(
-                    f"dtype fp16 cannot train the bf16 adapter of a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type}"
+                    f"dtype fp16 cannot train the bf16 adapter of a base of bnb_4bit_quant_type "
+                    f"{self.bnb_4bit_quant_type}"
                     f"{way_out}"
                 )
             if self.optim == "adafactor":  # torch loads its state in the adapter's dtype
                 raise ValueError(
-                    f"optim adafactor on a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type} does not go on from a "
-                    f"checkpoint with the same bits{way_out}"
+                    f"optim adafactor on a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type} does not go on from "
+                    f"a checkpoint with the same bits{way_out}"
                 )
         return self
 

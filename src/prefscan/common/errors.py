@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-SMALLER_BATCH = "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps as much, by which every cell trains anew"
+SMALLER_BATCH = (
+    "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps as much, by which every cell "
+    "trains anew"
+)
 NEEDS_LESS = {  # stages by what takes less of a GPU's memory
     "train": f"set runtime.gradient_checkpointing: true, which changes no result, or {SMALLER_BATCH}",
     "reference": SMALLER_BATCH,

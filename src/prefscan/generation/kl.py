@@ -1,4 +1,4 @@
-"""TODO"""
+"""How far a model has moved from the base, by what it says."""
 
 from collections.abc import Sequence
 from statistics import fmean

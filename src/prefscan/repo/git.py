@@ -1,4 +1,4 @@
-"""TODO"""
+"""Asking git: what is not committed, and the workspace as a snapshot that runs elsewhere."""
 
 import os
 import subprocess

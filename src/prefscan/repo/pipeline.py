@@ -176,13 +176,6 @@ def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
     return [stage.addressing for stage in taken]
 
 
-import subprocess
-from collections.abc import Collection
-from pathlib import Path
-
-from prefscan.common.errors import UserError
-
-
 def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
     """The folder of the workspace's DVC cache, and the configuration of its default remote with an absolute URL."""
     with Repo() as repo:

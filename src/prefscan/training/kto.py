@@ -1,4 +1,4 @@
-"""The responses of another prompt beside each pair, from which `kto` estimates its KL (arXiv 2402.01306, section 4.1)."""
+"""The responses of another prompt beside each pair: `kto` estimates its KL from them (arXiv 2402.01306, 4.1)."""
 
 from typing import Any
 

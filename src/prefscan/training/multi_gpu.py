@@ -1,9 +1,9 @@
 """One cell in several processes: `accelerate launch` starts them, and they see the data that one process would see.
 
-`train.gradient_accumulation_steps` micro-batches make an update, whatever the number of processes: they are dealt round robin, each
-whole, so that a loss which depends on its micro-batch, as kto_pair's does, stays what it is, and the result differs by
-rounding alone. With dropout on, each number of processes has random masks of its own. DDP is tested on CPUs with gloo,
-and both layouts under FSDP2's hooks; **NCCL, FSDP on GPUs and DeepSpeed are not yet run.**
+`train.gradient_accumulation_steps` micro-batches make an update, whatever the number of processes. They are dealt round
+robin, each whole, so that a loss which depends on its micro-batch, as kto_pair's does, stays what it is. The result
+differs by rounding alone. With dropout on, each number of processes has random masks of its own. DDP is tested on CPUs
+with gloo, both layouts under FSDP2's hooks; **NCCL, FSDP on GPUs and DeepSpeed are not yet run.**
 """
 
 import sys
