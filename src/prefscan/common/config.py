@@ -116,9 +116,27 @@ class Model(Section):
     bos: Literal["template", "always"]
 
 
+class SampledPairs(Section):
+    """Pairs of the base's own replies, ordered by the known reward; the sample stage draws them."""
+
+    kind: Literal["sampled"]
+    pairing: Literal["best_worst", "bradley_terry"]
+    min_gap: Annotated[float, Field(ge=0)]
+    pairs_per_prompt: Positive
+    heldout: None = None  # a share of the prompts is held out
+
+    @property
+    def seeded(self) -> bool:
+        """Whether labels are drawn, and not decided by the order of the rewards."""
+        return self.pairing == "bradley_terry"
+
+
 class Data(Section):
+    """Preference pairs: given ones, or sampled from the base. `folder` is what the prepare stage reads."""
+
     name: str
-    source: Annotated[PackagePairs | HubPairs, Field(discriminator="kind")]
+    folder: str
+    source: Annotated[PackagePairs | HubPairs | SampledPairs, Field(discriminator="kind")]
     max_prompt_length: Positive
     max_length: Positive
     heldout_share: Share
@@ -268,6 +286,62 @@ class Runtime(Section):
 
     gradient_checkpointing: bool | Literal["auto"]
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
+
+
+class ReviewPrompts(Section):
+    """The first words of reviews that the sentiment reward was neither fitted to nor checked on."""
+
+    kind: Literal["reviews"]
+    words: Positive
+
+
+class ListedPrompts(Section):
+    """Prompts of one's own: JSON lines with the key `prompt`."""
+
+    kind: Literal["listed"]
+    file: str
+
+
+class Sample(Section):
+    """Replies at temperature 1: of the base to training prompts, and of every model to evaluation prompts."""
+
+    prompts: Annotated[ReviewPrompts | ListedPrompts, Field(discriminator="kind")]
+    prompts_from: str  # the file or folder that holds the prompts, a stage's dependency
+    format: Literal["plain", "chat"]
+    train_prompts: Positive
+    train_replies: Annotated[int, Field(ge=2)]
+    eval_split: Literal["development", "eval"]
+    eval_prompts: Annotated[int, Field(ge=2)]
+    base_replies: Annotated[int, Field(ge=2)]
+    max_new_tokens: Positive
+    batch_size: Positive
+    dtype: DType
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Evaluate(Section):
+    """How much of what a model writes is measured."""
+
+    replies: Positive
+    kl_prompts: Annotated[int, Field(ge=2)]
+
+
+class FetchItem(Section):
+    params: str
+    out: str
+
+
+class Stages(Section):
+    """Which stages the sweep has, as dvc.yaml reads it: an empty list is a stage that does not run."""
+
+    fetch: dict[str, FetchItem]
+    reward: list[Literal["reward"]]
+    sample: list[Literal["train", "eval"]]
+    evaluate: list[Loss]
+    replies: str
+    evaluated: str
+    rewarded: str
+    mtbench: "Grid"
 
 
 class Sweep(Section):
@@ -425,6 +499,7 @@ class Params(Section):
     beta: Beta
     steps: Steps
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy's bound
+    seeding: Literal["nested", "shared"]
     threads: Positive  # dvc.yaml's commands have it
     sweep: Sweep
     grid: Grid
@@ -434,10 +509,13 @@ class Params(Section):
     losses: Losses
     runtime: Runtime
     merge: Merge
+    sample: Sample | None
+    evaluate: Evaluate | None
     answer: Answer
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
     agreement: Agreement | None
     questions: Questions
+    stages: Stages
     launch: Launch
 
     @model_validator(mode="after")

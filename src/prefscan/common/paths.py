@@ -7,6 +7,13 @@ BASE = Path("models/base")
 RAW_PAIRS = Path("data/raw")
 QUESTIONS = Path("data/questions")
 
+REWARD_SOURCE = Path("data/reward")
+REWARD = Path("models/reward")
+REWARD_METRICS = Path("metrics/reward.json")
+SAMPLES = Path(
+    "data/samples"
+)  # the base's replies: train.jsonl makes pairs, eval.jsonl is what cells are compared with
+
 TRAIN_PAIRS = Path("data/pairs/train.jsonl")
 HELDOUT_PAIRS = Path("data/pairs/heldout.jsonl")
 PREPARE_METRICS = Path("metrics/prepare.json")
@@ -22,6 +29,9 @@ TRAIN_METRICS = Path("metrics/train")
 TRAIN_COST = Path("metrics/cost/train")
 MERGED = Path("models/merged")
 MERGE_METRICS = Path("metrics/merge")
+REPLIES = Path("data/replies")
+EVALUATE_METRICS = Path("metrics/evaluate")
+EVALUATE_COST = Path("metrics/cost/evaluate")
 # As FastChat lays them out: data/mt_bench/model_answer, data/mt_bench/model_judgment.
 ANSWERS = Path("data/mt_bench/model_answer")
 ANSWER_METRICS = Path("metrics/answer")
@@ -38,6 +48,7 @@ SUMMARY = Path("metrics/summary.json")
 RUNS = Path("runs")
 CHECKPOINTS = Path(".prefscan/checkpoints")
 UNFINISHED_ANSWERS = Path(".prefscan/answers")
+UNFINISHED_REPLIES = Path(".prefscan/replies")
 
 
 def judge_store() -> Path:

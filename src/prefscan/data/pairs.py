@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from prefscan.common.config import Data
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, read_jsonl
+from prefscan.data.split import PreparedPairs, fits, is_held_out, settle_sides
 
 Message = dict[str, str]
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -181,18 +181,8 @@ def _common(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
-def fits(row: dict[str, Any], data: Data) -> bool:
-    longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    return len(row["prompt_ids"]) <= data.max_prompt_length and len(row["prompt_ids"]) + longest <= data.max_length
-
-
-def is_held_out(pair: Pair, share: float) -> bool:
-    """By a hash of the prompt alone: no prompt is on both sides, and adding rows moves none."""
-    return int(pair.prompt_hash[:8], 16) / 2**32 < share
-
-
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, raw: Path) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """Training rows, held-out rows and the counts of metrics/prepare.json.
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, raw: Path) -> PreparedPairs:
+    """The given pairs, rendered and tokenised.
 
     Raises UserError for a malformed row, for an empty data set, and when no pair is left on one of the two sides.
     """
@@ -218,7 +208,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, raw: Path) -> tuple[
                 counts["held_out_prompt"] += 1
             else:
                 seen.add(pair.id)
-                held_out = split == "heldout" or is_held_out(pair, data.heldout_share)
+                held_out = split == "heldout" or is_held_out(pair.prompt_hash, data.heldout_share)
                 if split == "heldout":
                     reserved.add(pair.prompt_hash)
                 row = tokenize(pair, tokenizer)
@@ -228,32 +218,4 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, raw: Path) -> tuple[
                     counts["too_long"] += 1
     if not counts["rows"]:
         raise UserError(f"{raw}: the data set is empty; check data.source in conf/")
-    # By hash, so that the order and what a cap keeps do not depend on the order of the file.
-    train, heldout = (
-        [row for _, row in sorted(sides[side], key=lambda item: (item[0], item[1]["id"]))] for side in sides
-    )
-    over_cap = max(0, len(heldout) - data.heldout_max) if data.heldout_max else 0
-    heldout = heldout[: data.heldout_max]
-    for name, rows, least, keys in (
-        ("training", train, 1, "the limits or lower data.heldout_share"),
-        ("held-out", heldout, 2, "the limits, data.heldout_share or data.heldout_max"),
-    ):
-        if len(rows) < least:
-            raise UserError(
-                f"{len(rows)} {name} pairs are left, {least} needed, of {counts['rows']} rows: {counts['too_long']} "
-                f"are longer than data.max_length = {data.max_length} or data.max_prompt_length = "
-                f"{data.max_prompt_length} tokens; raise {keys}"
-            )
-    metrics = {
-        "rows": counts["rows"],
-        "train": len(train),
-        "heldout": len(heldout),
-        "dropped": {k: v for k, v in counts.items() if k != "rows"} | {"over_heldout_max": over_cap},
-        "tokens": {
-            part: {"mean": round(fmean(lengths), 1), "median": median(lengths), "max": max(lengths)}
-            for part in ("prompt", "chosen", "rejected")
-            if (lengths := [len(row[f"{part}_ids"]) for row in train + heldout])
-        },
-        "chosen_longer_share": round(fmean(len(r["chosen_ids"]) > len(r["rejected_ids"]) for r in train + heldout), 4),
-    }
-    return train, heldout, metrics
+    return settle_sides(sides["train"], sides["heldout"], data, counts)
