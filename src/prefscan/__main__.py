@@ -24,10 +24,13 @@ MODEL = "key", "base, or LOSS-BETA-STEPS, a cell of the grid"
 STAGES = {
     "check": Command("stages.check", "refuse wrong parameters before anything is computed"),
     "fetch": Command("stages.fetch", "download a model or data, pinned by hash", ("what", "model, pairs or questions")),
+    "reward": Command("stages.reward", "fit or load the known reward, and check it"),
+    "sample": Command("stages.sample", "sample the base's replies, each with its reward", ("split", "train or eval")),
     "prepare": Command("stages.prepare", "render and tokenise the preference pairs, and split off the held-out ones"),
     "reference": Command("stages.reference", "the base's log-probabilities", ("split", "train or heldout")),
     "train": Command("stages.train", "tune a LoRA adapter: one loss, one β, so many steps", CELL),
     "merge": Command("stages.merge", "merge a cell's adapter into the base, and measure what the merge kept", CELL),
+    "evaluate": Command("stages.evaluate", "measure the reward and the exact KL of what a cell writes", CELL),
     "answer": Command("stages.answer", "answer the MT-Bench questions", MODEL),
     "judge-check": Command("stages.judge_check", "measure whether the judge tells good answers from bad ones"),
     "mtbench": Command("stages.mtbench", "judge a model's MT-Bench answers", MODEL),

@@ -4,6 +4,7 @@ The meaning, unit and reason of each key stand beside it in conf/. The names of 
 module does not import losses.py, or editing a loss would make every stage stale.
 """
 
+import hashlib
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -528,9 +529,22 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def known_reward_is_whole(self) -> "Params":
+        parts = {"reward": self.reward, "sample": self.sample, "evaluate": self.evaluate}
+        there = [name for name, part in parts.items() if part is not None]
+        if there and len(there) < len(parts):
+            missing = ", ".join(name for name in parts if name not in there)
+            raise ValueError(
+                f"{' and '.join(there)} without {missing}; set all three, as conf/sample/reviews.yaml, or none"
+            )
+        if isinstance(self.data.source, SampledPairs) and "train" not in self.stages.sample:
+            raise ValueError("data.source.kind: sampled, but stages.sample has no train; choose sample=reviews")
+        return self
+
+    @model_validator(mode="after")
     def opponent_exists(self) -> "Params":
-        if self.judge.against != "base" and self.judge.against not in {cell.key for cell in self.grid.cells}:
-            raise ValueError(f"judge.against: {self.judge.against!r} is neither base nor a cell of the grid")
+        if self.judge.against != "base" and self.judge.against not in {cell.key for cell in self.stages.mtbench.cells}:
+            raise ValueError(f"judge.against: {self.judge.against!r} is neither base nor a cell of stages.mtbench")
         if self.agreement and self.judge.mode == "pair":
             raise ValueError("agreement compares scores of single answers; set judge.mode: single or agreement: null")
         return self
@@ -538,6 +552,23 @@ class Params(Section):
     @property
     def recipe(self) -> Cell:
         return Cell(loss=self.loss, beta=self.beta, steps=self.steps)
+
+    def training_seed(self, cell: Cell) -> int:
+        """Of adapter initialisation and data order. Nested: of each (β, steps) its own, the same for all losses.
+
+        So the mean over a loss's cells carries the variance between trainings, and losses are paired by seed.
+        """
+        if self.seeding == "shared":
+            return self.seed
+        digest = hashlib.sha256(f"{self.seed}/{float(cell.beta)}/{cell.steps}".encode()).digest()
+        return int.from_bytes(digest[:4], "big")
+
+    @property
+    def known_reward(self) -> tuple[Sample, RewardSettings]:
+        """How replies are sampled and what rewards them; raises UserError in a sweep without."""
+        if self.sample is None or self.reward is None:
+            raise UserError("sample and reward: null, so this sweep samples nothing; choose sample=reviews")
+        return self.sample, self.reward
 
     @property
     def answers_otherwise(self) -> bool:

@@ -1,9 +1,9 @@
 """Preference pairs of the base's own replies, ordered by the known reward.
 
-As in section 6.1 of the DPO paper (Rafailov et al. 2023, arXiv 2305.18290): replies are sampled from the model that will
-be tuned, and the reward says which is preferred. `best_worst` takes the best reply of a prompt against its worst, the
-second against the last but one, and so on. `bradley_terry` takes replies two by two as they were drawn and draws which
-is preferred, with probability σ(r − r′) (Bradley and Terry 1952), as the paper does.
+As in section 6.1 of the DPO paper (Rafailov et al. 2023, arXiv 2305.18290): replies are sampled from the model that
+will be tuned, and the reward says which is preferred. `best_worst` takes the best reply of a prompt against its worst,
+the second against the last but one, and so on. `bradley_terry` takes replies two by two as they were drawn and draws
+which is preferred, with probability σ(r − r′) (Bradley and Terry 1952), as the paper does.
 """
 
 import hashlib

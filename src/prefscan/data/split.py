@@ -35,7 +35,7 @@ def settle_sides(
     counts: Mapping[str, int],
     way_out: str = "the limits",
 ) -> PreparedPairs:
-    """Both sides, given with the hash of each row's prompt, in the order of hashes: the order of a file changes nothing.
+    """Both sides, given with the hash of each row's prompt, in the order of hashes: a file's order changes nothing.
 
     `counts` has `rows`, and how many were dropped, by reason. Raises UserError when no pair is left on one of the two
     sides; `way_out` says what to raise.

@@ -298,3 +298,67 @@ def training_curves(curves: pd.DataFrame) -> alt.FacetChart:
         .properties(title=_note(note))
         .add_params(SHOWN)
     )
+
+
+def reward_against_kl(cells: pd.DataFrame, possible: pd.DataFrame, base: float, reward: str) -> alt.LayerChart:
+    """Mean reward against exact KL, a point a cell with both intervals, and the curve of what the base's samples allow.
+
+    `cells` has `kl` and `reward` with their intervals; `possible` has `kl` and `gain` over the base by `policy`.
+    """
+    losses = _in_order(cells["loss"])
+    loss = _colour_and_shape(losses, "loss:N", "loss")
+    pick = _legend()
+    x = alt.X("kl:Q", title="exact KL to the base (nats a reply)", scale=alt.Scale(zero=True))
+    y = alt.Y("reward:Q", title=reward, scale=alt.Scale(zero=False, padding=8))
+    curve = possible.assign(
+        reward=base + possible["gain"], low=base + possible["gain_low"], high=base + possible["gain_high"]
+    )
+    start = pd.DataFrame([{"policy": name, "kl": 0.0, "reward": base} for name in _in_order(curve["policy"])])
+    curve = pd.concat([start, curve], ignore_index=True)
+    names = alt.Scale(domain=["best of n", "optimum"], range=[[4, 3], [1, 0]])
+    tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("reward", "kl", "win_rate"))]
+    points = alt.Chart(cells)
+    return (
+        alt.layer(
+            points.mark_rule()
+            .encode(
+                x=x,
+                y=alt.Y("reward_low:Q", title=reward),
+                y2="reward_high:Q",
+                color=loss["color"],
+                opacity=_faded("loss", 0.6, pick),
+            )
+            .add_params(pick),
+            points.mark_rule().encode(
+                x=alt.X("kl_low:Q"), x2="kl_high:Q", y=y, color=loss["color"], opacity=_faded("loss", 0.6, pick)
+            ),
+            alt.Chart(curve)
+            .mark_line(color="#666666")
+            .encode(x=x, y=y, strokeDash=alt.StrokeDash("policy:N", scale=names, title="possible"), order="kl:Q"),
+            points.mark_point(filled=True, size=70).encode(
+                x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
+            ),
+            alt.Chart(pd.DataFrame([{"reward": base}]))
+            .mark_rule(strokeDash=[5, 3], color="#666666")
+            .encode(y="reward:Q"),
+        )
+        .properties(
+            width=520,
+            height=320,
+            title=_note(
+                "dashed rule: the base; grey curves: what its own samples allow, by best of n and by the optimum"
+            ),
+        )
+        .resolve_scale(color="shared", shape="shared")
+        .add_params(SHOWN)
+    )
+
+
+def gain_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
+    """Gain in mean reward over the base against β, with 95 % intervals over prompts."""
+    return _against_beta(cells, "gain", "gain_low", "gain_high", "gain in mean reward", 0.0, "base model (0)")
+
+
+def kl_against_beta(cells: pd.DataFrame) -> alt.FacetChart:
+    """Exact KL to the base against β, with 95 % intervals over prompts."""
+    return _against_beta(cells, "kl", "kl_low", "kl_high", "exact KL (nats a reply)", 0.0, "base model (0)")

@@ -269,7 +269,7 @@ class CellSettings:
     def of(cls, params: Params, key: str) -> "CellSettings":
         """Raises UserError for a key that is no cell of the grid."""
         cell = params.cell(key)
-        return cls(cell, params.train, getattr(params.losses, cell.loss), params.runtime, params.seed)
+        return cls(cell, params.train, getattr(params.losses, cell.loss), params.runtime, params.training_seed(cell))
 
 
 def training_arguments(settings: CellSettings, updates: int, recompute: bool, checkpoints: Path) -> DPOConfig:
