@@ -336,7 +336,7 @@ class Stages(Section):
     """Which stages the sweep has, as dvc.yaml reads it: an empty list is a stage that does not run."""
 
     fetch: dict[str, FetchItem]
-    reward: list[Literal["reward"]]
+    reward: list[Literal["sentiment", "model", "checkable"]]
     sample: list[Literal["train", "eval"]]
     evaluate: list[Loss]
     replies: str

@@ -47,7 +47,7 @@ from prefscan.repo.pipeline import (
     take_over,
 )
 
-FETCHED = {"fetch-model": ("fetch@model",), "fetch-data": ("fetch@pairs", "fetch@questions")}
+FETCHED = {"fetch-model": ("fetch@model",), "fetch-data": ("fetch@reward", "fetch@pairs", "fetch@questions")}
 BASE_STAGES = ("answer-base", "mtbench-base")
 FAILED = 1
 STOPPED = 130
@@ -81,8 +81,12 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     add("check", ["check"], computes=False)
     for name, stages in FETCHED.items():
         add(name, stages, computes=False)
-    add("prepare", ["prepare"], FETCHED, computes=False)
-    prepared = (*FETCHED, "prepare")
+    add("reward", [f"reward@{kind}" for kind in params.stages.reward], FETCHED)
+    samples = [f"sample-{split}" for split in params.stages.sample]
+    for name, split in zip(samples, params.stages.sample, strict=True):
+        add(name, [f"sample@{split}"], (*FETCHED, "reward"))
+    add("prepare", ["prepare"], (*FETCHED, "sample-train"), computes=False)
+    prepared = (*FETCHED, *samples, "prepare")
     for key in (first, *(key for key in models if key != first)):
         shared = [*(FETCHED if key == "base" else prepared)]
         if key != "base":

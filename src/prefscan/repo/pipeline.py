@@ -19,7 +19,7 @@ from prefscan.common.config import Params, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_text
 
-CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
+CELL_STAGES = ("train", "merge", "evaluate", "answer", "mtbench")  # of the matrix, in an order in which they can run
 CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 
 
