@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from scipy.optimize import brentq
 
 from prefscan.common.intervals import mean_interval
-
-# Points closer than this are one score that was summed in another order.
-TIE = 1e-9
+from prefscan.reporting.estimates import LEVEL, Part, Spread, finite
+from prefscan.reporting.estimates import TIE as TIE
+from prefscan.reporting.power import noncentrality
 
 
 def cluster_bootstrap(
@@ -121,16 +120,6 @@ class LengthControlledDifference(NamedTuple):
     slope: float | None
 
 
-def _finite(values: ArrayLike, shape: str) -> NDArray[np.float64]:
-    """`values` as an array with the axes named in `shape`; a missing score is an error, never a smaller average."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != shape.count(",") + 1 or not array.size:
-        raise ValueError(f"needs an array {shape}, got the shape {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{int((~np.isfinite(array)).sum())} of {array.size} values are not finite")
-    return array
-
-
 def _at_least(minimum: int, questions: int) -> None:
     if questions < minimum:
         raise ValueError(f"needs at least {minimum} questions, got {questions}")
@@ -161,7 +150,7 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike) -> ClusteredMean:
     normal interval is too narrow for 8 questions.
     Raises ValueError for fewer than two clusters, and for clusters of different sizes: an answer is missing.
     """
-    scores, labels = _finite(values, "[observations]"), np.asarray(clusters)
+    scores, labels = finite(values, "[observations]"), np.asarray(clusters)
     if labels.shape != scores.shape:
         raise ValueError(f"needs a cluster for each of {len(scores)} values, got the shape {list(labels.shape)}")
     _, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
@@ -173,29 +162,6 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike) -> ClusteredMean:
     return ClusteredMean(mean, float(stats.sem(means)), low, high)
 
 
-def bootstrap_mean_interval(scores: ArrayLike, resamples: int = 2000) -> tuple[float, float]:
-    """Studentised 95 % bootstrap interval (Efron and Tibshirani 1993, chapter 12) of the mean of `[questions]`, seed 0.
-
-    Studentised, because with 8 questions the percentile and BCa intervals contain the truth in only 89 % of
-    studies. Resamples of equal scores have no standard error and are left out.
-    Raises ValueError for fewer than 5 questions, whose distinct resamples are too few for a tail of 2.5 %.
-    """
-    array = _finite(scores, "[questions]")
-    questions = len(array)
-    _at_least(5, questions)
-    mean, error = array.mean(), array.std(ddof=1) / questions**0.5
-    # Centred first: the square of a mean far from zero would cost the digits of a small variance.
-    centred = array - mean
-    counts = _draw_questions(questions, resamples)
-    shifts = counts @ centred / questions
-    variances = (counts @ centred**2 / questions - shifts**2) / (questions - 1)
-    spread = variances > TIE**2
-    if not spread.any():
-        return float(mean), float(mean)
-    low, high = np.quantile(shifts[spread] / np.sqrt(variances[spread]), [0.025, 0.975])
-    return float(mean - high * error), float(mean - low * error)
-
-
 def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     """Mean of `a` minus `b`, per-question means `[questions]` of two models, with a paired two-sided t test (95 %).
 
@@ -204,7 +170,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     sign test's, 1 for ties.
     Raises ValueError for different lengths and for fewer than two questions.
     """
-    first, second = _finite(a, "[questions]"), _finite(b, "[questions]")
+    first, second = finite(a, "[questions]"), finite(b, "[questions]")
     if len(first) != len(second):
         raise ValueError(f"needs the same questions on both sides, got {len(first)} and {len(second)}")
     _at_least(2, len(first))
@@ -223,7 +189,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     Rejecting those up to α keeps the probability of any false rejection within α, whatever the dependence of the tests;
     scipy's false_discovery_control bounds another quantity. Raises ValueError outside 0 to 1.
     """
-    p = _finite(p_values, "[tests]")
+    p = finite(p_values, "[tests]")
     if p.min() < 0 or p.max() > 1:
         raise ValueError(f"p-values lie between 0 and 1, got {p.min()} to {p.max()}")
     order = np.argsort(p)
@@ -241,7 +207,7 @@ def selected_best(scores: ArrayLike, resamples: int = 2000) -> SelectedBest:
     optimism. Equal means go to the first cell.
     Raises ValueError for fewer than two questions, and for so few resamples that some question was never left out.
     """
-    array = _finite(scores, "[cells, questions]")
+    array = finite(scores, "[cells, questions]")
     questions = array.shape[1]
     _at_least(2, questions)
     counts = _draw_questions(questions, resamples)
@@ -266,7 +232,7 @@ def probability_best(scores: Mapping[str, ArrayLike], resamples: int = 2000) -> 
     1. It says how stable the ranking is, is no posterior probability, and favours a loss with more cells.
     Raises ValueError for no loss, for different numbers of questions and for fewer than two.
     """
-    grids = {loss: _finite(grid, "[cells, questions]") for loss, grid in scores.items()}
+    grids = {loss: finite(grid, "[cells, questions]") for loss, grid in scores.items()}
     sizes = {grid.shape[1] for grid in grids.values()}
     if len(sizes) != 1:
         raise ValueError(f"needs grids over the same questions, got {sorted(sizes)} of them")
@@ -292,17 +258,7 @@ def minimum_detectable_difference(
         raise ValueError(f"a standard deviation is finite and not negative, got {sd_of_differences}")
     if not 0 < alpha < power < 1:
         raise ValueError(f"needs 0 < alpha < power < 1, got alpha {alpha} and power {power}")
-    freedom = questions - 1
-    critical = float(stats.t.ppf(1 - alpha / 2, freedom))
-
-    def excess_power(noncentrality: float) -> float:
-        # The wrong-side tail by symmetry: scipy's nct.cdf is NaN there for a large noncentrality.
-        tails = stats.nct.sf(critical, freedom, noncentrality) + stats.nct.sf(critical, freedom, -noncentrality)
-        return float(tails) - power
-
-    # Numerator and denominator of t each stay on the good side with probability √power: both do with at least `power`.
-    enough = critical * (stats.chi2.ppf(power**0.5, freedom) / freedom) ** 0.5 + stats.norm.ppf(power**0.5)
-    return float(brentq(excess_power, 0, float(enough), xtol=1e-10)) * sd_of_differences / questions**0.5
+    return noncentrality(questions - 1, power, alpha) * sd_of_differences / questions**0.5
 
 
 def _mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -326,7 +282,7 @@ def variance_components(scores: ArrayLike) -> VarianceComponents:
     0, so that small parts are overestimated on average.
     Raises ValueError for fewer than two questions.
     """
-    array = _finite(scores, "[questions, seeds, answer_samples, judge_samples]")
+    array = finite(scores, "[questions, seeds, answer_samples, judge_samples]")
     questions, seeds, answers, judgements = array.shape
     _at_least(2, questions)
     judge = answer = seed = question_seed = None
@@ -352,57 +308,23 @@ def variance_components(scores: ArrayLike) -> VarianceComponents:
 
 
 def crossed_mean(scores: ArrayLike) -> CrossedMean:
-    """Mean of `[questions, seeds]`, in points, for other questions and other trainings alike: 95 % t interval, p of 0.
+    """Mean of `[questions, seeds]`, in points, for other questions and other trainings alike: 95 % interval, p of 0.
 
     Of one model's scores, or of the difference of two models'. In a random-effects analysis of variance of Q questions
     crossed with S seeds the mean squares MS of the questions, the seeds and the rest give the mean a variance of
-    (MS_question + MS_seed − MS_rest) / QS (Searle, Casella and McCulloch 1992), with Satterthwaite's (1946) degrees of
-    freedom; where that is less than one of the two alone would give, that one is taken, with its own.
+    (MS_question + MS_seed − MS_rest) / QS (Searle, Casella and McCulloch 1992). `Spread` makes the interval.
     Raises ValueError for fewer than two questions or seeds.
     """
-    array = _finite(scores, "[questions, seeds]")
+    array = finite(scores, "[questions, seeds]")
     questions, seeds = array.shape
     _at_least(2, questions)
     if seeds < 2:
         raise ValueError(f"needs at least two seeds, got {seeds}")
-    mean, squares = float(array.mean()), _mean_squares(array)
-    freedoms = questions - 1, seeds - 1, (questions - 1) * (seeds - 1)
-    largest = max(squares[:2])
-    total = squares[0] + squares[1] - squares[2]
-    if total > largest:
-        freedom = total**2 / sum(square**2 / degrees for square, degrees in zip(squares, freedoms, strict=True))
-    else:
-        total, freedom = largest, freedoms[squares.index(largest)]
-    error = (total / (questions * seeds)) ** 0.5
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return CrossedMean(mean, error, mean - half, mean + half, _p_value(mean, error, freedom))
-
-
-def sd_with_repeats(
-    components: VarianceComponents, seeds: int = 1, answer_samples: int = 1, judge_samples: int = 1
-) -> float:
-    """Standard deviation of a question's mean, in points, if each is the mean of so many seeds, answers and judgements.
-
-    With the components of the differences of two models it is what `minimum_detectable_difference` takes (Miller 2024,
-    arXiv 2411.00640, on resampling answers): more repeats divide all but the question's own part. `answer_samples` are
-    for each training and `judge_samples` for each answer. `seed` is left out: it moves all questions alike, and no
-    number of questions averages it away.
-    Raises ValueError for fewer than one, and for repeats of an axis whose part was not estimated.
-    """
-    repeats = {
-        "seeds": (seeds, components.question_seed),
-        "answer_samples": (answer_samples, components.answer),
-        "judge_samples": (judge_samples, components.judge),
-    }
-    variance, observations = components.question, 1
-    for axis, (count, part) in repeats.items():
-        if count < 1:
-            raise ValueError(f"{axis} is at least 1, got {count}")
-        if part is None and count > 1:
-            raise ValueError(f"what {count} {axis} gain is unknown: the components were estimated with one")
-        observations *= count
-        variance += (part or 0.0) / observations
-    return float(variance**0.5)
+    of_questions, of_seeds, rest = (square / array.size for square in _mean_squares(array))
+    spread = Spread(Part(of_questions, questions - 1), trainings=Part(of_seeds, seeds - 1), shared=rest)
+    mean, error, half = float(array.mean()), spread.standard_error, spread.half_widths(LEVEL)[0]
+    p_value = spread.p_value(mean) if error > TIE else _p_value(mean, error, questions - 1)
+    return CrossedMean(mean, error, mean - half, mean + half, p_value)
 
 
 def length_controlled_difference(
@@ -416,7 +338,7 @@ def length_controlled_difference(
     Raises ValueError for different lengths of the arrays, for fewer than three questions, and where all questions have
     one length difference other than zero, from which nothing can be said about equal length.
     """
-    scores, lengths = _finite(score_difference, "[questions]"), _finite(length_difference, "[questions]")
+    scores, lengths = finite(score_difference, "[questions]"), finite(length_difference, "[questions]")
     if len(scores) != len(lengths):
         raise ValueError(f"needs the same questions on both sides, got {len(scores)} and {len(lengths)}")
     _at_least(3, len(scores))
