@@ -23,7 +23,9 @@ MODEL = "key", "base, or LOSS-BETA-STEPS, a cell of the grid"
 
 STAGES = {
     "check": Command("stages.check", "refuse wrong parameters before anything is computed"),
-    "fetch": Command("stages.fetch", "download a model or data, pinned by hash", ("what", "model, pairs or questions")),
+    "fetch": Command(
+        "stages.fetch", "download a model or data, pinned by hash", ("what", "model, pairs, reward or questions")
+    ),
     "reward": Command("stages.reward", "fit or load the known reward, and check it"),
     "sample": Command("stages.sample", "sample the base's replies, each with its reward", ("split", "train or eval")),
     "prepare": Command("stages.prepare", "render and tokenise the preference pairs, and split off the held-out ones"),

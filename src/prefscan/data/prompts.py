@@ -7,13 +7,13 @@ from typing import Any
 from prefscan.common.config import ListedPrompts, RewardSettings, Sample, SentimentReward
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_jsonl
+from prefscan.common.paths import RAW_REWARD
 from prefscan.data.reviews import (
     PROMPT_SETS,
     place_by_hash,
-    read_reviews,
     refuse_shared_prompts,
     review_prompts,
-    split_reviews,
+    reviews_of,
 )
 
 SHARES = {"development": 0.2, "eval": 0.4}  # of the prompts, by hash; the rest are training prompts
@@ -55,14 +55,10 @@ def load_prompts(sample: Sample, reward: RewardSettings, split: str) -> list[Pro
             raise UserError(
                 f"sample.prompts.kind: reviews, but the reward {reward.name} has none; set kind: listed and a file"
             )
-        from prefscan.rewards.sentiment import reviews_file  # scikit-learn
-
-        words = sample.prompts.words
-        reviews = read_reviews(reviews_file(reward))
-        parts = split_reviews(
-            reviews, reward.check_share, reward.prompts_share, 2 * reward.excerpt_words, reward.split_seed
+        parts = reviews_of(reward, RAW_REWARD)
+        sets, _ = review_prompts(
+            parts.prompts, sample.prompts.words, SHARES["development"], SHARES["eval"], reward.split_seed
         )
-        sets, _ = review_prompts(parts.prompts, words, SHARES["development"], SHARES["eval"], reward.split_seed)
     if len(sets[split]) < wanted:
         key = "train_prompts" if split == "train" else "eval_prompts"
         raise UserError(

@@ -18,8 +18,10 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from prefscan.common.config import SentimentReward
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_text
+from prefscan.data.sources import REVIEWS_FILE
 
 COLUMNS = ("text", "label")
 LABELS = {"0": False, "1": True}  # negative, positive
@@ -185,6 +187,13 @@ def split_reviews(
     counts["fit"], counts["beside_prompts"] = len(apart), len(fit) - len(apart)
     refuse_overlap({"fit": apart, "check": check, "prompts": prompts})
     return ReviewSplit(apart, check, prompts, counts)
+
+
+def reviews_of(settings: SentimentReward, raw: Path) -> ReviewSplit:
+    """The reviews as fetched, in the three parts that the settings ask for."""
+    least_words = 2 * settings.excerpt_words  # a shorter review is a snippet
+    reviews = read_reviews(raw / REVIEWS_FILE)
+    return split_reviews(reviews, settings.check_share, settings.prompts_share, least_words, settings.split_seed)
 
 
 def refuse_overlap(parts: Mapping[str, Sequence[Review]]) -> None:

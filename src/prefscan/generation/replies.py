@@ -82,16 +82,31 @@ def reply_to_all(
     return [[kept[i, number] for number in range(replies)] for i in range(len(prompts))]
 
 
-def reply_row(reply: Reply, utility: float, score: float, kl: float | None = None) -> dict[str, Any]:
-    """What is written of a reply: `logprob` and `kl` in nats, of the whole reply."""
-    return {
-        "text": reply.text,
-        "tokens": reply.tokens,
-        "logprob": sum(reply.logprobs),
-        "length": len(reply.tokens),
-        "truncated": reply.truncated,
-        "repetition": reply.repetition,
-        "utility": utility,
-        "score": score,
-        "kl": kl,
-    }
+def prompt_rows(
+    prompts: Sequence[dict[str, str]],
+    replies: Rows,
+    rewards: Sequence[Sequence[tuple[float, float]]],
+    kls: Sequence[float] = (),
+) -> list[dict[str, Any]]:
+    """A row a prompt: `id`, `prompt`, `prompt_ids`, and each reply with its utility and score.
+
+    `logprob` and `kl` are in nats and of the whole reply; `kls` are those of the first replies to the first prompts.
+    """
+    rows: list[dict[str, Any]] = []
+    for i, (prompt, own, values) in enumerate(zip(prompts, replies, rewards, strict=True)):
+        written = [
+            {
+                "text": reply.text,
+                "tokens": reply.tokens,
+                "logprob": sum(reply.logprobs),
+                "length": len(reply.tokens),
+                "truncated": reply.truncated,
+                "repetition": reply.repetition,
+                "utility": utility,
+                "score": score,
+                "kl": kls[i] if number == 0 and i < len(kls) else None,
+            }
+            for number, (reply, (utility, score)) in enumerate(zip(own, values, strict=True))
+        ]
+        rows.append({"id": prompt["id"], "prompt": prompt["prompt"], "prompt_ids": own[0].prompt, "replies": written})
+    return rows

@@ -83,8 +83,8 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
         add(name, stages, computes=False)
     add("reward", [f"reward@{kind}" for kind in params.stages.reward], FETCHED)
     samples = [f"sample-{split}" for split in params.stages.sample]
-    for name, split in zip(samples, params.stages.sample, strict=True):
-        add(name, [f"sample@{split}"], (*FETCHED, "reward"))
+    for of in params.stages.sample:
+        add(f"sample-{of}", [f"sample@{of}"], (*FETCHED, "reward"))
     add("prepare", ["prepare"], (*FETCHED, "sample-train"), computes=False)
     prepared = (*FETCHED, *samples, "prepare")
     for key in (first, *(key for key in models if key != first)):

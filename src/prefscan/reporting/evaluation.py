@@ -137,11 +137,17 @@ def cell_table(found: Evaluation, compared: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def highest(rows: pd.DataFrame, column: str, smallest: bool = False) -> dict[str, Any]:
+    """The first row with the greatest value, or the smallest."""
+    ordered = rows.sort_values(column, ascending=smallest, kind="stable")
+    return {str(name): value for name, value in ordered.iloc[0].items()}
+
+
 def loss_table(found: Evaluation, cells: pd.DataFrame) -> pd.DataFrame:
     """A row a loss: its mean gain over the grid, the cell with the highest gain, its range of KL."""
     rows = []
     for loss, group in cells.groupby("loss", sort=False):
-        best = group.loc[group["gain"].idxmax()]
+        best = highest(group, "gain")
         rows.append(
             {
                 "loss": loss,

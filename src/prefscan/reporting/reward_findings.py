@@ -7,7 +7,7 @@ import pandas as pd
 from prefscan.common.config import Params
 from prefscan.reporting.contrasts import Contrast
 from prefscan.reporting.estimates import Estimate
-from prefscan.reporting.evaluation import Comparison, Evaluation
+from prefscan.reporting.evaluation import Comparison, Evaluation, highest
 
 
 def with_interval(estimate: Estimate, form: str = "+.3f") -> str:
@@ -19,7 +19,7 @@ def with_interval(estimate: Estimate, form: str = "+.3f") -> str:
 def gain_sentence(found: Evaluation, cells: pd.DataFrame, reward_name: str) -> str:
     """How much reward each loss gains over the base."""
     best = [
-        group.loc[group["gain"].idxmax()] for _, group in cells.groupby("loss", sort=False)
+        highest(group, "gain") for _, group in cells.groupby("loss", sort=False)
     ]  # a row a loss, its cell of highest gain
     listed = ", ".join(
         f"{row['loss']} {row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}] at β {row['beta']:g}"
@@ -73,10 +73,11 @@ def contrast_sentence(contrasts: list[Contrast], nested: bool) -> str:
 
 def kl_sentence(cells: pd.DataFrame, compared: Comparison) -> str:
     """How far β lets a model move, what the losses do at equal KL, and what is possible there."""
-    ranges = ", ".join(
-        f"{loss} {group.loc[group['beta'].idxmin(), 'kl']:.2f} to {group.loc[group['beta'].idxmax(), 'kl']:.2f}"
+    ends = {
+        str(loss): (highest(group, "beta", smallest=True)["kl"], highest(group, "beta")["kl"])
         for loss, group in cells.groupby("loss", sort=False)
-    )
+    }
+    ranges = ", ".join(f"{loss} {first:.2f} to {last:.2f}" for loss, (first, last) in ends.items())
     line = f"From the smallest to the largest β the exact KL to the base goes, in nats a reply, for {ranges}."
     at_equal = [at for at in compared.at_equal_kl if at.difference.low is not None]
     if at_equal:
@@ -87,7 +88,7 @@ def kl_sentence(cells: pd.DataFrame, compared: Comparison) -> str:
         )
     known = cells.dropna(subset=["share"])
     if len(known):
-        row = known.loc[known["share"].idxmax()]
+        row = highest(known, "share")
         line += f" The highest share of the possible gain at its KL has {row['cell']}, {row['share']:.0%}."
     elif cells["share_at_most"].notna().any():
         line += (

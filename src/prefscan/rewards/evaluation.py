@@ -5,15 +5,27 @@ the random numbers of the base's first ones, so that the two are paired.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
 from prefscan.common.errors import UserError
 from prefscan.common.intervals import mean_interval
+from prefscan.rewards.reward import Prompt, Reward
 
 Row = dict[
     str, Any
 ]  # `id`, `prompt` and `replies`, each with `score`, `utility`, `length`, `truncated`, `repetition`, `kl`
+
+
+def rewarded(
+    reward: Reward, prompts: Sequence[str], replies: Sequence[Sequence[str]], chat: bool
+) -> list[list[tuple[float, float]]]:
+    """Utility and score of each prompt's replies; with `chat`, the prompt was a user's turn."""
+    asked: list[Prompt] = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+    repeated = [prompt for prompt, own in zip(asked, replies, strict=True) for _ in own]
+    utilities = iter(reward.utilities(repeated, [reply for own in replies for reply in own]))
+    return [[(utility, reward.score(utility)) for utility in islice(utilities, len(own))] for own in replies]
 
 
 def interval(name: str, values: Sequence[float]) -> dict[str, float]:

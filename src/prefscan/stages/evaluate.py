@@ -12,10 +12,10 @@ from prefscan.common.config import load
 from prefscan.common.io import read_jsonl, write_json, write_jsonl
 from prefscan.common.paths import BASE, EVALUATE_COST, EVALUATE_METRICS, MERGED, REPLIES, REWARD, SAMPLES
 from prefscan.generation.kl import exact_kl
-from prefscan.generation.replies import reply_row, reply_to_all, unfinished_file
+from prefscan.generation.replies import prompt_rows, reply_to_all, unfinished_file
 from prefscan.models.loading import load_cell, load_model, load_tokenizer
-from prefscan.rewards.evaluation import cell_metrics
-from prefscan.rewards.reward import load_reward, rewarded
+from prefscan.rewards.evaluation import cell_metrics, rewarded
+from prefscan.rewards.reward import load_reward
 
 
 def main(key: str) -> None:
@@ -29,19 +29,14 @@ def main(key: str) -> None:
     unfinished = unfinished_file("evaluate", key, key)
     model, tokenizer = load_cell(MERGED / key, sample.dtype).eval(), load_tokenizer(BASE)
     replies = reply_to_all(model, tokenizer, base_rows, evaluate.replies, sample, unfinished)
-    rewards = rewarded(load_reward(settings, REWARD), [row["prompt"] for row in base_rows], replies)
-    base = load_model(BASE, sample.dtype)
-    kls = exact_kl(model, base, [own[0] for own in replies[: evaluate.kl_prompts]])
-    rows = [
-        {"id": row["id"], "prompt": row["prompt"]}
-        | {
-            "replies": [
-                reply_row(reply, *reward, kl=kls[i] if number == 0 and i < len(kls) else None)
-                for number, (reply, reward) in enumerate(zip(own, values, strict=True))
-            ]
-        }
-        for i, (row, own, values) in enumerate(zip(base_rows, replies, rewards, strict=True))
-    ]
+    rewards = rewarded(
+        load_reward(settings, REWARD),
+        [row["prompt"] for row in base_rows],
+        [[reply.text for reply in own] for own in replies],
+        chat=sample.format == "chat",
+    )
+    kls = exact_kl(model, load_model(BASE, sample.dtype), [own[0] for own in replies[: evaluate.kl_prompts]])
+    rows = prompt_rows(base_rows, replies, rewards, kls)
     metrics = cell_metrics(rows, base_rows)
     write_jsonl(REPLIES / f"{key}.jsonl", rows)
     write_json(EVALUATE_METRICS / f"{key}.json", metrics)

@@ -1,7 +1,8 @@
-"""Bring the model, the preference pairs and the MT-Bench questions to this machine, pinned and hashed.
+"""Bring the model, the preference pairs, what the reward is made of and the MT-Bench questions to this machine, pinned and hashed.
 
     prefscan fetch model       # models/base
     prefscan fetch pairs       # data/raw
+    prefscan fetch reward      # data/reward
     prefscan fetch questions   # data/questions
 
 Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
@@ -10,8 +11,9 @@ is then read as data: nothing of the package is imported. A failure ends with on
 half-written.
 """
 
-from prefscan.common.config import load
-from prefscan.data.sources import fetch_model, fetch_pairs, fetch_questions
+from prefscan.common.config import SampledPairs, load
+from prefscan.common.errors import UserError
+from prefscan.data.sources import fetch_model, fetch_pairs, fetch_questions, fetch_reward
 
 
 def main(what: str) -> None:
@@ -20,6 +22,15 @@ def main(what: str) -> None:
         case "model":
             fetch_model(params.model)
         case "pairs":
-            fetch_pairs(params.data.source)
+            source = params.data.source
+            if isinstance(source, SampledPairs):
+                raise UserError(
+                    "data.source.kind: sampled, so no pairs are fetched; the stages sample and prepare make them"
+                )
+            fetch_pairs(source)
+        case "reward":
+            if params.reward is None:
+                raise UserError("reward: null, so nothing is fetched for it; choose reward=sentiment")
+            fetch_reward(params.reward)
         case "questions":
             fetch_questions(params.questions)

@@ -1,6 +1,6 @@
 """The known reward, ready to score replies, and how well it agrees with labels that people gave.
 
-    python -m prefscan.stages.reward      # models/reward, metrics/reward.json
+    prefscan reward      # models/reward, metrics/reward.json
 
 Of kind `sentiment` it is fitted here, of kind `model` loaded once and checked on pairs with known order where
 `reward.pairs` names some, of kind `checkable` its instructions are read and tried.
@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prefscan.common.config import CheckableReward, ModelReward, RewardSettings, SentimentReward, load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError
 from prefscan.common.io import new_folder, write_json
 from prefscan.common.paths import RAW_REWARD, REWARD, REWARD_METRICS
-from prefscan.data.reviews import ReviewSplit, read_reviews, split_reviews
-from prefscan.data.sources import MODEL_FILES, PROMPTS_FILE, REVIEWS_FILE, link_folder
-
-
-def review_split(settings: SentimentReward, raw: Path = RAW_REWARD) -> ReviewSplit:
-    """The reviews as fetched, in the three parts that the settings ask for."""
-    reviews = read_reviews(raw / REVIEWS_FILE)
-    least_words = 2 * settings.excerpt_words  # a shorter review is a snippet
-    return split_reviews(reviews, settings.check_share, settings.prompts_share, least_words, settings.split_seed)
+from prefscan.data.reviews import reviews_of
+from prefscan.data.sources import MODEL_FILES, PROMPTS_FILE, link_folder
 
 
 def make_reward(settings: RewardSettings, raw: Path, folder: Path) -> dict[str, Any]:
@@ -30,7 +23,7 @@ def make_reward(settings: RewardSettings, raw: Path, folder: Path) -> dict[str, 
         case SentimentReward():
             from prefscan.rewards.sentiment import fit_and_check
 
-            classifier, figures = fit_and_check(review_split(settings, raw), settings.excerpt_words, settings.name)
+            classifier, figures = fit_and_check(reviews_of(settings, raw), settings.excerpt_words, settings.name)
             classifier.save(folder)
             return {"score": classifier.score_name, **figures}
         case ModelReward():
@@ -88,7 +81,3 @@ def main() -> None:
         figures = make_reward(settings, RAW_REWARD, folder)
     write_json(REWARD_METRICS, {"kind": settings.kind, "name": settings.name, **figures})
     print(sentence(settings, figures))
-
-
-if __name__ == "__main__":
-    run_stage(main, takes=())

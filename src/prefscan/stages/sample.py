@@ -11,9 +11,10 @@ from prefscan.common.config import load
 from prefscan.common.io import write_jsonl
 from prefscan.common.paths import BASE, REWARD, SAMPLES
 from prefscan.data.prompts import load_prompts
-from prefscan.generation.replies import reply_row, reply_to_all, unfinished_file
+from prefscan.generation.replies import prompt_rows, reply_to_all, unfinished_file
 from prefscan.models.loading import load_model, load_tokenizer
-from prefscan.rewards.reward import load_reward, rewarded
+from prefscan.rewards.evaluation import rewarded
+from prefscan.rewards.reward import load_reward
 
 
 def main(split: str) -> None:
@@ -24,13 +25,13 @@ def main(split: str) -> None:
     unfinished = unfinished_file("sample", split, f"base-{split}")
     model, tokenizer = load_model(BASE, sample.dtype), load_tokenizer(BASE)
     replies = reply_to_all(model, tokenizer, prompts, number, sample, unfinished)
-    rewards = rewarded(load_reward(settings, REWARD), [prompt["prompt"] for prompt in prompts], replies)
-    rows = [
-        prompt
-        | {"prompt_ids": own[0].prompt}
-        | {"replies": [reply_row(reply, *reward) for reply, reward in zip(own, values, strict=True)]}
-        for prompt, own, values in zip(prompts, replies, rewards, strict=True)
-    ]
+    rewards = rewarded(
+        load_reward(settings, REWARD),
+        [prompt["prompt"] for prompt in prompts],
+        [[reply.text for reply in own] for own in replies],
+        chat=sample.format == "chat",
+    )
+    rows = prompt_rows(prompts, replies, rewards)
     write_jsonl(SAMPLES / f"{split}.jsonl", rows)
     unfinished.unlink()
     scores = [reply["score"] for row in rows for reply in row["replies"]]
