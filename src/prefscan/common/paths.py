@@ -8,8 +8,6 @@ RAW_PAIRS = Path("data/raw")
 QUESTIONS = Path("data/questions")
 RAW_REWARD = Path("data/reward")  # as fetched: reviews, prompts with instructions, or a reward model
 
-REWARD = Path("models/reward")
-REWARD_METRICS = Path("metrics/reward.json")
 SAMPLES = Path(
     "data/samples"
 )  # the base's replies: train.jsonl makes pairs, eval.jsonl is what cells are compared with

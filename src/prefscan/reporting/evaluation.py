@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prefscan.common.config import Cell
 from prefscan.common.io import read_json, read_jsonl
-from prefscan.common.paths import EVALUATE_METRICS, REPLIES, SAMPLES
+from prefscan.common.paths import EVALUATE_METRICS, REPLIES, REPORTS, SAMPLES
 from prefscan.reporting.contrasts import (
     AtEqualKL,
     Choice,
@@ -186,3 +186,23 @@ def contrast_table(compared: Comparison) -> pd.DataFrame:
 def possible_table(found: Frontier) -> pd.DataFrame:
     """The curve of what is possible: a row a policy made of the base's samples."""
     return pd.DataFrame([point._asdict() for point in found.points])
+
+
+PROMPT_REWARDS = REPORTS / "prompts.csv"
+
+
+def prompt_table(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Every model's mean reward of each evaluation prompt, a column a model: all that a paired test needs.
+
+    Empty without cells, as where no reward is known.
+    """
+    if not cells:
+        return pd.DataFrame(columns=["prompt"])
+    columns = {"base": read_jsonl(SAMPLES / "eval.jsonl")}
+    columns |= {cell.key: read_jsonl(REPLIES / f"{cell.key}.jsonl") for cell in cells}
+    rewards = {
+        key: {row["id"]: round(fmean(reply["score"] for reply in row["replies"]), 4) for row in rows}
+        for key, rows in columns.items()
+    }
+    prompts = list(rewards["base"])
+    return pd.DataFrame({"prompt": prompts} | {key: [of[p] for p in prompts] for key, of in rewards.items()})

@@ -39,6 +39,24 @@ class Table(NamedTuple):
     columns: dict[str, tuple[str, str]]
 
 
+class Page(NamedTuple):
+    """A report: what a reader in a hurry reads first, then what explains it.
+
+    `answer` is at most three sentences; the first of `figures`, by file name, stands beside it. `tables` follow, then
+    `caveats`, what the result cannot say. The other figures and `details` are folded away. `shown` are the names that
+    the page can show alone in all charts; with `answers`, it links to answers.html beside it.
+    """
+
+    title: str
+    answer: list[str]
+    figures: dict[str, Figure]
+    tables: list[Table]
+    caveats: list[str]
+    details: list[Table]
+    shown: list[str]
+    answers: bool = False
+
+
 def printed(value: Any, form: str) -> str:
     """A dash for what is missing."""
     return "–" if value is None or value != value else form.format(value)
@@ -85,21 +103,9 @@ def write_answers(root: Path, title: str, models: dict[str, Any], questions: lis
     write_text(root / "answers.html", page)
 
 
-def write_report(
-    root: Path,
-    title: str,
-    lines: list[str],
-    figures: dict[str, Figure],
-    tables: list[Table],
-    shown: list[str],
-    answers: bool = False,
-) -> None:
-    """report.html and report.md in the folder `root`, and the charts as SVG and PNG in its folder charts.
-
-    `figures` maps a file name to its figure; `shown` are the names that the page can show alone in all charts; with
-    `answers`, it links to answers.html beside it.
-    """
-    specs = {name: figure.chart.to_dict() for name, figure in figures.items()}
+def write_report(root: Path, page: Page) -> None:
+    """report.html and report.md in the folder `root`, and the charts as SVG and PNG in its folder charts."""
+    specs = {name: figure.chart.to_dict() for name, figure in page.figures.items()}
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     with new_folder(root / "charts") as folder:
         for name, spec in specs.items():
@@ -107,22 +113,16 @@ def write_report(
             # Vega counts gradients over the life of a process; a file must not depend on what was drawn before.
             write_text(folder / f"{name}.svg", re.sub(r"gradient_\d+", f"gradient_{name}", picture))
             (folder / f"{name}.png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=version, scale=2))
-    pages = environment(autoescape=True)
     # Without a snippet, which its types ask for, it sets window.vegaEmbed, and is made once in a process.
     library, script = vl_convert.javascript_bundle(), own_script("report.js")  # type: ignore[call-arg]
-    page = pages.get_template("report.html").render(
-        title=title,
-        lines=lines,
-        figures=figures,
-        svgs={name: read_text(root / f"charts/{name}.svg") for name in figures},
+    html = environment(autoescape=True).get_template("report.html")
+    text = html.render(
+        page=page,
+        svgs={name: read_text(root / f"charts/{name}.svg") for name in page.figures},
         specs=specs,
-        shown=shown,
-        answers=answers,
-        tables=tables,
         library=library,
         script=script,
         hashes=f"{policy_hash(library)} {policy_hash(script)}",
     )
-    write_text(root / "report.html", page)
-    markdown = environment(autoescape=False).get_template("report.md")
-    write_text(root / "report.md", markdown.render(title=title, lines=lines, figures=figures, tables=tables))
+    write_text(root / "report.html", text)
+    write_text(root / "report.md", environment(autoescape=False).get_template("report.md").render(page=page))

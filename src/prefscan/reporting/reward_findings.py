@@ -99,21 +99,22 @@ def kl_sentence(cells: pd.DataFrame, compared: Comparison) -> str:
 
 
 def check_sentence(check: dict[str, Any]) -> str:
-    """Whether the reward is what people say it is."""
-    parts = [
-        f"{name.replace('_', ' ')} {values['auc']:.3f} [{values['auc_low']:.3f}, {values['auc_high']:.3f}]"
-        for name, values in check.items()
-        if isinstance(values, dict) and "auc" in values
-    ]
-    if parts:
-        return f"The reward agrees with labels that people gave and it has not seen, AUC: {', '.join(parts)}."
-    pairs = check.get("pairs")
-    if isinstance(pairs, dict) and "accuracy" in pairs:
+    """Whether the reward is what people say it is, from metrics/reward.json."""
+
+    def spanned(value: dict[str, float]) -> str:
+        return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+    found = check.get("check")
+    if check["kind"] == "sentiment" and found:
+        parts = [f"{spanned(of['auc'])} on {of['texts']} {name.replace('_', ' ')}" for name, of in found.items()]
+        return f"The reward was checked on labels of people that it has not seen: AUC {', '.join(parts)}."
+    if check["kind"] == "model" and found:
         return (
-            f"The reward orders {pairs['accuracy']:.0%} [{pairs['accuracy_low']:.0%}, {pairs['accuracy_high']:.0%}] "
-            "of the pairs of known order as they are."
+            f"The reward orders {found['pairs']} pairs of known order with an accuracy of {spanned(found['accuracy'])}."
         )
-    return "The reward has no check against people's labels."
+    if check["kind"] == "checkable":
+        return "The reward is checked by programs: it says what they say."
+    return "The reward has no check against people's labels (reward.pairs)."
 
 
 def caveats(params: Params, found: Evaluation, cells: pd.DataFrame, compared: Comparison) -> list[str]:
@@ -138,7 +139,7 @@ def caveats(params: Params, found: Evaluation, cells: pd.DataFrame, compared: Co
     return lines
 
 
-def headline(params: Params, found: Evaluation, cells: pd.DataFrame, compared: Comparison, unit: str) -> list[str]:
+def headline(found: Evaluation, cells: pd.DataFrame, compared: Comparison, unit: str) -> list[str]:
     """The answer, in three sentences."""
     return [
         gain_sentence(found, cells, unit),

@@ -1,6 +1,7 @@
 """The report's tables, from the metrics of each cell: differences, costs, the judge check, the pairs left out."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from io import StringIO
 from statistics import fmean
 from typing import Any, Protocol
@@ -10,7 +11,16 @@ import pandas as pd
 
 from prefscan.common.config import Cell
 from prefscan.common.io import read_json, read_text
-from prefscan.common.paths import ANSWER_COST, ANSWER_METRICS, CURVES, MERGE_METRICS, REPORTS, TRAIN_COST, TRAIN_METRICS
+from prefscan.common.paths import (
+    ANSWER_COST,
+    ANSWER_METRICS,
+    CURVES,
+    EVALUATE_COST,
+    MERGE_METRICS,
+    REPORTS,
+    TRAIN_COST,
+    TRAIN_METRICS,
+)
 from prefscan.reporting.findings import question_scores
 from prefscan.reporting.pages import Table
 from prefscan.reporting.stats import holm, length_controlled_difference, paired_difference, variance_components
@@ -41,28 +51,34 @@ def with_interval(name: str, heading: str, form: str = "{:.2f}") -> dict[str, tu
     return {column: (text, form) for column, text in zip(span(name), (heading, "95 % low", "95 % high"), strict=True)}
 
 
-def cell_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table of cells: parameters, scores, held-out metrics, what the merge kept, cost."""
+def training_row(cell: Cell) -> dict[str, Any]:
+    """One row of the table of cells: parameters, held-out metrics, what the merge kept."""
     key = cell.key
     train, merge = read_json(TRAIN_METRICS / f"{key}.json"), read_json(MERGE_METRICS / f"{key}.json")
-    answer = read_json(ANSWER_METRICS / f"{key}.json")
     held = train["heldout"]
     return {
         "cell": key,
         "loss": cell.loss,
         "beta": cell.beta,
         "steps": str(cell.steps),
-        **score_columns(mtbench),
         **{name: held[name] for value in ("accuracy", "margin", "loss_change") for name in span(value)},
         **{name: held[name] for name in ("chosen_shift", "rejected_shift")},
         "margin_kept": merge["margin_kept"],
         "merge_pairs": merge["pairs"],
         "weights_changed": merge["weights_changed"],
         **{name: merge[name] for name in span("margin_answering") if name in merge},
+    }
+
+
+def answer_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
+    """What MT-Bench adds to a cell's row: scores, and what its answers are like."""
+    answer = read_json(ANSWER_METRICS / f"{cell.key}.json")
+    return {
+        "cell": cell.key,
+        **score_columns(mtbench),
         "share_cut": answer["share_cut"],
         "mean_tokens": answer["mean_tokens"],
         "repetition": answer["repetition"],
-        **{f"divergence{end}": answer["divergence"][f"per_reply{end}"] for end in ("", "_low", "_high")},
     }
 
 
@@ -123,17 +139,25 @@ def at_equal_length(judged: dict[str, Any], answers: dict[str, list[Any]], keys:
     return pd.DataFrame(rows, keys, span("equal_length"), dtype=float)
 
 
-def table_of_cells(
+def training_table(cells: list[Cell]) -> pd.DataFrame:
+    """A row a cell, in the grid's order: what training and merge measured."""
+    return pd.DataFrame([training_row(cell) for cell in cells])
+
+
+def mtbench_table(
     cells: list[Cell], recipe: Cell, judged: dict[str, Any], answers: dict[str, list[Any]]
 ) -> pd.DataFrame:
-    """A row a cell, in the grid's order: what each metrics file says, and the paired differences.
+    """A row a cell that answered, in the grid's order: the training's columns, scores and paired differences.
 
     `judged` and `answers` have the content of metrics/mtbench and of the answers, for the base and for each cell.
     """
     keys = [cell.key for cell in cells]
-    to_recipe = differences(judged, keys, recipe.key).drop(columns=["standard_error", "wins", "ties", "losses"])
+    reference = recipe.key if recipe.key in keys else keys[0]
+    to_recipe = differences(judged, keys, reference).drop(columns=["standard_error", "wins", "ties", "losses"])
+    answered = pd.DataFrame([answer_row(cell, judged[cell.key]) for cell in cells])
     return (
-        pd.DataFrame([cell_row(cell, judged[cell.key]) for cell in cells])
+        training_table(cells)
+        .merge(answered, on="cell", validate="one_to_one")
         .join(differences(judged, keys, "base"), on="cell")
         .join(to_recipe.add_prefix("recipe_"), on="cell")
         .join(at_equal_length(judged, answers, keys), on="cell")
@@ -216,23 +240,25 @@ COLUMNS = {
     "share_cut": ("answers cut", "{:.0%}"),
     "mean_tokens": ("tokens a reply", "{:.0f}"),
     "repetition": ("repeated 4-grams", "{:.0%}"),
-    **with_interval("divergence", "log-ratio to the base, nats a reply"),
 }
 COST_COLUMNS = {
     "cell": ("cell", "{}"),
     "train_seconds": ("training, s", "{:.0f}"),
     "train_speed": ("training, tokens/s", "{:.0f}"),
     "peak_memory_gib": ("training, peak GiB", "{:.2f}"),
+    "evaluate_seconds": ("replies and KL, s", "{:.0f}"),
     "answer_seconds": ("answers, s", "{:.0f}"),
     "answer_speed": ("answers, tokens/s", "{:.0f}"),
     "usd": ("judging, USD", "{:.2f}"),
 }
 
 
-def costs(keys: tuple[str, ...], judged: dict[str, Any]) -> Table:
+def costs(keys: Sequence[str], judged: dict[str, Any]) -> Table:
+    """What each model took; a dash where it was not asked."""
     rows = []
     for key in keys:
-        answer = read_json(ANSWER_COST / f"{key}.json")
+        answer = read_json(ANSWER_COST / f"{key}.json") if key in judged else {}
+        replies = EVALUATE_COST / f"{key}.json"
         train = read_json(TRAIN_COST / f"{key}.json") if key != "base" else {}
         rows.append(
             {
@@ -240,9 +266,10 @@ def costs(keys: tuple[str, ...], judged: dict[str, Any]) -> Table:
                 "train_seconds": train.get("seconds"),
                 "train_speed": train.get("tokens_per_second"),
                 "peak_memory_gib": train.get("peak_memory_gib"),
-                "answer_seconds": answer["seconds"],
-                "answer_speed": answer["tokens_per_second"],
-                "usd": judged[key]["usd"],
+                "evaluate_seconds": read_json(replies)["seconds"] if replies.exists() else None,
+                "answer_seconds": answer.get("seconds"),
+                "answer_speed": answer.get("tokens_per_second"),
+                "usd": judged[key]["usd"] if key in judged else None,
             }
         )
     reading = "Of the run that made each file; a cell from DVC's cache has the cost of the machine that computed it."

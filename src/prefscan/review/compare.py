@@ -16,7 +16,7 @@ import pandas as pd
 from prefscan.common.errors import UserError
 from prefscan.reporting import charts
 from prefscan.reporting.findings import counted
-from prefscan.reporting.pages import Figure, Table, write_report
+from prefscan.reporting.pages import Figure, Page, Table, write_report
 from prefscan.reporting.stats import clustered_mean, crossed_mean, holm, paired_difference, variance_components
 from prefscan.reporting.tables import span, spanned, with_interval
 from prefscan.review.revisions import (
@@ -249,6 +249,7 @@ def main(revisions: list[str]) -> None:
     lines = sentences(sweeps, models, questions, table, seeds)
     tables = tables_of(what_differs(sweeps, models), table, seeds, sweeps)
     title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
-    write_report(COMPARISON, title, lines, figures_of(table, names[0]), tables, names)
+    figures = figures_of(table, names[0])
+    write_report(COMPARISON, Page(title, lines[:3], figures, tables[:1], lines[3:], tables[1:], names))
     print("\n\n".join(lines))
     print(f"\nReport: {COMPARISON}/report.html")

@@ -15,12 +15,11 @@ from rich.progress import Progress
 
 from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl
-from prefscan.common.paths import ANSWER_COST, ANSWER_METRICS, ANSWERS, BASE, MERGED, QUESTIONS
-from prefscan.generation.answers import ENGINES, answers_file, read_finished, with_logprobs
-from prefscan.generation.kl import divergence
+from prefscan.common.paths import ANSWER_COST, ANSWER_METRICS, ANSWERS, BASE, QUESTIONS
+from prefscan.generation.answers import ENGINES, answers_file, read_finished
 from prefscan.generation.sampling import Reply
 from prefscan.judging.fastchat import Question, read_records, select_questions
-from prefscan.models.loading import load_cell, load_model, load_tokenizer
+from prefscan.models.loading import load_tokenizer
 
 
 def main(key: str) -> None:
@@ -62,10 +61,6 @@ def main(key: str) -> None:
             for row, both in zip(in_order, answers, strict=True)
         },
     }
-    if key != "base":
-        if params.answer.engine == "openai":
-            answers = with_logprobs(answers, load_cell(MERGED / key, params.answer.dtype).eval())
-        metrics["divergence"] = divergence(answers, load_model(BASE, params.answer.dtype).eval())
     write_jsonl(ANSWERS / f"{key}.jsonl", [row["record"] for row in in_order])
     write_json(ANSWER_METRICS / f"{key}.json", metrics)
     write_json(ANSWER_COST / f"{key}.json", cost)

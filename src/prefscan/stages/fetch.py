@@ -1,4 +1,4 @@
-"""Bring the model, the preference pairs, what the reward is made of and the MT-Bench questions to this machine, pinned and hashed.
+"""Bring model, pairs, what the reward is made of and MT-Bench's questions to this machine, pinned and hashed.
 
     prefscan fetch model       # models/base
     prefscan fetch pairs       # data/raw

@@ -9,8 +9,16 @@ cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl, write_text
 from prefscan.common.paths import JUDGEMENTS, REPORTS, SUMMARY
+from prefscan.reporting.evaluation import PROMPT_REWARDS, prompt_table
 from prefscan.reporting.findings import counted
-from prefscan.reporting.report import FOLDERS, read_results, remove_other_cells, summarise, write_pages
+from prefscan.reporting.report import (
+    CELL_FOLDERS,
+    MTBENCH_FOLDERS,
+    read_results,
+    remove_other_cells,
+    summarise,
+    write_pages,
+)
 from prefscan.reporting.tables import QUESTION_SCORES, question_table
 
 
@@ -18,12 +26,15 @@ def main() -> None:
     params = load()
     cells = params.grid.cells
     keys = ("base", *(cell.key for cell in cells))
-    remove_other_cells(FOLDERS, set(keys))
-    results = read_results(keys)
+    answered = ("base", *(cell.key for cell in params.stages.mtbench.cells))
+    remove_other_cells(CELL_FOLDERS, set(keys))
+    remove_other_cells(MTBENCH_FOLDERS, set(answered))
+    results = read_results(answered)
     table = write_pages(params, cells, results, REPORTS, title=f"{params.model.name}: {counted(len(cells), 'cell')}")
-    # In git, unlike metrics/mtbench: reviews and comparisons pair by question without DVC's cache.
+    # In git, unlike metrics/mtbench: reviews and comparisons pair by question or prompt without DVC's cache.
     write_text(QUESTION_SCORES, question_table(results.questions, results.judged).to_csv(index=False))
+    write_text(PROMPT_REWARDS, prompt_table(cells if params.reward else []).to_csv(index=False))
     # One file for all models, where FastChat's show_result looks for it.
-    combined = [judgement for key in keys for judgement in results.judgements[key]]
+    combined = [judgement for key in answered for judgement in results.judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
-    write_json(SUMMARY, summarise(table, params.recipe, results.judged["base"]))
+    write_json(SUMMARY, summarise(table, params.recipe))
