@@ -105,11 +105,11 @@ def write_questions(root: Path, questions: list[dict[str, Any]]) -> None:
 
 @cache
 def _default() -> Any:
-    return OmegaConf.to_container(composed(), resolve=True)
+    return OmegaConf.to_container(composed("+experiment=demo_pairs"), resolve=True)
 
 
 def default_params() -> dict[str, Any]:
-    """What conf/ composes by itself; the recipe and sweep of the committed params.yaml may be others."""
+    """What conf/ composes for given pairs, without a known reward."""
     return dict(deepcopy(_default()))
 
 

@@ -22,15 +22,12 @@ def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]
     return scores(judgements, categories, "single") | {"judge": "tiny", "references": "corrected", "usd": 0.25}
 
 
-def divergence_of(i: int) -> dict[str, float]:
-    return {"per_reply": i / 2, "per_reply_low": i / 2 - 1, "per_reply_high": i / 2 + 1, "per_token": i / 100}
-
-
 def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str = "well", **params: Any) -> None:
     """params.yaml and the metrics of four cells, as the stages before report leave them in a workspace."""
     grid = {"loss": [LOSSES[0], *LOSSES], "beta": [BETAS[0], *BETAS], "steps": [8]}
     recipe = {"loss": "sigmoid", "beta": 0.5, "steps": 8}
-    write_params(root, **({"grid": grid, "judge": local_judge("models/base")} | recipe | params))
+    known = {"grid": grid, "stages": {"mtbench": grid}, "judge": local_judge("models/base")}
+    write_params(root, **(known | recipe | params))
     asked = [question | {"category": categories[question["question_id"]]} for question in make_questions(1)]
     write_lines(root / "data/questions/question.jsonl", asked)
     for i, (key, level) in enumerate(LEVELS.items()):
@@ -57,8 +54,7 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
         write_json(root / f"metrics/mtbench/{key}.json", mtbench_metrics(judgements, categories))
         write_json(
             root / f"metrics/answer/{key}.json",
-            {"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8}
-            | ({} if key == "base" else {"divergence": divergence_of(i)}),
+            {"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8},
         )
         if key == "base":
             continue

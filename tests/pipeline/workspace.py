@@ -1,6 +1,7 @@
 """A repository like this one, whose model, pairs and questions are tiny."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def shrink(folder: Path, packages: Path) -> None:
     limits = {"max_prompt_length": 256, "max_length": 256, "heldout_share": 0.4, "heldout_max": None}
     write(
         "data/tiny.yaml",
-        {"name": "tiny", "source": source | {"train": "tinypairs/pairs.json", "heldout": None}, **limits},
+        {"name": "tiny", "folder": "data/raw", "source": source | {"train": "tinypairs/pairs.json", "heldout": None}, **limits},
     )
     engine = {"engine": "transformers", "server": None}
     write("answer/tiny.yaml", engine | {"questions": 8, "max_new_tokens": 6, "batch_size": 8, "dtype": "fp32"})
@@ -129,11 +130,12 @@ def shrink(folder: Path, packages: Path) -> None:
     mt_bench = make_wheel(packages, "tinybench", {name: jsonl(rows) for name, rows in bench.items()})
     corrected = make_wheel(packages, "tinycorrected", {"corrected/reference.jsonl": jsonl(references)})
     config = (conf / "config.yaml").read_text()
-    for group, name in (("model", "smollm2"), ("data", "demo_pairs"), ("sweep", "laptop"), ("answer", "laptop")):
-        assert f"- {group}: {name}\n" in config
-        config = config.replace(f"- {group}: {name}\n", f"- {group}: tiny\n")
+    tiny = {name: "tiny" for name in ("model", "data", "sweep", "answer")}
+    for group, name in (tiny | {"reward": "none", "sample": "none", "mtbench": "all"}).items():
+        config, replaced = re.subn(rf"- {group}: \w+\n", f"- {group}: {name}\n", config)
+        assert replaced == 1
     config = config[: config.index("questions:")]
-    config = config.replace("steps: 16 ", "steps: 3 ")
+    config = config.replace("steps: 40 ", "steps: 3 ")
     questions = {
         "mt_bench": mt_bench | {"folder": "bench"},
         "corrected": corrected | {"file": "corrected/reference.jsonl"},
