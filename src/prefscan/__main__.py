@@ -46,7 +46,7 @@ TOOLS = {
     "review": Command("review.pull_request", "print what a pull request shows its reviewer"),
     "compare": Command("review.compare", "compare sweeps that git holds, in one report"),
     "check-cache": Command("repo.cache", "remove damaged files from DVC's cache"),
-    "losses": Command("training.losses", "print docs/losses.md"),
+    "docs": Command("docs.reference", "write the pages and files that are made from the code"),
 }
 COMMANDS = STAGES | TOOLS
 

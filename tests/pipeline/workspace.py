@@ -115,7 +115,12 @@ def shrink(folder: Path, packages: Path) -> None:
     limits = {"max_prompt_length": 256, "max_length": 256, "heldout_share": 0.4, "heldout_max": None}
     write(
         "data/tiny.yaml",
-        {"name": "tiny", "folder": "data/raw", "source": source | {"train": "tinypairs/pairs.json", "heldout": None}, **limits},
+        {
+            "name": "tiny",
+            "folder": "data/raw",
+            "source": source | {"train": "tinypairs/pairs.json", "heldout": None},
+            **limits,
+        },
     )
     engine = {"engine": "transformers", "server": None}
     write("answer/tiny.yaml", engine | {"questions": 8, "max_new_tokens": 6, "batch_size": 8, "dtype": "fp32"})

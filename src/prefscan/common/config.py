@@ -157,50 +157,21 @@ class Lora(Section):
     target_modules: Annotated[list[str], Field(min_length=1)]
 
 
-class NoOptions(Section):
-    pass
+class LossOptions(Section):
+    """The hyperparameters of one loss; training/losses.py has their names, bounds and defaults."""
 
-
-class ExoPair(Section):
-    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)]
-
-
-class Robust(Section):
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
-
-
-class DiscoPOP(Section):
-    tau: Annotated[float, Field(gt=0, le=1)]
-
-
-class SimPO(Section):
-    gamma: Annotated[float, Field(ge=0)]
-
-
-class CPO(Section):
-    alpha: Annotated[float, Field(ge=0)]
-
-
-class KTO(Section):
-    desirable_weight: Annotated[float, Field(gt=0)]
-    undesirable_weight: Annotated[float, Field(gt=0)]
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
 
 
 class Losses(Section):
-    """The hyperparameters of each loss, named as the arguments of its function in losses.py.
+    """The hyperparameters of each loss, named as the arguments of its function in training/losses.py.
 
     Each has a section, so that a cell depends on those of its own loss alone; `{}` is that of a loss without any.
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, NoOptions]
-
-    exo_pair: ExoPair
-    robust: Robust
-    discopop: DiscoPOP
-    simpo: SimPO
-    cpo: CPO
-    kto: KTO
+    __pydantic_extra__: dict[str, LossOptions]
 
 
 class Accelerate(Section):

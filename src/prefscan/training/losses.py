@@ -1,6 +1,6 @@
 """Every preference loss, as a pure function of log-probabilities, and the registry of them.
 
-    prefscan losses > docs/losses.md
+    prefscan docs    # docs/losses.md, conf/losses/papers.yaml, conf/sweep/losses.yaml, docs/parameters.md
 
 Notation, for a micro-batch of B pairs, all tensors of shape `[B]`, in nats:
 
@@ -17,15 +17,19 @@ all the same, so its train stage reads what the reference stage wrote, as every 
 """
 
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from inspect import cleandoc, signature
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from prefscan.common.config import Params
+from prefscan.common.config import Params, Section
 from prefscan.common.errors import UserError
 
 
@@ -82,21 +86,31 @@ class Loss:
     """A loss as the trainer calls it, and what docs/losses.md says of it beside the function's own text."""
 
     function: Callable[..., Tensor]
+    options: type[Section]  # its hyperparameters with bounds, defaults and meaning, of the function's signature
     formula: str
     paper: str
     beta: str  # what β means
     reference: bool  # whether the function reads ref_chosen and ref_rejected
     batch_dependent: bool  # whether the value of a pair depends on the other pairs of the micro-batch
     mismatched: bool  # whether the function reads kl_logratio, which costs two forward passes more
+    pointwise: bool  # whether chosen and rejected have terms of their own (arXiv 2502.01237); else it is pairwise
 
-    @property
-    def options(self) -> list[str]:
-        """Its hyperparameters: the keys of its own section of losses in params.yaml."""
-        return list(signature(self.function).parameters)[2:]
+    def __call__(self, logps: PairLogps, beta: float, options: Section) -> Tensor:
+        """The loss of each pair, shape `[B]`."""
+        return self.function(logps, beta, **options.model_dump())
 
-    def __call__(self, logps: PairLogps, beta: float, options: object) -> Tensor:
-        """The loss of each pair, shape `[B]`; its hyperparameters are attributes of `options`."""
-        return self.function(logps, beta, **{name: getattr(options, name) for name in self.options})
+    def read_options(self, given: Mapping[str, float]) -> Section:
+        """The hyperparameters, those that are not given by default; raises UserError for a wrong one."""
+        try:
+            return self.options.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = f"losses.{self.function.__name__}.{'.'.join(map(str, first['loc']))}"
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(self.options.model_fields) or "none"
+                raise UserError(f"{key}: unknown key (value {first['input']!r}); {known} are known") from None
+            message = first["msg"]
+            raise UserError(f"{key}: {first['input']!r} is refused: {message[0].lower()}{message[1:]}") from None
 
 
 LOSSES: dict[str, Loss] = {}
@@ -110,11 +124,18 @@ def register(
     reference: bool = True,
     batch_dependent: bool = False,
     mismatched: bool = False,
+    pointwise: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Add the function to LOSSES under its own name."""
+    """Add the function to LOSSES under its own name; its arguments after `logps` and `beta` are hyperparameters."""
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        LOSSES[function.__name__] = Loss(function, formula, paper, beta, reference, batch_dependent, mismatched)
+        arguments = list(signature(function).parameters.values())[2:]
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {argument.name: (hints[argument.name], argument.default) for argument in arguments}
+        options = create_model(function.__name__, __base__=Section, **fields)
+        LOSSES[function.__name__] = Loss(
+            function, options, formula, paper, beta, reference, batch_dependent, mismatched, pointwise
+        )
         return function
 
     return add
@@ -163,7 +184,13 @@ def ipo(logps: PairLogps, beta: float) -> Tensor:
     paper="[EXO](https://arxiv.org/abs/2402.00856), equation 16",
     beta="factor on the log-ratios in the softmax over the pair, which is drawn to (1 − ε, ε)",
 )
-def exo_pair(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
+def exo_pair(
+    logps: PairLogps,
+    beta: float,
+    label_smoothing: Annotated[
+        float, Field(gt=0, lt=0.5, description="weight ε of the rejected in the target distribution; the paper's")
+    ] = 1e-3,
+) -> Tensor:
     """EXO for two responses: reverse KL from the policy's softmax over the pair to the label's, smoothed by ε.
 
     Smallest, 0, at β(h_w − h_l) = log((1 − ε)/ε): beyond it a likelier chosen response costs.
@@ -178,6 +205,7 @@ def exo_pair(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
     formula="−log σ(βh_w) − ½ log σ(−βh_w) − ½ log σ(−βh_l)",
     paper="[NCA](https://arxiv.org/abs/2402.05369), section 4.1",
     beta="the paper's α: strength of the KL constraint, as in DPO; 0.01 there",
+    pointwise=True,
 )
 def nca_pair(logps: PairLogps, beta: float) -> Tensor:
     """NCA for pairs: each response against noise, so that the chosen one's own likelihood is kept up.
@@ -193,7 +221,13 @@ def nca_pair(logps: PairLogps, beta: float) -> Tensor:
     paper="[Robust DPO](https://arxiv.org/abs/2403.00409), section 3.1",
     beta="as in DPO; 0.01 in the paper",
 )
-def robust(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
+def robust(
+    logps: PairLogps,
+    beta: float,
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=0.5, description="share ε of flipped labels; the paper's, not measured on the pairs")
+    ] = 0.1,
+) -> Tensor:
     """DPO made unbiased for labels of which a share ε is flipped. It may be negative."""
     logit = beta * logps.margin
     clean, flipped = -F.logsigmoid(logit), -F.logsigmoid(-logit)
@@ -204,6 +238,7 @@ def robust(logps: PairLogps, beta: float, label_smoothing: float) -> Tensor:
     formula="−log σ(βh_w) − log σ(−βh_l)",
     paper="[BCO](https://arxiv.org/abs/2404.04656), section 4",
     beta="strength of the KL constraint, as in DPO; 0.01 in the paper",
+    pointwise=True,
 )
 def bco_pair(logps: PairLogps, beta: float) -> Tensor:
     """BCO for pairs: a classifier of single responses, whose logit is the reward.
@@ -217,6 +252,7 @@ def bco_pair(logps: PairLogps, beta: float) -> Tensor:
     formula="(h_w − 1/(2β))² + (h_l + 1/(2β))²",
     paper="[SPPO](https://arxiv.org/abs/2405.00675), equation 4.7 with P = 1 for the chosen and 0 for the rejected",
     beta="1 / the paper's η: the targets of the log-ratios are ±1/(2β) nats; 0.001 in the paper",
+    pointwise=True,
 )
 def sppo_hard(logps: PairLogps, beta: float) -> Tensor:
     """SPPO with hard labels: each log-ratio is drawn to its own target, in squared nats."""
@@ -256,6 +292,7 @@ def aot_unpaired(logps: PairLogps, beta: float) -> Tensor:
     formula="1 − σ(βh_w) + σ(βh_l)",
     paper="[APO](https://arxiv.org/abs/2408.06266), equation 7",
     beta="as in DPO: slope of the reward",
+    pointwise=True,
 )
 def apo_zero(logps: PairLogps, beta: float) -> Tensor:
     """APO-zero: up with the chosen and down with the rejected; for chosen responses better than the model's own."""
@@ -277,7 +314,14 @@ def apo_down(logps: PairLogps, beta: float) -> Tensor:
     paper="[DiscoPOP](https://arxiv.org/abs/2406.08414), equation 5",
     beta="as in DPO; 0.05 in the paper",
 )
-def discopop(logps: PairLogps, beta: float, tau: float) -> Tensor:
+def discopop(
+    logps: PairLogps,
+    beta: float,
+    tau: Annotated[
+        float,
+        Field(gt=0, le=1, description="width τ of the change from logistic to exponential, in β·nats; the paper's"),
+    ] = 0.05,
+) -> Tensor:
     """DiscoPOP: logistic at a negative margin, exponential at a positive one, mixed over a width of τ.
 
     Not monotone where τ is below 0.11, and below 0.102 a lower margin pays at the start, where every margin is 0. At
@@ -296,6 +340,7 @@ def discopop(logps: PairLogps, beta: float, tau: float) -> Tensor:
     beta="not used",
     reference=False,
     batch_dependent=True,
+    pointwise=True,
 )
 def sft(logps: PairLogps, beta: float) -> Tensor:
     """Cross-entropy of the chosen responses alone, in which every token of the micro-batch weighs the same."""
@@ -334,6 +379,7 @@ def ipo_sum(logps: PairLogps, beta: float) -> Tensor:
     paper="[KTO](https://arxiv.org/abs/2402.01306), equation 7, in the paired form of TRL 0.7",
     beta="risk aversion of the value function: the larger, the sooner it saturates",
     batch_dependent=True,
+    pointwise=True,
 )
 def kto_pair(logps: PairLogps, beta: float) -> Tensor:
     """KTO on pairs, as TRL had it until 0.9.4.
@@ -357,7 +403,13 @@ def kto_pair(logps: PairLogps, beta: float) -> Tensor:
     beta="scale of the reward, in nats a token; γ/β is the target margin; 2 to 2.5 in the paper",
     reference=False,
 )
-def simpo(logps: PairLogps, beta: float, gamma: float) -> Tensor:
+def simpo(
+    logps: PairLogps,
+    beta: float,
+    gamma: Annotated[
+        float, Field(ge=0, description="target reward margin γ, in β·nats a token; TRL's, the paper tunes 0.3 to 1.6")
+    ] = 0.5,
+) -> Tensor:
     """SimPO: DPO's logistic on log-probabilities averaged over tokens, with a target margin instead of a reference."""
     chosen, rejected = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
@@ -392,7 +444,11 @@ def orpo(logps: PairLogps, beta: float) -> Tensor:
     reference=False,
     batch_dependent=True,
 )
-def cpo(logps: PairLogps, beta: float, alpha: float) -> Tensor:
+def cpo(
+    logps: PairLogps,
+    beta: float,
+    alpha: Annotated[float, Field(ge=0, description="weight of the cross-entropy; the paper's")] = 1.0,
+) -> Tensor:
     """CPO: DPO without its reference, plus α times the cross-entropy of the chosen responses.
 
     The cross-entropy is the mean over the micro-batch's tokens, as in TRL's CPOTrainer; the paper writes it as a sum.
@@ -409,8 +465,16 @@ def cpo(logps: PairLogps, beta: float, alpha: float) -> Tensor:
     beta="risk aversion of the value function: the larger, the sooner it saturates",
     batch_dependent=True,
     mismatched=True,
+    pointwise=True,
 )
-def kto(logps: PairLogps, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
+def kto(
+    logps: PairLogps,
+    beta: float,
+    desirable_weight: Annotated[
+        float, Field(gt=0, description="weight λ_D of a chosen response; the paper's for as many rejected ones")
+    ] = 1.0,
+    undesirable_weight: Annotated[float, Field(gt=0, description="weight λ_U of a rejected response; as above")] = 1.0,
+) -> Tensor:
     """KTO: each chosen response is a desirable example, each rejected one an undesirable, apart from each other.
 
     z estimates the KL, without gradient: the mean of h over the micro-batch's prompts, each with both responses of the
@@ -426,46 +490,78 @@ def kto(logps: PairLogps, beta: float, desirable_weight: float, undesirable_weig
 
 
 def check_losses(params: Params) -> None:
-    """Raises UserError for the first loss that losses.py does not define, or that has no section in losses."""
+    """Raises UserError for the first loss that is not defined here, and for the first wrong hyperparameter."""
     known = f"known are {', '.join(LOSSES)}"
-    sections = dict(params.losses)
     for name in [params.loss, *params.grid.loss]:
         if name not in LOSSES:
             raise UserError(f"params.yaml: grid.loss: {name!r} is no known loss; {known}")
-        if name not in sections:
-            raise UserError(
-                f"params.yaml: losses.{name}: missing; add it to conf/train/losses/papers.yaml, as {{}} if the "
-                "loss has no hyperparameters"
-            )
-    for name, section in sections.items():
+    sections = params.losses.model_dump()
+    for name, given in sections.items():
         if name not in LOSSES:
             raise UserError(f"params.yaml: losses.{name}: no known loss; {known}")
-        given, taken = set(type(section).model_fields), set(LOSSES[name].options)
-        if given != taken:
-            wanted = "give it a class with these" if taken else "take its class out"
-            raise UserError(
-                f"params.yaml: losses.{name}: its section has {', '.join(sorted(given)) or 'nothing'}, its "
-                f"function takes {', '.join(sorted(taken)) or 'nothing'}; {wanted} in src/prefscan/params.py, where "
-                "Losses names it"
-            )
+        LOSSES[name].read_options(given)
+    if missing := [name for name in params.grid.loss if name not in sections]:
+        raise UserError(
+            f"params.yaml: losses.{missing[0]}: missing; `prefscan docs` writes it to conf/losses/papers.yaml"
+        )
 
 
-# docs/losses.md ------------------------------------------------------------------------------------
+# What is written of the registry -------------------------------------------------------------------
+
+
+def bounds(field: FieldInfo) -> str:
+    """As `above 0, below 0.5`."""
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    found = [
+        f"{word} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, word in words.items()
+        if hasattr(limit, name)
+    ]
+    return ", ".join(found)
+
+
+def papers_yaml() -> str:
+    """conf/losses/papers.yaml: each loss's hyperparameters by default, with meaning and bounds."""
+    lines = [
+        "# Hyperparameters of each loss, {} where it has none; a cell trains anew for its own loss's alone.",
+        "# Written by `prefscan docs` from src/prefscan/training/losses.py; values are yours to set.",
+    ]
+    for name, loss in LOSSES.items():
+        fields = loss.options.model_fields
+        lines.append(f"{name}:" if fields else f"{name}: {{}}")
+        lines += [
+            f"  {option}: {field.default!r}  # {field.description}; {bounds(field)}" for option, field in fields.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def losses_sweep_yaml() -> str:
+    """conf/sweep/losses.yaml: every loss, at the recipe's β and steps."""
+    names = textwrap.fill(", ".join(LOSSES), 110, initial_indent="  ", subsequent_indent="  ").strip()
+    return (
+        "# Every loss, at the recipe's β and steps: a cell a loss. Written by `prefscan docs`.\n"
+        "# β means another thing in each (docs/losses.md): this compares losses at one number, not each at its own best.\n"
+        f'loss: "{names}"  # names, separated by commas\n'
+        'beta: ""   # values of β, separated by commas; empty: the recipe\'s alone\n'
+        'steps: ""  # optimizer updates, separated by commas; empty: the recipe\'s alone\n'
+    )
 
 
 def document() -> str:
     """docs/losses.md: the table of the registry and each function's own text."""
     notation = cleandoc(__doc__).partition("\n\n")[2].partition("\n\n")[2]  # after the title and the command
-    head = ["`sweep.loss`", "loss of a pair", "paper", "β", "`losses`", "reference needed", "batch-dependent"]
+    head = ["`sweep.loss`", "loss of a pair", "paper", "β", "`losses`", "reference needed", "batch-dependent", "kind"]
     rows = [
         [
             f"`{name}`",
             loss.formula,
             loss.paper,
             loss.beta,
-            ", ".join(f"`{name}.{option}`" for option in loss.options) or "–",
+            ", ".join(f"`{name}.{option}`" for option in loss.options.model_fields) or "–",
             "yes" if loss.reference else "no",
             "yes" if loss.batch_dependent else "no",
+            "pointwise" if loss.pointwise else "pairwise",
         ]
         for name, loss in LOSSES.items()
     ]
@@ -473,7 +569,7 @@ def document() -> str:
         [
             "# Losses",
             "",
-            "Written by `prefscan losses > docs/losses.md`; change `src/prefscan/training/losses.py`, not this file.",
+            "Written by `prefscan docs`; change `src/prefscan/training/losses.py`, not this file.",
             "",
             notation,
             "",
@@ -486,7 +582,3 @@ def document() -> str:
             *(f"\n### {name}\n\n{cleandoc(loss.function.__doc__ or '')}" for name, loss in LOSSES.items()),
         ]
     )
-
-
-def main() -> None:
-    print(document())

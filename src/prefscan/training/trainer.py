@@ -269,7 +269,8 @@ class CellSettings:
     def of(cls, params: Params, key: str) -> "CellSettings":
         """Raises UserError for a key that is no cell of the grid."""
         cell = params.cell(key)
-        return cls(cell, params.train, getattr(params.losses, cell.loss), params.runtime, params.training_seed(cell))
+        options = LOSSES[cell.loss].read_options(getattr(params.losses, cell.loss).model_dump())
+        return cls(cell, params.train, options, params.runtime, params.training_seed(cell))
 
 
 def training_arguments(settings: CellSettings, updates: int, recompute: bool, checkpoints: Path) -> DPOConfig:
