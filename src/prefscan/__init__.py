@@ -24,4 +24,4 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # again, took a third of a stage's start (docs/performance.md).
 gc.set_threshold(100_000, 20, 20)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
