@@ -135,7 +135,7 @@ def shrink(folder: Path, packages: Path) -> None:
     mt_bench = make_wheel(packages, "tinybench", {name: jsonl(rows) for name, rows in bench.items()})
     corrected = make_wheel(packages, "tinycorrected", {"corrected/reference.jsonl": jsonl(references)})
     config = (conf / "config.yaml").read_text()
-    tiny = {name: "tiny" for name in ("model", "data", "sweep", "answer")}
+    tiny = dict.fromkeys(("model", "data", "sweep", "answer"), "tiny")
     for group, name in (tiny | {"reward": "none", "sample": "none", "mtbench": "all"}).items():
         config, replaced = re.subn(rf"- {group}: \w+\n", f"- {group}: {name}\n", config)
         assert replaced == 1

@@ -260,25 +260,10 @@ class Runtime(Section):
     report_to: Literal["dvclive", "wandb", "tensorboard", "none"]
 
 
-class ReviewPrompts(Section):
-    """The first words of reviews that the sentiment reward was neither fitted to nor checked on."""
-
-    kind: Literal["reviews"]
-    words: Positive
-
-
-class ListedPrompts(Section):
-    """Prompts of one's own: JSON lines with the key `prompt`."""
-
-    kind: Literal["listed"]
-    file: str
-
-
 class Sample(Section):
     """Replies at temperature 1: of the base to training prompts, and of every model to evaluation prompts."""
 
-    prompts: Annotated[ReviewPrompts | ListedPrompts, Field(discriminator="kind")]
-    prompts_from: str  # the file or folder that holds the prompts, a stage's dependency
+    prompts: str  # JSON lines with the key `prompt`, a stage's dependency
     format: Literal["plain", "chat"]
     train_prompts: Positive
     train_replies: Annotated[int, Field(ge=2)]
@@ -469,6 +454,7 @@ class SentimentReward(Section):
     name: Annotated[str, Field(min_length=1)]
     source: TextSource
     excerpt_words: Positive
+    prompt_words: Positive
     check_share: PartShare
     prompts_share: PartShare
     split_seed: Annotated[int, Field(ge=0)]

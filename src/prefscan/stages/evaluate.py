@@ -35,8 +35,9 @@ def main(key: str) -> None:
         [[reply.text for reply in own] for own in replies],
         chat=sample.format == "chat",
     )
-    kls = exact_kl(model, load_model(BASE, sample.dtype), [own[0] for own in replies[: evaluate.kl_prompts]])
-    rows = prompt_rows(base_rows, replies, rewards, kls)
+    first = [own[0] for own in replies[: evaluate.kl_prompts]]
+    found = exact_kl(model, load_model(BASE, sample.dtype), first, sample.batch_size)
+    rows = prompt_rows(base_rows, replies, rewards, [kl.nats for kl in found])
     metrics = cell_metrics(rows, base_rows)
     write_jsonl(REPLIES / f"{key}.jsonl", rows)
     write_json(EVALUATE_METRICS / f"{key}.json", metrics)

@@ -11,9 +11,9 @@ from typing import Any
 
 from prefscan.common.config import CheckableReward, ModelReward, RewardSettings, SentimentReward, load
 from prefscan.common.errors import UserError
-from prefscan.common.io import new_folder, write_json
+from prefscan.common.io import new_folder, write_json, write_jsonl
 from prefscan.common.paths import RAW_REWARD, REWARD, REWARD_METRICS
-from prefscan.data.reviews import reviews_of
+from prefscan.data.reviews import review_prompts, reviews_of
 from prefscan.data.sources import MODEL_FILES, PROMPTS_FILE, link_folder
 
 
@@ -23,8 +23,12 @@ def make_reward(settings: RewardSettings, raw: Path, folder: Path) -> dict[str, 
         case SentimentReward():
             from prefscan.rewards.sentiment import fit_and_check
 
-            classifier, figures = fit_and_check(reviews_of(settings, raw), settings.excerpt_words, settings.name)
+            split = reviews_of(settings, raw)
+            classifier, figures = fit_and_check(split, settings.excerpt_words, settings.name)
             classifier.save(folder)
+            prompts, counts = review_prompts(split.prompts, settings.prompt_words)
+            write_jsonl(folder / PROMPTS_FILE, [row for rows in prompts.values() for row in rows])
+            figures["prompts"] = counts
             return {"score": classifier.score_name, **figures}
         case ModelReward():
             from prefscan.rewards.model import RewardModel, check_pairs, read_known_pairs

@@ -20,7 +20,7 @@ from prefscan.rewards.reward import load_reward
 def main(split: str) -> None:
     params = load()
     sample, settings = params.known_reward
-    prompts = load_prompts(sample, settings, "train" if split == "train" else sample.eval_split)
+    prompts = load_prompts(sample, "train" if split == "train" else sample.eval_split)
     number = sample.train_replies if split == "train" else sample.base_replies
     unfinished = unfinished_file("sample", split, f"base-{split}")
     model, tokenizer = load_model(BASE, sample.dtype), load_tokenizer(BASE)
