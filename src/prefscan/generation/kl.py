@@ -137,7 +137,7 @@ def kl_and_logprobs(policy: Tensor, base: Tensor, tokens: Tensor) -> tuple[Tenso
     log_p, log_q = policy.float().log_softmax(-1), base.float().log_softmax(-1)
     shares = log_p.exp()
     # A token that π cannot say adds nothing, whatever the base makes of it.
-    terms = torch.where(shares > 0, shares * (log_p - log_q), 0)
+    terms = (shares * (log_p - log_q)).masked_fill(shares == 0, 0)
     return terms.sum(-1).clamp_min(0), log_p.gather(-1, tokens[:, None])[:, 0]
 
 
