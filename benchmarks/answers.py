@@ -16,6 +16,7 @@ their log-probabilities, by a forward pass without padding. A second turn is com
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefscan.common.errors import run
 from prefscan.common.io import read_jsonl, write_json
 from prefscan.common.paths import BASE, QUESTIONS
-from prefscan.generation.answers import TEMPERATURES, answer_questions, even_groups, longest_conversation
-from prefscan.generation.sampling import GREEDY_BELOW, prompt_ids, settled_batch_size
+from prefscan.generation.answers import MOST_ROWS, TEMPERATURES, answer_questions, longest_conversation
+from prefscan.generation.sampling import GREEDY_BELOW, Sampling, even_groups, prompt_ids, settled_batch_size
 from prefscan.judging.fastchat import select_questions
 from prefscan.models.loading import load_model, load_tokenizer
 
@@ -74,7 +75,9 @@ def gap(model: PreTrainedModel, prompt: list[int], ours: list[int], theirs: list
 def measure(folder: Path, questions: list[Any], max_new_tokens: int) -> dict[str, Any]:
     model, tokenizer = load_model(folder, "fp32").eval(), load_tokenizer(folder)
     longest = max(longest_conversation(tokenizer, question, max_new_tokens) for question in questions)
-    rows = settled_batch_size("auto", max_new_tokens, model, longest)
+    settings = Sampling("answer", max_new_tokens, "auto", most=MOST_ROWS)
+    rows = settled_batch_size(settings, model, longest, turns=2)
+    settings = replace(settings, batch_size=rows)
     by_length = sorted(questions, key=lambda question: len(question["turns"][0]))
     sides = {"one at a time": [0, 0.0], "batched": [0, 0.0]}  # tokens, seconds
     ratios, compared, gaps = [], 0, []
@@ -82,8 +85,8 @@ def measure(folder: Path, questions: list[Any], max_new_tokens: int) -> dict[str
     for group in even_groups(by_length, rows):
         started = time.perf_counter()
         batched = {
-            record["question_id"]: both
-            for record, both in answer_questions(model, tokenizer, group, "base", rows, max_new_tokens, seed=0)
+            question["question_id"]: both
+            for question, both in answer_questions(model, tokenizer, group, settings, seed=0)
         }
         seconds = [time.perf_counter() - started]
         alone = {

@@ -63,7 +63,7 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
         write_jsonl(root / f"data/mt_bench/model_answer/{key}.jsonl", answers)
         write_json(root / f"metrics/mtbench/{key}.json", scores(judgements, category, "single") | {"usd": 0.0})
         write_json(root / f"metrics/cost/answer/{key}.json", {"seconds": 60.0, "tokens_per_second": 1000.0})
-        answered: dict[str, Any] = {"share_cut": 0.0, "mean_tokens": 300.0 + draw.random(), "repetition": 0.01}
+        answered: dict[str, Any] = {"share_truncated": 0.0, "mean_tokens": 300.0 + draw.random(), "repetition": 0.01}
         if key != "base":
             write_cell(root, key, draw)
             answered["divergence"] = spanned("per_reply", draw.uniform(1, 20), 1.0)

@@ -54,7 +54,7 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
         write_json(root / f"metrics/mtbench/{key}.json", mtbench_metrics(judgements, categories))
         write_json(
             root / f"metrics/answer/{key}.json",
-            {"questions": 8, "mean_tokens": 50.0 + i, "share_cut": i / 16, "repetition": i / 8},
+            {"questions": 8, "mean_tokens": 50.0 + i, "share_truncated": i / 16, "repetition": i / 8},
         )
         if key == "base":
             continue

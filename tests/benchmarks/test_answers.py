@@ -7,14 +7,13 @@ import torch
 
 import answers
 from mtbench_data import make_questions
-from prefscan.generation import sampling as generation
 from prefscan.models.loading import load_model
 
 
 def test_both_sides_answer_both_turns_and_greedy_ones_are_compared(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "MOST_ROWS", 6)
+    monkeypatch.setattr(answers, "MOST_ROWS", 6)
     result = answers.measure(tiny_model, make_questions(2), max_new_tokens=5)
     assert (result["questions"], result["batch_size"], len(result["ratios"])) == (16, 6, 3)
     assert result["greedy_replies"] == 16  # both turns of two questions of four categories

@@ -21,10 +21,9 @@ from prefscan.common.config import Answer
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
 from prefscan.generation import answers as answer
-from prefscan.generation import sampling as generation
-from prefscan.generation.answers import answer_questions, even_groups
+from prefscan.generation.answers import answer_questions, answer_record
 from prefscan.generation.kl import divergence, log_ratios, token_logprobs
-from prefscan.generation.sampling import Reply, SeededSampling, end_tokens
+from prefscan.generation.sampling import Reply, Sampling, SeededSampling, end_tokens, even_groups
 from prefscan.judging.fastchat import select_questions
 from prefscan.models.loading import load_cell, load_model, load_tokenizer, manifest
 
@@ -50,10 +49,13 @@ def answers(
     model: Any, tokenizer: Any, questions: list[Any], seed: int = 0, batch_size: int = 4, max_new_tokens: int = 12
 ) -> dict[int, Any]:
     """Of each question: its two replies, and each one's length and whether the limit cut it."""
-    rows = answer_questions(model, tokenizer, questions, "base", batch_size, max_new_tokens, seed)
+    rows = answer_questions(model, tokenizer, questions, Sampling("answer", max_new_tokens, batch_size), seed)
     return {
-        record["question_id"]: ([reply.text for reply in both], [(len(reply.tokens), reply.cut) for reply in both])
-        for record, both in rows
+        question["question_id"]: (
+            [reply.text for reply in both],
+            [(len(reply.tokens), reply.truncated) for reply in both],
+        )
+        for question, both in rows
     }
 
 
@@ -92,7 +94,7 @@ CURT = "{% for m in messages %}<|im_start|>{{ m.role[0] }}: {{ m.content }}<|im_
 def test_prompts_come_from_the_tokenizers_own_template(model: Any, tokenizer: Any, template: str | None) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
     (question,) = make_questions(1, ["math"])
-    ((_, both),) = answer_questions(model, tokenizer, [question], "base", 4, 12, seed=0)
+    ((_, both),) = answer_questions(model, tokenizer, [question], Sampling("answer", 12, 4), seed=0)
     turns, prompts = [reply.text for reply in both], [reply.prompt for reply in both]
     ask, again = question["turns"]
     if template:
@@ -144,7 +146,7 @@ def with_constant_logits(model: Any, tokenizer: Any, logits: dict[str, float]) -
         ({"a": 0, "<|im_end|>": 1}, 1, ("", 1, False)),
         ({"a": 1, "<|im_end|>": 0}, 1, ("a", 1, True)),
     ],
-    ids=["cut", "ends at once", "ends at the limit", "cut at once"],
+    ids=["truncated", "ends at once", "ends at the limit", "cut at once"],
 )
 def test_lengths_and_cuts_of_greedy_answers(
     model: Any, tokenizer: Any, logits: dict[str, float], limit: int, expected: tuple[str, int, bool]
@@ -167,7 +169,7 @@ def test_lengths_and_cuts_of_rows_that_end_at_different_places(model: Any, token
     for question in questions:
         for turn in range(2):
             sampling = SeededSampling([f"0/{question['question_id']}/{turn}"], [0.7])
-            tokens = [sampling(torch.zeros(1, 1), scores.clone()).argmax(-1).item() for _ in range(6)]
+            tokens = [sampling.draw(scores)[0].item() for _ in range(6)]
             ended = tokenizer.eos_token_id in tokens
             length = tokens.index(tokenizer.eos_token_id) + 1 if ended else 6
             texts, sizes = measured[question["question_id"]]
@@ -182,7 +184,7 @@ def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenize
     """Of sampled and greedy rows, with padding: as a forward pass over prompt and reply gives them."""
     replies = [
         reply
-        for _, both in answer_questions(model, tokenizer, make_questions(1), "base", 8, 12, seed=0)
+        for _, both in answer_questions(model, tokenizer, make_questions(1), Sampling("answer", 12, 8), seed=0)
         for reply in both
     ]
     for reply in replies:
@@ -193,7 +195,9 @@ def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenize
 
 
 def test_the_base_has_no_divergence_from_itself_and_another_model_has(model: Any, tokenizer: Any) -> None:
-    answered = [both for _, both in answer_questions(model, tokenizer, make_questions(1), "base", 4, 12, seed=0)]
+    answered = [
+        both for _, both in answer_questions(model, tokenizer, make_questions(1), Sampling("answer", 12, 4), seed=0)
+    ]
     assert divergence(answered, model) == pytest.approx(
         {"per_reply": 0, "per_reply_low": 0, "per_reply_high": 0, "per_token": 0}, abs=1e-4
     )
@@ -373,7 +377,7 @@ def test_a_stage_goes_on_with_the_batches_it_began_with(
     """Where less memory is free than when it was killed: other batches could end in other bits."""
     prepare(in_tmp, tiny_model, monkeypatch, "base")
     write_params(in_tmp, answer={"questions": 16, "max_new_tokens": 6, "batch_size": "auto"})
-    monkeypatch.setattr(generation, "MOST_ROWS", 6)
+    monkeypatch.setattr(answer, "MOST_ROWS", 6)
     answer.main()
     whole = results()
     settled, sizes = answer.settled_batch_size, []
@@ -389,7 +393,7 @@ def test_a_stage_goes_on_with_the_batches_it_began_with(
     with pytest.raises(KeyboardInterrupt):
         answer.main()
     monkeypatch.setattr(answer, "settled_batch_size", lambda *args: sizes.append(1) or settled(*args))
-    monkeypatch.setattr(generation, "MOST_ROWS", 2)
+    monkeypatch.setattr(answer, "MOST_ROWS", 2)
     monkeypatch.setattr(answer, "generate", lambda *args: batches.append(len(args[2])) or generate(*args))
     answer.main()
     assert batches == [5, 5, 5, 5, 5, 6, 6]
@@ -445,16 +449,17 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monke
         for record in written[key].values():
             assert list(record) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
             assert record["model_id"] == key
-            assert [list(choice) for choice in record["choices"]] == [["index", "turns", "tokens", "cut"]]
+            assert [list(choice) for choice in record["choices"]] == [["index", "turns", "tokens", "truncated"]]
             assert len(record["choices"][0]["turns"]) == 2
         fastchat.check_data(questions, written, {}, [key], {"default": fastchat.Judge("gpt-4", {})})
-        rows = list(answer_questions(loaded.eval(), tokenizer, questions, key, 4, 6, seed=0))
-        assert list(written[key].values()) == sorted((record for record, _ in rows), key=lambda r: r["question_id"])
+        rows = list(answer_questions(loaded.eval(), tokenizer, questions, Sampling("answer", 6, 4), seed=0))
+        records = [answer_record(key, question, both) for question, both in rows]
+        assert list(written[key].values()) == sorted(records, key=lambda r: r["question_id"])
         replies = [reply for _, both in rows for reply in both]
         metrics = json.loads(Path(f"metrics/answer/{key}.json").read_text())
         assert metrics["questions"] == 8
         assert metrics["mean_tokens"] == sum(len(reply.tokens) for reply in replies) / 16
-        assert metrics["share_cut"] == sum(reply.cut for reply in replies) / 16
+        assert metrics["share_truncated"] == sum(reply.truncated for reply in replies) / 16
         assert metrics["repetition"] == pytest.approx(sum(reply.repetition for reply in replies) / 16)
         cost = json.loads(Path(f"metrics/cost/answer/{key}.json").read_text())
         assert cost["at_once"] == 4

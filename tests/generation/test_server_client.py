@@ -62,7 +62,7 @@ def test_a_real_server_answers_as_this_process_does(
     answer.main()
     first = written()
     metrics = json.loads(Path("metrics/answer/base.json").read_text())
-    assert set(metrics) == {"questions", "mean_tokens", "share_cut", "repetition"}
+    assert set(metrics) == {"questions", "mean_tokens", "share_truncated", "repetition"}
     answer.main()
     assert written() == first
     write_params(in_tmp, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4})
@@ -79,7 +79,7 @@ def test_a_real_server_answers_as_this_process_does(
     assert len(same) < len(CATEGORIES)  # other random numbers sample other words
     assert [list(row) for row in here.values()] == [list(row) for row in first.values()]
     greedy = [number for number in here if category[number] in GREEDY]
-    assert [here[n]["choices"][0]["cut"] for n in greedy] == [first[n]["choices"][0]["cut"] for n in greedy]
+    assert [here[n]["choices"][0]["truncated"] for n in greedy] == [first[n]["choices"][0]["truncated"] for n in greedy]
 
 
 def test_a_real_server_judges(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_questions_are_asked_at_once_and_written_in_order(
     for question in make_questions(1):
         row = rows[question["question_id"]]["choices"][0]
         assert row["turns"] == [f"answer to {text}" for text in question["turns"]]
-        assert row["cut"] == [False, False]
+        assert row["truncated"] == [False, False]
         # The tiny tokenizer has a token a byte; the raw reply has a space and a line end more; and the end token.
         assert row["tokens"] == [len(text.encode()) + 3 for text in row["turns"]]
     assert set(server.keys) == {f"Bearer {KEY}"}
@@ -189,8 +189,8 @@ def test_an_answer_of_no_words_is_an_answer_and_a_cut_one_is_marked(
         prepare(in_tmp, tiny_model, monkeypatch, served(base_url=server.url))
         answer.main()
     for row in written().values():
-        assert row["choices"][0] == {"index": 0, "turns": ["", "abc"], "tokens": [1, 3], "cut": [False, True]}
-    assert json.loads(Path("metrics/answer/base.json").read_text())["share_cut"] == 0.5
+        assert row["choices"][0] == {"index": 0, "turns": ["", "abc"], "tokens": [1, 3], "truncated": [False, True]}
+    assert json.loads(Path("metrics/answer/base.json").read_text())["share_truncated"] == 0.5
 
 
 def test_each_kind_of_server_is_asked_for_plain_sampling_in_its_words() -> None:

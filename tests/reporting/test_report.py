@@ -111,7 +111,7 @@ def test_the_table_holds_the_metrics() -> None:
         expected = {
             **{"score": judged["average"], "score_low": judged["average_low"], "score_high": judged["average_high"]},
             **{name: judged[name] for name in ("first_turn", "second_turn")},
-            **{name: metrics("answer", key)[name] for name in ("share_cut", "mean_tokens", "repetition")},
+            **{name: metrics("answer", key)[name] for name in ("share_truncated", "mean_tokens", "repetition")},
         }
         if key == "base":
             expected |= {"accuracy": 0.5, "margin": 0, "loss_change": 0, "chosen_shift": 0, "rejected_shift": 0}
@@ -140,7 +140,7 @@ def at_equal_length(key: str) -> LengthControlledDifference:
 def expected_row(key: str) -> list[str]:
     """A row of the printed table, from the metrics."""
     judged, answered = metrics("mtbench", key), metrics("answer", key)
-    text = [f"{answered['share_cut']:.0%}", f"{answered['mean_tokens']:.0f}", f"{answered['repetition']:.0%}"]
+    text = [f"{answered['share_truncated']:.0%}", f"{answered['mean_tokens']:.0f}", f"{answered['repetition']:.0%}"]
     printed = [judged[name] for name in ("average", "average_low", "average_high", "first_turn", "second_turn")]
     scores = [f"{value:.2f}" for value in printed]
     if key == "base":

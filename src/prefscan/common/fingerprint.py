@@ -24,8 +24,8 @@ PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "CPU implementer"
 def stage_fingerprint(stage: str, key: str) -> str:
     """SHA-256 of a stage's dependencies and parameters in dvc.yaml for one cell, of the libraries and the machine.
 
-    `key` is a cell's, LOSS-BETA-STEPS, the item of a `foreach`, or `base` for a stage that is neither. Raises KeyError for a stage that
-    dvc.yaml has not, and for a parameter that params.yaml has not.
+    `key` is a cell's, LOSS-BETA-STEPS, the item of a `foreach`, or `base` for a stage that is neither. Raises KeyError
+    for a stage that dvc.yaml has not, and for a parameter that params.yaml has not.
     """
     declared = yaml.load(read_text(Path("dvc.yaml")), yaml.CSafeLoader)["stages"][stage]
     item: Any = {"loss": key.split("-")[0]}

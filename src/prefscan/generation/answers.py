@@ -9,19 +9,16 @@ Both turns, the model's own chat template, FastChat's temperature for each categ
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.common.config import Params
-from prefscan.common.errors import UserError
+from prefscan.common.config import Answer, Params
 from prefscan.common.fingerprint import stage_fingerprint
 from prefscan.common.io import BAD_JSON, write_jsonl
 from prefscan.common.paths import (
@@ -30,8 +27,17 @@ from prefscan.common.paths import (
     RUNS,
     UNFINISHED_ANSWERS,
 )
-from prefscan.generation.kl import token_logprobs
-from prefscan.generation.sampling import Reply, SeededSampling, end_tokens, generate, prompt_ids, settled_batch_size
+from prefscan.generation.sampling import (
+    Reply,
+    Sampling,
+    SeededSampling,
+    end_tokens,
+    even_groups,
+    generate,
+    out_of_memory_is_told,
+    prompt_ids,
+    settled_batch_size,
+)
 from prefscan.models.loading import load_cell, load_model, parts_of_cell
 
 # FastChat's temperature_config, which a test compares; importing it costs seconds in every answer and judge stage.
@@ -45,6 +51,9 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
+
+# In two batches: more rows gain little (docs/performance.md), and a killed stage loses the batch it was at.
+MOST_ROWS = 40
 
 
 def longest_conversation(tokenizer: PreTrainedTokenizerBase, question: Any, max_new_tokens: int) -> int:
@@ -66,7 +75,7 @@ def answer_record(model_id: str, question: Any, replies: list[Reply]) -> dict[st
         "index": 0,
         "turns": texts,
         "tokens": [len(reply.tokens) for reply in replies],
-        "cut": [reply.cut for reply in replies],
+        "truncated": [reply.truncated for reply in replies],
     }
     return {
         "question_id": question["question_id"],
@@ -77,49 +86,55 @@ def answer_record(model_id: str, question: Any, replies: list[Reply]) -> dict[st
     }
 
 
-def even_groups(items: list[Any], most: int) -> list[list[Any]]:
-    """The items in order, in as few groups of at most `most` as hold them, whose sizes differ by one at most."""
-    count = -(-len(items) // most)
-    ends = [len(items) * (i + 1) // count for i in range(count)]
-    return [items[start:end] for start, end in pairwise([0, *ends])]
+def sampling_of(answer: Answer) -> Sampling:
+    """The settings of `answer`; each question has its category's temperature."""
+    return Sampling("answer", answer.max_new_tokens, answer.batch_size, most=MOST_ROWS)
 
 
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Any],
-    model_id: str,
-    batch_size: int,
-    max_new_tokens: int,
+    settings: Sampling,
     seed: int,
     finished: Container[int] = (),
-) -> Iterator[tuple[dict[str, Any], list[Reply]]]:
-    """One FastChat answer record a question, with the replies of both turns; in order of the first prompt's length.
+) -> Iterator[tuple[Any, list[Reply]]]:
+    """Each question with the replies of both turns; in order of the first prompt's length.
 
     Questions of like length share a batch, so that few positions are padding, and the second turn computes what the
     first has not. Batches are of even size: a small last one, of the longest prompts, would gain least. A batch whose
     questions are all `finished` is left out; any other is answered whole, since what stands beside a question may
     change its last bits.
+
+    Raises UserError where memory does not suffice.
     """
     by_length = sorted(questions, key=lambda q: len(tokenizer(q["turns"][0])["input_ids"]))
-    for batch in even_groups(by_length, batch_size):
+    for batch in even_groups(by_length, settings.rows):
         if all(question["question_id"] in finished for question in batch):
             continue
-        temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in batch]
-        conversations: list[list[dict[str, str]]] = [[] for _ in batch]
-        turns: list[list[Reply]] = [[] for _ in batch]
-        context = None
-        for turn in range(2):
-            for conversation, question in zip(conversations, batch, strict=True):
-                conversation.append({"role": "user", "content": question["turns"][turn]})
-            sampling = SeededSampling([f"{seed}/{q['question_id']}/{turn}" for q in batch], temperatures)
-            prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
-            replies, context = generate(model, tokenizer, prompts, sampling, max_new_tokens, context)
-            for i, reply in enumerate(replies):
-                conversations[i].append({"role": "assistant", "content": reply.text})
-                turns[i].append(reply)
-        for question, both in zip(batch, turns, strict=True):
-            yield answer_record(model_id, question, both), both
+        with out_of_memory_is_told(settings.section, settings.rows):
+            answers = answer_batch(model, tokenizer, batch, settings.max_new_tokens, seed)
+        yield from zip(batch, answers, strict=True)
+
+
+def answer_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[Any], max_new_tokens: int, seed: int
+) -> list[list[Reply]]:
+    """The replies of both turns to each question of a batch."""
+    temperatures = [TEMPERATURES.get(q["category"], 0.7) for q in batch]
+    conversations: list[list[dict[str, str]]] = [[] for _ in batch]
+    turns: list[list[Reply]] = [[] for _ in batch]
+    context = None
+    for turn in range(2):
+        for conversation, question in zip(conversations, batch, strict=True):
+            conversation.append({"role": "user", "content": question["turns"][turn]})
+        sampling = SeededSampling([f"{seed}/{q['question_id']}/{turn}" for q in batch], temperatures)
+        prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+        replies, context = generate(model, tokenizer, prompts, sampling, max_new_tokens, context)
+        for i, reply in enumerate(replies):
+            conversations[i].append({"role": "assistant", "content": reply.text})
+            turns[i].append(reply)
+    return turns
 
 
 def answers_file(key: str) -> Path:
@@ -158,25 +173,16 @@ def answers_here(
     """A row a question that `rows` lacks, by a model in this process."""
     answer = params.answer
     model = load_model(BASE, answer.dtype) if key == "base" else load_cell(MERGED / key, answer.dtype)
-    longest = max(longest_conversation(tokenizer, question, answer.max_new_tokens) for question in questions)
+    settings = sampling_of(answer)
     if rows:  # as it began: the batches decide an answer's last bits
-        batch_size = next(iter(rows.values()))["at_once"]
+        at_once = next(iter(rows.values()))["at_once"]
     else:
-        batch_size = settled_batch_size(answer.batch_size, answer.max_new_tokens, model, longest)
+        longest = max(longest_conversation(tokenizer, question, answer.max_new_tokens) for question in questions)
+        at_once = settled_batch_size(settings, model, longest, turns=2)
+    settings = replace(settings, batch_size=at_once)
     started = time.perf_counter()
-    try:
-        for record, both in answer_questions(
-            model.eval(), tokenizer, questions, key, batch_size, answer.max_new_tokens, params.seed, rows
-        ):
-            yield row_of(record, both, batch_size, started)
-    except (RuntimeError, MemoryError) as error:
-        # torch has an error of its own for a GPU's memory, and none for the machine's.
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise UserError(
-            f"answer.batch_size: {batch_size} conversations at once did not fit into memory "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); set answer.batch_size lower"
-        ) from None
+    for question, both in answer_questions(model.eval(), tokenizer, questions, settings, params.seed, rows):
+        yield row_of(answer_record(key, question, both), both, at_once, started)
 
 
 def answers_of_server(
@@ -214,14 +220,6 @@ def answers_of_server(
             client, server, name, tokenizer, missing, answer.max_new_tokens, params.seed, ends
         ):
             yield row_of(answer_record(key, question, both), both, server.concurrency, started)
-
-
-def with_logprobs(answers: list[list[Reply]], model: PreTrainedModel) -> list[list[Reply]]:
-    """The replies with their log-probabilities under the model that gave them."""
-    return [
-        [replace(reply, logprobs=own) for reply, own in zip(both, token_logprobs(both, model), strict=True)]
-        for both in answers
-    ]
 
 
 ENGINES = {"transformers": answers_here, "openai": answers_of_server}

@@ -1,44 +1,65 @@
-"""Replies of a chat model to many conversations at once: sampling that repeats, and a cache that later turns reuse.
+"""Replies of a model to many prompts at once: sampling that repeats, for the stages sample, evaluate and answer.
 
 Sampling draws from the softmax by its inverse distribution function, with one number of a row's own generator a token
 (Devroye 1986, Non-Uniform Random Variate Generation, III.2), so a row's draws do not depend on what runs beside it.
+What does is the last bits of its logits, since the shape of a matrix product decides the order of its sums. Therefore
+the batches are a function of the prompts and of `Sampling.batch_size`, and a resumed stage repeats whole batches.
+
+On a CPU the matrix products take nearly all of the time: docs/performance.md, and benchmarks/sampling.py.
 """
 
 import hashlib
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from prefscan.common.errors import UserError
+from prefscan.generation.kv_cache import Context, keeps_all, read_prompts
 from prefscan.models.memory import free_bytes
 
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
 REPEATED = 4  # tokens of the n-grams whose repetition is counted
-# Of the free memory, for the cache of keys and values, which is there twice while the second turn's prompts are read.
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed in fp32; sums of blocks are float64
+# Of the free memory, for the cache of keys and values, which is there twice while a second turn's prompts are read.
 SHARE = 0.4
-# MT-Bench in two batches: more rows gain little (docs/performance.md), and a killed stage loses the batch it was at.
-MOST_ROWS = 40
+LOGITS = 3  # copies of a row's fp32 logits that a draw holds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are generated; `section` is that of params.yaml, to name its keys in errors."""
+
+    section: str
+    max_new_tokens: int
+    batch_size: int | Literal["auto"]
+    temperature: float = 1.0  # under GREEDY_BELOW: greedy
+    most: int = 256  # rows that `auto` takes at most
+
+    @property
+    def rows(self) -> int:
+        """The batch size; `settled_batch_size` has replaced `auto`."""
+        assert self.batch_size != "auto"
+        return self.batch_size
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One turn of one answer; `tokens` has the end token where there is one.
+    """One reply; `tokens` has the end token where there is one.
 
     `logprobs` are the policy's own, of each token, at temperature 1, in nats.
     """
@@ -47,7 +68,7 @@ class Reply:
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float]
-    cut: bool  # by the limit of new tokens
+    truncated: bool  # by the limit of new tokens
     seconds: float  # the batch's, divided by its rows
 
     @property
@@ -60,120 +81,83 @@ class Reply:
         return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, with one random generator and one temperature a row.
+def pick(shares: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse distribution function of each row of weights, and how far within the weight the point lies.
 
-    `logprobs` has for each step the log-probabilities at temperature 1 of the chosen tokens, in nats; shape `[rows]`.
+    `shares` is `[rows, n]`, not negative, float64, and need not sum to 1; `points` is `[rows, 1]` in [0, 1]. Returns
+    two of `[rows, 1]`. A weight of 0 is never picked, whatever the sums' rounding.
     """
+    sums = shares.cumsum(-1)
+    total = sums[:, -1:]
+    points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, points, right=True)
+    own = shares.gather(-1, index)
+    return index, ((points - (sums.gather(-1, index) - own)) / own).clamp(0, 1)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row's softmax, `[rows, 1]`, and the logarithm of the softmax's denominator, `[rows, 1]`.
+
+    `logits` is fp32 `[rows, vocabulary]` with a maximum of 0, `uniform` float64 `[rows, 1]` in [0, 1). First a block of
+    the vocabulary is drawn, then a token within it: the sums are as exact as fp32's exponential, which a cumulative sum
+    in fp32 over the vocabulary is not, and no float64 of that size is made.
+
+    Raises UserError for logits that are not finite.
+    """
+    shares = F.pad(logits.exp(), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = shares.sum(-1).double()
+    if not blocks.isfinite().all():
+        raise UserError(
+            "the model's logits are not finite, so no token can be drawn: training diverged, or dtype overflows; "
+            "lower train.learning_rate, or set dtype: fp32"
+        )
+    block, within = pick(blocks, uniform)
+    chosen = shares[torch.arange(len(shares), device=shares.device), block[:, 0]]
+    return block * BLOCK + pick(chosen.double(), within)[0], blocks.sum(-1, keepdim=True).log().float()
+
+
+class SeededSampling:
+    """Draws tokens for rows that have a random generator, by its seed, and a temperature each."""
 
     def __init__(self, seeds: Sequence[str], temperatures: Sequence[float]) -> None:
-        self.logprobs: list[Tensor] = []
-        self.rows = [row for row, temperature in enumerate(temperatures) if temperature >= GREEDY_BELOW]
-        self.temperatures = torch.tensor([temperatures[row] for row in self.rows], dtype=torch.float64)[:, None]
+        self.greedy = torch.tensor([temperature < GREEDY_BELOW for temperature in temperatures])
+        self.temperatures = torch.tensor(temperatures).masked_fill(self.greedy, 1.0)[:, None]
         self.generators = [
-            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seeds[row].encode()).digest()[:7], "big"))
-            for row in self.rows
+            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+            for seed in seeds
         ]
+
+    def draw(self, logits: Tensor, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The next token of each of these rows, of all by default, and its log-probability at temperature 1 in nats.
+
+        `logits` is `[rows, vocabulary]`; returns two of `[rows]`, the second in fp32. Random numbers are drawn on the
+        CPU, the same on every device.
+        """
+        rows = list(range(len(self.generators)) if rows is None else rows)
+        uniform = torch.cat([torch.rand(1, 1, generator=self.generators[row], dtype=torch.float64) for row in rows])
+        temperatures, greedy = self.temperatures[rows].to(logits.device), self.greedy[rows].to(logits.device)
+        logits = logits.float()
+        logits = logits - logits.amax(-1, keepdim=True)
+        plain = bool((temperatures == 1).all())
+        tokens, denominators = draw(logits if plain else logits / temperatures, uniform.to(logits.device))
+        if not plain:
+            denominators = logits.logsumexp(-1, keepdim=True)
+        if greedy.any():
+            tokens = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), tokens)
+        return tokens[:, 0], (logits.gather(-1, tokens) - denominators)[:, 0]
+
+
+class SamplingProcessor(LogitsProcessor):
+    """Turns transformers' greedy decoding into `SeededSampling`; `logprobs` has a `[rows]` for each step."""
+
+    def __init__(self, sampling: SeededSampling) -> None:
+        self.sampling = sampling
+        self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
-        tokens = scores.argmax(-1, keepdim=True)
-        if self.rows:
-            # Drawn on the CPU, the same numbers on every device; in float64, so that no token's share is rounded away.
-            uniform = torch.cat(
-                [torch.rand(1, 1, generator=generator, dtype=torch.float64) for generator in self.generators]
-            )
-            shares = (scores[self.rows].double() / self.temperatures.to(scores.device)).softmax(-1).cumsum(-1)
-            uniform = uniform.to(scores.device) * shares[:, -1:]  # the last sum may miss 1 by rounding
-            tokens[self.rows] = torch.searchsorted(shares, uniform, right=True)
-        logprobs = scores.gather(-1, tokens) - scores.logsumexp(-1, keepdim=True)
-        self.logprobs.append(logprobs[:, 0].cpu())
-        sampled = torch.full_like(scores[self.rows], -torch.inf).scatter_(-1, tokens[self.rows], 0)
-        scores[self.rows] = sampled
-        return scores
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values in memory of their final size, where DynamicLayer copies all that it holds for every new token.
-
-    `keys` and `values` have the shape `[rows, heads, slots, size]` and are views of what is filled.
-    """
-
-    def __init__(self, like: DynamicLayer, rows: int, slots: int, room: int) -> None:
-        """`slots` of `room` are filled with zeros: the weight of 0 that a padding slot has must meet no NaN."""
-        super().__init__()
-        self.lazy_initialization(like.keys, like.values)
-        self.memory = [
-            states.new_zeros(rows, states.shape[1], room, states.shape[3]) for states in (like.keys, like.values)
-        ]
-        self.fill(slots)
-
-    def put(self, row: int, layer: DynamicLayer) -> None:
-        """A row's own keys and values, to end where the filled slots end."""
-        start = self.get_seq_length() - layer.get_seq_length()
-        self.keys[row, :, start:] = layer.keys[0]
-        self.values[row, :, start:] = layer.values[0]
-
-    def fill(self, slots: int) -> None:
-        self.keys, self.values = (memory[:, :, :slots] for memory in self.memory)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
-            memory[:, :, start:end] = states
-        self.fill(end)
-        return self.keys, self.values
-
-
-@dataclass(frozen=True)
-class Context:
-    """Keys and values of a batch's conversations so far: row `i` has those of `tokens[i]`, from slot `starts[i]` on."""
-
-    cache: Cache
-    tokens: list[list[int]]
-    starts: list[int]
-
-    def shared(self, row: int, prompt: list[int]) -> DynamicCache:
-        """A cache of what the prompt shares with the row's past; at most all but its last token."""
-        past = self.tokens[row]
-        most = min(len(past), len(prompt) - 1)
-        count = next((i for i in range(most) if past[i] != prompt[i]), most)
-        places = slice(self.starts[row], self.starts[row] + count)
-        cache = DynamicCache()
-        for i, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[row : row + 1, :, places], layer.values[row : row + 1, :, places], i)
-        return cache
-
-
-def keeps_all(model: PreTrainedModel) -> bool:
-    """Whether the model's layers read keys and values of all past tokens, or of the last ones, and nothing else.
-
-    Not so a layer with a state that each token changes.
-    """
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def read_prompts(model: PreTrainedModel, prompts: list[list[int]], new: int, context: Context | None) -> Cache:
-    """A cache of all but each prompt's last token, with room for that one and the `new` ones but their last.
-
-    Each prompt is read by itself, so no position is padding. All end in the same slot, so distances between slots are
-    those between tokens, as sliding windows count them. The context's own cache is emptied.
-    """
-    slots = max(map(len, prompts)) - 1
-    layers: list[RoomyLayer] = []
-    for row, prompt in enumerate(prompts):
-        own = context.shared(row, prompt) if context else DynamicCache()
-        if rest := prompt[own.get_seq_length() : -1]:
-            ids = torch.tensor([rest], device=model.device)
-            model(input_ids=ids, past_key_values=own, use_cache=True, logits_to_keep=1)
-        layers = layers or [RoomyLayer(layer, len(prompts), slots, slots + new) for layer in own.layers]
-        for layer, filled in zip(layers, own.layers, strict=True):
-            layer.put(row, filled)
-    if context:
-        context.cache.layers.clear()
-    return Cache(layers=layers)
+        tokens, logprobs = self.sampling.draw(scores)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0)
 
 
 @contextmanager
@@ -192,6 +176,61 @@ def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
         config.__dict__ = own
 
 
+Said = list[tuple[list[int], list[float]]]  # tokens and their log-probabilities, a row
+
+
+def decode_by_transformers(
+    model: PreTrainedModel, prompts: list[list[int]], sampling: SeededSampling, max_new_tokens: int, ends: list[int]
+) -> Said:
+    """What each row says, by transformers' own loop and cache, with padded prompts: for models with a state."""
+    width = max(map(len, prompts))
+    pad = ends[0] if ends else 0
+    slots = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    processor = SamplingProcessor(sampling)
+    with plain_decoding(model):
+        sequences: Any = model.generate(
+            input_ids=torch.tensor(slots, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([processor]),
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+        )
+    said = []
+    logprobs = torch.stack(processor.logprobs, dim=1).tolist()
+    for tokens, own in zip(sequences[:, width:].tolist(), logprobs, strict=True):
+        count = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        said.append((tokens[:count], own[:count]))
+    return said
+
+
+def decode(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    sampling: SeededSampling,
+    max_new_tokens: int,
+    ends: list[int],
+    context: Context | None,
+) -> tuple[Said, Context]:
+    """What each row says, and the context for the next turn. A row that has ended is computed no further."""
+    rows, logits = read_prompts(model, prompts, max_new_tokens - 1, context)
+    said: Said = [([], []) for _ in prompts]
+    for count in range(1, max_new_tokens + 1):
+        tokens, logprobs = sampling.draw(logits, rows.reading)
+        for row, token, logprob in zip(rows.reading, tokens.tolist(), logprobs.tolist(), strict=True):
+            said[row][0].append(token)
+            said[row][1].append(logprob)
+        rows.drop([row for row in rows.reading if said[row][0][-1] in ends])
+        if not rows.live or count == max_new_tokens:
+            break
+        logits = rows.read(torch.tensor([[said[row][0][-1]] for row in rows.reading]))[:, -1]
+    # A row's last token was chosen and not read.
+    return said, Context(rows, [prompt + tokens[:-1] for prompt, (tokens, _) in zip(prompts, said, strict=True)])
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -200,47 +239,124 @@ def generate(
     sampling: SeededSampling,
     max_new_tokens: int,
     context: Context | None = None,
+    ends: Collection[int] | None = None,
 ) -> tuple[list[Reply], Context | None]:
-    """The reply to each prompt, of two tokens or more, and the context for the next turn; `context` is used up.
+    """The reply to each prompt and the context for the next turn; `context`, that of the last one, is used up.
 
-    There is no context where the model's layers keep something else than keys and values: transformers reads such a
-    model's prompts, padded. An out-of-memory error is an error and never an answer: it leaves this function as it is.
+    `ends` are the tokens that end a reply, by default the model's and the tokenizer's. There is no context where the
+    model's layers keep something else than keys and values: transformers reads such a model's prompts. An
+    out-of-memory error is an error and never an answer: it leaves this function as it is.
     """
-    pad: Any = tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    slots = [[pad] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]
-    ends = end_tokens(model.generation_config, tokenizer)
+    ends = sorted(end_tokens(model.generation_config, tokenizer) if ends is None else ends)
     started = time.perf_counter()
-    cache = read_prompts(model, prompts, max_new_tokens, context) if keeps_all(model) else None
-    with plain_decoding(model):
-        sequences: Any = model.generate(
-            input_ids=torch.tensor(slots, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=cache,
-            use_cache=True,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([sampling]),
-            pad_token_id=pad,
-            eos_token_id=ends,
-        )
+    if keeps_all(model):
+        said, after = decode(model, prompts, sampling, max_new_tokens, ends, context)
+    else:
+        said, after = decode_by_transformers(model, prompts, sampling, max_new_tokens, ends), None
     seconds = (time.perf_counter() - started) / len(prompts)
     replies = []
-    logprobs = torch.stack(sampling.logprobs, dim=1)
-    said = sequences[:, width:]
-    for row, prompt in enumerate(prompts):
-        tokens = said[row].tolist()
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
+    for prompt, (tokens, logprobs) in zip(prompts, said, strict=True):
         text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        replies.append(Reply(text, prompt, tokens, logprobs[row, : len(tokens)].tolist(), end is None, seconds))
-    if cache is None:
-        return replies, None
-    # The last token was chosen and not read, and what follows an end token was read and not said.
-    read = said.shape[1] - 1
-    return replies, Context(cache, [reply.prompt + reply.tokens[:read] for reply in replies], padding)
+        replies.append(Reply(text, prompt, tokens, logprobs, tokens[-1] not in ends, seconds))
+    return replies, after
+
+
+def even_groups(items: list[Any], most: int) -> list[list[Any]]:
+    """The items in order, in as few groups of at most `most` as hold them, whose sizes differ by one at most."""
+    count = -(-len(items) // most)
+    ends = [len(items) * (i + 1) // count for i in range(count)]
+    return [items[start:end] for start, end in pairwise([0, *ends])]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Reply `number` to prompt `prompt`, both counted from 0."""
+
+    prompt: int
+    number: int
+    reply: Reply
+
+
+def batches(prompts: list[list[int]], seeds: list[list[str]], most: int) -> list[list[tuple[int, int]]]:
+    """(prompt, number) of the replies of each batch of at most `most` rows.
+
+    In order of the prompts' length, so that few rows have padding. The replies to a prompt share a batch where `most`
+    lets them, so that the prompt is read once.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pieces = [piece for i in by_length for piece in even_groups([(i, number) for number in range(len(seeds[i]))], most)]
+    if not pieces:
+        return []
+    together = most // max(map(len, pieces))
+    return [[row for piece in group for row in piece] for group in even_groups(pieces, together)]
+
+
+def sample_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seeds: list[list[str]],
+    settings: Sampling,
+    ends: Collection[int] | None = None,
+    finished: Container[tuple[int, int]] = (),
+) -> Iterator[list[Sampled]]:
+    """Replies to each prompt, one for each of its seeds; yields whole batches, whose composition is always the same.
+
+    A batch whose (prompt, number) are all `finished` is left out; any other is sampled whole. With the batch size that
+    it began with, an interrupted stage so ends with the same bits.
+
+    Args:
+        prompts: token ids; the caller decides on a chat template or plain text.
+        seeds: of each prompt; equal seeds make equal draws, whatever runs beside them.
+        ends: the tokens that end a reply, by default the model's and the tokenizer's.
+
+    Raises:
+        UserError: for an empty prompt, one that leaves no room within the model's context, max_new_tokens under 1,
+            logits that are not finite, and where memory does not suffice.
+    """
+    check_prompts(model, prompts, settings)
+    for batch in batches(prompts, seeds, settings.rows):
+        if all(row in finished for row in batch):
+            continue
+        sampling = SeededSampling([seeds[i][number] for i, number in batch], [settings.temperature] * len(batch))
+        with out_of_memory_is_told(settings.section, len(batch)):
+            replies, _ = generate(
+                model, tokenizer, [prompts[i] for i, _ in batch], sampling, settings.max_new_tokens, ends=ends
+            )
+        yield [Sampled(i, number, reply) for (i, number), reply in zip(batch, replies, strict=True)]
+
+
+def check_prompts(model: PreTrainedModel, prompts: list[list[int]], settings: Sampling) -> None:
+    """Raises UserError for max_new_tokens under 1, an empty prompt, and one that leaves no room for a reply."""
+    section, new = settings.section, settings.max_new_tokens
+    if new < 1:
+        raise UserError(f"{section}.max_new_tokens: {new} leaves no reply; set 1 or more")
+    lengths = [len(prompt) for prompt in prompts]
+    if 0 in lengths:
+        raise UserError(
+            f"{section}: {lengths.count(0)} of {len(prompts)} prompts have no token, the first is number "
+            f"{lengths.index(0) + 1}; take them out"
+        )
+    limit = context_limit(model)
+    if limit and (over := [i for i, length in enumerate(lengths) if length + new > limit]):
+        raise UserError(
+            f"{section}.max_new_tokens: {new} after the {lengths[over[0]]} tokens of prompt {over[0] + 1} are more "
+            f"than the {limit} that the model was made for, so of {len(over)} prompts; lower it, or shorten them"
+        )
+
+
+@contextmanager
+def out_of_memory_is_told(section: str, rows: int) -> Iterator[None]:
+    """Raises UserError where memory runs out: torch has an error for a GPU's and none of its own for a CPU's."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(
+            f"{section}.batch_size: {rows} conversations at once did not fit into memory "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); set {section}.batch_size lower"
+        ) from None
 
 
 def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -264,30 +380,39 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
-def settled_batch_size(
-    batch_size: int | Literal["auto"], max_new_tokens: int, model: PreTrainedModel, tokens: int
-) -> int:
-    """`batch_size`, or for `auto` how many conversations of up to so many `tokens` fit into the free memory.
+def row_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Memory for a conversation of so many tokens: keys and values, and the fp32 logits of one place."""
+    return tokens * cache_bytes(model) + LOGITS * 4 * model.config.get_text_config().vocab_size
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens of a conversation that the model was made for."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def settled_batch_size(settings: Sampling, model: PreTrainedModel, tokens: int, turns: int = 1) -> int:
+    """The batch size, or for `auto` how many conversations of up to so many `tokens` fit into the free memory.
 
     Raises UserError when the model was not made for so many tokens, when not even one conversation fits, and when
     `batch_size` of them do not.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    section, limit = settings.section, context_limit(model)
     if limit and tokens > limit:
         raise UserError(
-            f"answer.max_new_tokens: {max_new_tokens} lets the longest conversation grow to {tokens} tokens and "
-            f"the model was made for {limit}; set it {-(-(tokens - limit) // 2)} lower"
+            f"{section}.max_new_tokens: {settings.max_new_tokens} lets the longest conversation grow to {tokens} "
+            f"tokens and the model was made for {limit}; set it {-(-(tokens - limit) // turns)} lower"
         )
-    free, needed = free_bytes(), tokens * cache_bytes(model)
-    rows = 1 if batch_size == "auto" else batch_size
+    free, needed = free_bytes(), row_bytes(model, tokens)
+    rows = 1 if settings.batch_size == "auto" else settings.batch_size
     if rows * needed > free:
         raise UserError(
-            f"answer.batch_size: {batch_size}, but the keys and values of {rows} of up to {tokens} tokens take "
-            f"{rows * needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
-            + ("set answer.max_new_tokens lower" if rows == 1 else "choose auto, or a smaller number")
+            f"{section}.batch_size: {settings.batch_size}, but the keys and values of {rows} of up to {tokens} tokens "
+            f"take {rows * needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            + (f"set {section}.max_new_tokens lower" if rows == 1 else "choose auto, or a smaller number")
         )
-    if batch_size != "auto":
-        return batch_size
-    rows = min(max(int(SHARE * free / needed), 1), MOST_ROWS)
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    rows = min(max(int(SHARE * free / needed), 1), settings.most)
     print(f"{rows} conversations at once: {needed / 2**20:.0f} MiB each, {free / 2**30:.1f} GiB free", flush=True)
     return rows

@@ -128,11 +128,11 @@ def ask_question(
                 f"question {question['question_id']}, turn {turn + 1}: the server ended the reply with "
                 f"{found.finish!r}, which is neither an end nor answer.max_new_tokens; see to the server"
             )
-        cut = found.finish == "length"
-        tokens = tokenizer(found.text, add_special_tokens=False)["input_ids"] + ([] if cut else end)
+        truncated = found.finish == "length"
+        tokens = tokenizer(found.text, add_special_tokens=False)["input_ids"] + ([] if truncated else end)
         prompt = prompt_ids(tokenizer, conversation)
         said = found.text.strip()
-        replies.append(Reply(said, prompt, tokens or end, [], cut, time.perf_counter() - started))
+        replies.append(Reply(said, prompt, tokens or end, [], truncated, time.perf_counter() - started))
         conversation.append({"role": "assistant", "content": said})
     return replies
 

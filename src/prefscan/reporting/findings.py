@@ -138,7 +138,7 @@ def sentences(
     merge, answer = params.merge, params.answer
     lines.append(
         f"The merges, in {merge.dtype}, kept {share}, computed in fp32 over the first {cells['merge_pairs'].max()} of "
-        f"these pairs; {span(cells['share_cut'], '.0%')} of the answers were cut at "
+        f"these pairs; {span(cells['share_truncated'], '.0%')} of the answers were truncated at "
         f"{answer.max_new_tokens} tokens."
     )
     if params.answers_otherwise:

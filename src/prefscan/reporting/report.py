@@ -118,7 +118,7 @@ def summarise(table: pd.DataFrame, recipe: Cell) -> dict[str, Any]:
     value = "gain" if "gain" in table else "score"
     ordered = table.dropna(subset=[value, "loss"]).sort_values(value, ascending=False, kind="stable")
     best = ordered.drop_duplicates("loss")
-    places = {loss: key for loss, key in zip(best["loss"], best["cell"], strict=True)}
+    places = dict(zip(best["loss"], best["cell"], strict=True))
     in_order = [loss for loss in dict.fromkeys(table["loss"].dropna()) if loss in places]
     return {
         "recipe": entry(recipe.key),
@@ -345,7 +345,7 @@ def reward_part(params: Params, cells: list[Cell]) -> Part:
     figures = {
         "reward": Figure(
             f"Mean reward against KL: {unit}",
-            "A point a cell, with 95 % intervals over prompts. The nearer to the grey curves, the better the use of KL.",
+            "A point a cell, with 95 % intervals over prompts. Nearer to the grey curves is better.",
             charts.reward_against_kl(table, possible, found.base_reward, f"mean {unit}"),
             table[[*name, *span("reward"), *span("kl"), "win_rate"]],
         ),

@@ -76,7 +76,7 @@ def answer_row(cell: Cell, mtbench: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell.key,
         **score_columns(mtbench),
-        "share_cut": answer["share_cut"],
+        "share_truncated": answer["share_truncated"],
         "mean_tokens": answer["mean_tokens"],
         "repetition": answer["repetition"],
     }
@@ -170,7 +170,7 @@ def base_row(judged: dict[str, Any]) -> dict[str, Any]:
     return (
         {"cell": "base", **score_columns(judged["base"]), "accuracy": 0.5}
         | dict.fromkeys(("margin", "loss_change", "chosen_shift", "rejected_shift"), 0.0)
-        | {name: answered[name] for name in ("share_cut", "mean_tokens", "repetition")}
+        | {name: answered[name] for name in ("share_truncated", "mean_tokens", "repetition")}
     )
 
 
@@ -237,7 +237,7 @@ COLUMNS = {
     "rejected_shift": ("rejected shift, nats", "{:.2f}"),
     "margin_kept": ("margin kept by merge", "{:.1%}"),
     **with_interval("margin_answering", "margin as it answers, nats"),
-    "share_cut": ("answers cut", "{:.0%}"),
+    "share_truncated": ("answers truncated", "{:.0%}"),
     "mean_tokens": ("tokens a reply", "{:.0f}"),
     "repetition": ("repeated 4-grams", "{:.0%}"),
 }

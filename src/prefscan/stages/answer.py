@@ -48,7 +48,7 @@ def main(key: str) -> None:
     metrics: dict[str, Any] = {
         "questions": len(questions),
         "mean_tokens": tokens / len(replies),
-        "share_cut": fmean(reply.cut for reply in replies),
+        "share_truncated": fmean(reply.truncated for reply in replies),
         "repetition": fmean(reply.repetition for reply in replies),
     }
     # Apart from what is the same in every run: later stages and a reviewer's diff see a change only where one is.

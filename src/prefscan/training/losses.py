@@ -541,7 +541,7 @@ def losses_sweep_yaml() -> str:
     names = textwrap.fill(", ".join(LOSSES), 110, initial_indent="  ", subsequent_indent="  ").strip()
     return (
         "# Every loss, at the recipe's β and steps: a cell a loss. Written by `prefscan docs`.\n"
-        "# β means another thing in each (docs/losses.md): this compares losses at one number, not each at its own best.\n"
+        "# β means another thing in each (docs/losses.md): losses are compared at one number, not each at its best.\n"
         f'loss: "{names}"  # names, separated by commas\n'
         'beta: ""   # values of β, separated by commas; empty: the recipe\'s alone\n'
         'steps: ""  # optimizer updates, separated by commas; empty: the recipe\'s alone\n'
