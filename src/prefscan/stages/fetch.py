@@ -34,3 +34,5 @@ def main(what: str) -> None:
             fetch_reward(params.reward)
         case "questions":
             fetch_questions(params.questions)
+        case _:
+            raise UserError(f"fetch what? got {what!r}; one of model, pairs, reward, questions")
