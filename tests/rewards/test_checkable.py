@@ -220,8 +220,8 @@ def test_languages_are_told_the_same_way_in_each_process() -> None:
     script = (
         "from prefscan.rewards.checkable import InstructionChecks\n"
         f"row = {one!r}\n"
-        "texts = ['no', 'ok la', 'an der', 'so it', 'da me', 'et tu', 'in die', 'the man', 'a test', 'i am in it'] * 5\n"
-        "print(InstructionChecks([row]).utilities(['p'] * 50, texts))"
+        "texts = ['no', 'ok la', 'an der', 'so it', 'da me', 'the man', 'a test', 'i am in it'] * 5\n"
+        "print(InstructionChecks([row]).utilities(['p'] * 40, texts))"
     )
     environment = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
     said = [
@@ -232,8 +232,8 @@ def test_languages_are_told_the_same_way_in_each_process() -> None:
     ]
     assert said[0] == said[1]
     values = yaml.safe_load(said[0])
-    assert values[:10] * 5 == values
-    assert 0 < sum(values) < 50
+    assert values[:8] * 5 == values
+    assert 0 < sum(values) < 40
 
 
 def test_saved_and_loaded_it_scores_the_same(tmp_path: Path) -> None:
