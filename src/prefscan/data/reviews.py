@@ -73,11 +73,12 @@ def read_reviews(path: Path) -> list[Review]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     texts, labels = [], []
     try:
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        found = reader.fieldnames or ()
+        missing = [column for column in COLUMNS if column not in found]
         if missing:
             raise UserError(
-                f"{path} has no column {', '.join(map(repr, missing))} (columns: {', '.join(reader.fieldnames or ())}), "
-                "and reviews need text and label; rename the columns, or name another file in reward.source"
+                f"{path} has no column {' or '.join(map(repr, missing))} (it has {', '.join(found)}); "
+                "reviews need text and label: rename the columns, or name another file in reward.source"
             )
         for number, row in enumerate(reader, start=1):
             place = f"{path}, review {number}"
@@ -108,6 +109,8 @@ def near_duplicates(texts: Sequence[str], run: int = RUN) -> list[str]:
     The name is a SHA-256: the smallest of those of the group's words. Windows of words are compared by a polynomial
     hash of 64 bits (Karp and Rabin 1987); two that meet by chance would join two reviews, which does no harm.
     """
+    if not texts:
+        return []
     tokens = [words(text) for text in texts]
     digests = [hashlib.sha256(" ".join(row).encode("utf-8", "replace")).hexdigest() for row in tokens]
     numbers: dict[str, int] = {}

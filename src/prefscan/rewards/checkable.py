@@ -8,6 +8,7 @@ Two traps of the checkers are refused. Some need data that nltk downloads. And a
 one at random: it would check something else in each run.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +34,26 @@ class Unusable(Exception):
     """Why an instruction cannot be checked; the first argument is a word for counts, the second a sentence."""
 
 
+class NoDraw:
+    """Stands in the checkers for `random`: whatever would be drawn, Unusable is raised."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unusable("arguments", "kwargs lack a usable value, and the checker would draw one at random")
+
+
 @cache
 def registry() -> Mapping[str, Any]:
-    """IFEval's checkers by instruction id, with the detector of languages seeded."""
+    """IFEval's checkers by instruction id: they draw nothing at random, detect languages by a seed, and log nothing.
+
+    Their log has each reply whose language cannot be told, as it is, on standard error.
+    """
     import langdetect
+    from if_verifiable.ifeval import instructions, instructions_util
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
+    instructions.logging = quiet = logging.getLogger("prefscan.ifeval")
+    quiet.disabled = True
+    instructions.random = instructions_util.random = NoDraw()
     langdetect.DetectorFactory.seed = 0  # it samples; without a seed, two calls on one text may differ
     checkers: Mapping[str, Any] = INSTRUCTION_DICT
     return checkers
@@ -66,28 +81,13 @@ def refuse_unusable(instruction: str, arguments: Mapping[str, Any]) -> None:
         raise Unusable("download", f"its checker needs {DOWNLOADS[instruction]}, which nltk downloads")
     if instruction not in registry():
         raise Unusable("unknown", "IFEval has no such instruction")
-    given = {key: value for key, value in arguments.items() if value is not None}
     try:
         checker = build_checker(instruction, arguments)
-        wanted = set(checker.get_instruction_args_keys())
-        if missing := sorted(wanted - given.keys()):
-            raise Unusable("arguments", f"kwargs lack {', '.join(missing)}, which the checker would draw at random")
-        used = checker.get_instruction_args() or {}
-        for key in sorted(wanted):
-            if _plain(used[key]) != _plain(given[key]):
-                raise Unusable("arguments", f"the checker draws another {key} than {given[key]!r:.40} at random")
         checker.check_following("A reply to try it on.")  # keywords are regular expressions, and may be malformed
     except Unusable:
         raise
     except Exception as error:  # whatever a checker of the package makes of kwargs that it was not written for
-        raise Unusable("arguments", f"kwargs {dict(given)!r:.80} ({type(error).__name__}: {error!s:.80})") from None
-
-
-def _plain(value: Any) -> Any:
-    """A value as checkers normalise theirs: sorted, stripped, in lower case."""
-    if isinstance(value, str):
-        return value.strip().lower()
-    return sorted({_plain(item) for item in value}) if isinstance(value, list) else value
+        raise Unusable("arguments", f"kwargs {dict(arguments)!r:.80} ({type(error).__name__}: {error!s:.80})") from None
 
 
 def variants(reply: str) -> list[str]:

@@ -32,7 +32,7 @@ def auc_interval(
     a class.
     """
     x, positive = np.asarray(values, float), np.asarray(labels, bool)
-    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    names, cluster = np.unique(np.asarray(list(clusters)), return_inverse=True)
     clusters_of = [np.unique(cluster[side]).size for side in (positive, ~positive)]
     if min(clusters_of) < 2:
         raise ValueError(f"an AUC needs two clusters of each class, got {clusters_of}")
@@ -61,7 +61,7 @@ def accuracy_interval(right: Sequence[float], clusters: Sequence[Any], confidenc
     The effective size is the number of texts over Kish's design effect, never more than the number of texts.
     """
     values = np.asarray(right, float)
-    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    names, cluster = np.unique(np.asarray(list(clusters)), return_inverse=True)
     share, size = float(values.mean()), float(len(values))
     if len(names) < len(values) and len(names) > 1 and 0 < share < 1:
         spread = float((_sums(values - share, cluster, len(names)) ** 2).sum())

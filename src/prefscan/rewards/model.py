@@ -103,14 +103,16 @@ class RewardModel(Reward):
         pieces: list[tuple[str, bool]] = []  # text, and whether it is the template's own
         for message in chat:
             content = message["content"].strip()  # templates may strip; white space is not missed
-            before, found, after = rest.partition(content) if message is not chat[-1] else _last(rest, content)
-            if not found and content:
+            if not content:
+                continue
+            before, found, after = rest.rpartition(content) if message is chat[-1] else rest.partition(content)
+            if not found:
                 raise UserError(
                     f"{place}: the chat template leaves out the {message['role']}'s {content!r:.60}; choose another "
                     "reward.source"
                 )
-            pieces += [(before, True), (content, False)] if content else []
-            rest = after if content else rest
+            pieces += [(before, True), (content, False)]
+            rest = after
         pieces.append((rest, True))
         controls = self.tokenizer.all_special_tokens
         spelt = any(token in text for text, own in pieces if not own for token in controls)
@@ -144,11 +146,6 @@ class RewardModel(Reward):
             for i, value in zip(batch, logits[:, 0].float().tolist(), strict=True):
                 utilities[i] = value
         return utilities
-
-
-def _last(text: str, part: str) -> tuple[str, str, str]:
-    before, found, after = text.rpartition(part)
-    return before, found, after
 
 
 def _refuse_code(folder: Path) -> None:

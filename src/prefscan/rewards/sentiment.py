@@ -145,11 +145,9 @@ def check_sentiment(classifier: SentimentClassifier, reviews: Sequence[Review], 
     check = {}
     for kind, rows in kinds.items():
         labels, groups = [review.positive for _, review in rows], [review.group for _, review in rows]
-        if (
-            min(len({g for g, label in zip(groups, labels, strict=True) if label is side}) for side in (True, False))
-            < 2
-        ):
-            continue  # two reviews of so unusual a length carry no figure; they stay in no other kind either
+        sides = ({review.group for _, review in rows if review.positive is side} for side in (True, False))
+        if min(map(len, sides)) < 2:
+            continue  # two reviews of a class are the least for an interval
         logits = classifier.logits([text for text, _ in rows])
         check[kind] = {
             "texts": len(rows),
