@@ -36,7 +36,7 @@ from prefscan.common.errors import UserError
 from prefscan.common.intervals import mean_interval
 from prefscan.endpoints import chat_client
 from prefscan.judging.judge import Verdict
-from prefscan.judging.mtbench import build_turns, pair_row, scores
+from prefscan.judging.mtbench import NEED_REFERENCE, build_turns, pair_row, scores
 from prefscan.judging.openai import Replies
 from prefscan.stages import mtbench
 
@@ -85,7 +85,7 @@ def test_prompts_are_fastchats(category: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_categories_with_references_are_fastchats() -> None:
-    assert {c for c in CATEGORIES if c in fastchat.NEED_REF_CATS} == mtbench.NEED_REFERENCE == set(REFERENCED)
+    assert {c for c in CATEGORIES if c in fastchat.NEED_REF_CATS} == NEED_REFERENCE == set(REFERENCED)
 
 
 def test_a_missing_reference_is_refused() -> None:
