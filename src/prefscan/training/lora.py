@@ -1,7 +1,8 @@
 """The LoRA adapter of a cell, and a layer for it whose product is one function.
 
-y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv 2106.09685, equation 3). PEFT writes the second term to memory, scales it and adds it, each time at the output's size, and so does the backward
-pass with its gradients. Here both are accumulated into the product of the frozen weight.
+y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ (Hu et al. 2021, arXiv 2106.09685, equation 3). PEFT writes the second term to memory, scales
+it and adds it, each time at the output's size, and so does the backward pass with its gradients. Here both are
+accumulated into the product of the frozen weight.
 """
 
 from typing import Any
