@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from test_fetch import make_wheel
 
 from prefscan.common.config import RewardSettings
 from prefscan.common.errors import UserError
@@ -15,7 +16,6 @@ from prefscan.data.sources import fetch_reward
 from prefscan.rewards.reward import load_reward
 from prefscan.stages import reward as stage
 from review_data import review_rows, write_reviews
-from test_fetch import make_wheel
 from tiny import write_rows
 
 REPOSITORY = Path(__file__).parents[2]
