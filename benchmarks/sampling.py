@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefscan.common.errors import run_stage
+from prefscan.common.errors import run
 from prefscan.common.io import read_jsonl, write_json
 from prefscan.common.paths import BASE, QUESTIONS
 from prefscan.generation.sampling import Sampling, end_tokens, sample_replies
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run(main)
