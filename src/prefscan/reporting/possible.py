@@ -15,10 +15,10 @@ from scipy.special import gammaln, logsumexp
 from prefscan.reporting.estimates import FEWEST_PROMPTS, finite
 
 Array = NDArray[np.float64]
-# Fewest effective samples a prompt, as a mean over prompts: with fewer, the optimum's reward and KL are too low by more
-# than 2 % of the gain (`benchmarks/interval_coverage.py possible`).
-EFFECTIVE = 4.0
-RESAMPLES = 2000
+# Fewest effective samples a prompt, as a mean over prompts. The optimum's points then lie less than 3 % below the true
+# frontier (`benchmarks/interval_coverage.py possible`); reward and KL for a given λ are lower by more, both of them.
+EFFECTIVE = 5.0
+RESAMPLES = 1000
 
 
 class Point(NamedTuple):
@@ -91,7 +91,7 @@ def tilted(rewards: ArrayLike, temperature: float) -> tuple[Array, Array, Array]
 
     π* has the highest reward of all policies with its mean KL (Korbak et al. 2022, arXiv 2205.11275). With weights
     w ∝ exp(r / λ) over the n samples of a prompt, its reward is Σ w r and its KL is that over λ, minus the log of the
-    mean of exp(r / λ). Both are biased by 1/n, which the jackknife takes away (Quenouille 1956). The effective size is
+    mean of exp(r / λ). Both are too low, by a bias whose part in 1/n the jackknife takes away (Quenouille 1956). The effective size is
     1 / Σ w² (Kong 1992).
     """
     array = finite(rewards, "[prompts, n]")

@@ -167,5 +167,7 @@ def judge_resolution(
     factor = noncentrality(questions - 1, POWER, LEVEL / comparisons)
     detects = factor * sd_of_differences / questions**0.5
     if detects > judge_range:
-        return JudgeResolution(detects, judge_range, "detects less than the whole range of the judge: nothing to find")
-    return JudgeResolution(float(np.float64(detects)), judge_range)
+        return JudgeResolution(
+            detects, judge_range, "the judge's whole range, right against wrong, is smaller than what is detected"
+        )
+    return JudgeResolution(detects, judge_range)
