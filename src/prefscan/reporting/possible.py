@@ -91,8 +91,8 @@ def tilted(rewards: ArrayLike, temperature: float) -> tuple[Array, Array, Array]
 
     π* has the highest reward of all policies with its mean KL (Korbak et al. 2022, arXiv 2205.11275). With weights
     w ∝ exp(r / λ) over the n samples of a prompt, its reward is Σ w r and its KL is that over λ, minus the log of the
-    mean of exp(r / λ). Both are too low, by a bias whose part in 1/n the jackknife takes away (Quenouille 1956). The effective size is
-    1 / Σ w² (Kong 1992).
+    mean of exp(r / λ). Both are too low, by a bias whose part in 1/n the jackknife takes away (Quenouille 1956).
+    The effective size is 1 / Σ w² (Kong 1992).
     """
     array = finite(rewards, "[prompts, n]")
     count = array.shape[1]
