@@ -3,9 +3,8 @@
 Rewards are `[losses, trainings, prompts]`: the mean reward of a training's replies to a prompt. Training number t has
 the same β, steps and seed for every loss ("nested" seeding), so that losses are paired by training and by prompt.
 `points` `[trainings]` names each training's (β, steps) where seeds repeat it. Average near-duplicate trainings into one
-before, or their number deceives. Every interval is for other prompts and
-other trainings alike; docs/statistics.md has its measured coverage, by
-`benchmarks/interval_coverage.py`.
+before, or there seem to be more trainings than there are. Every interval is for other prompts and other trainings
+alike; `benchmarks/interval_coverage.py` measures its coverage, docs/statistics.md has the figures.
 """
 
 from collections.abc import Callable, Sequence
