@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import stdtrit
 
 LEVEL = 0.05  # of every interval and test
-FEWEST_PROMPTS = 20  # below, intervals of skewed values or ties cover 55 to 92 % (docs/statistics.md)
+FEWEST_PROMPTS = 20  # of 8, Student's t misses up to 43 % where many are ties (docs/statistics.md)
 FEWEST_DIFFERENT = 10  # prompts whose value is not 0: of fewer, neither spread nor skewness is known
 TIE = 1e-9  # values closer than this are one value that was summed in another order
 
@@ -101,7 +101,7 @@ def half_width(
 
     Each part has a quantile of its own, and the squares add up (Cochran 1964; MOVER, Zou and Donner 2008):
     h² = q_P² v_P + q_T² max(v_T − shared, 0), or q_P² max(v_P − shared, 0) + q_T² v_T where that is more. With
-    Satterthwaite's degrees of freedom instead, two trainings gave up to 13 % of false alarms, four 6.6 %.
+    Satterthwaite's degrees of freedom instead, two to four trainings give too many false alarms.
     """
     p, t, both = (np.asarray(part, dtype=np.float64) for part in (prompts, trainings, shared))
     of_prompts, of_trainings = (quantile**2 for quantile in quantiles)
