@@ -165,7 +165,9 @@ def difference_at_equal_length(score_difference: ArrayLike, length_difference: A
     differ = int((lengths != 0).sum())
     if truncated > 0.5:
         return refused(float("nan"), f"{truncated:.0%} of the replies are truncated: their length is the limit's")
-    if differ < FEWEST_LENGTHS or not np.ptp(lengths):
+    if differ < FEWEST_LENGTHS:
         return refused(float("nan"), f"replies to {differ} questions differ in length; it needs {FEWEST_LENGTHS}")
+    if not np.ptp(lengths):
+        return refused(float("nan"), "the replies all differ by the same length")
     found = length_controlled_difference(score_difference, lengths)
     return Estimate(found.mean, found.standard_error, found.low, found.high, found.p_value)

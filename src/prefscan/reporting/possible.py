@@ -15,10 +15,10 @@ from scipy.special import gammaln, logsumexp
 from prefscan.reporting.estimates import FEWEST_PROMPTS, finite
 
 Array = NDArray[np.float64]
-# Fewest effective samples a prompt, as a mean over prompts: with fewer, the optimum's reward and KL are too low by more
-# than 2 % of the gain (`benchmarks/interval_coverage.py possible`).
-EFFECTIVE = 4.0
-RESAMPLES = 2000
+# Fewest effective samples a prompt, as a mean over prompts. The optimum's points then lie less than 3 % below the true
+# frontier (`benchmarks/interval_coverage.py possible`); reward and KL for a given λ are lower by more, both of them.
+EFFECTIVE = 5.0
+RESAMPLES = 1000
 
 
 class Point(NamedTuple):
@@ -91,8 +91,8 @@ def tilted(rewards: ArrayLike, temperature: float) -> tuple[Array, Array, Array]
 
     π* has the highest reward of all policies with its mean KL (Korbak et al. 2022, arXiv 2205.11275). With weights
     w ∝ exp(r / λ) over the n samples of a prompt, its reward is Σ w r and its KL is that over λ, minus the log of the
-    mean of exp(r / λ). Both are biased by 1/n, which the jackknife takes away (Quenouille 1956). The effective size is
-    1 / Σ w² (Kong 1992).
+    mean of exp(r / λ). Both are too low, by a bias whose part in 1/n the jackknife takes away (Quenouille 1956).
+    The effective size is 1 / Σ w² (Kong 1992).
     """
     array = finite(rewards, "[prompts, n]")
     count = array.shape[1]
@@ -159,24 +159,22 @@ def resamples(prompts: int) -> Array:
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES) / prompts
 
 
-def possible_gain(kl: Array, gain: Array, at: float) -> float:
-    """The upper concave hull of points `[points]` at one KL; NaN beyond the last. The hull starts at KL 0, gain 0.
+def possible_gain(kl: ArrayLike, gain: ArrayLike, at: ArrayLike) -> Array:
+    """The upper concave hull of points `[..., points]` and the base (KL 0, gain 0) at one KL `[...]`; NaN beyond all.
 
-    The true frontier is concave in the mean KL, and no policy on it has less reward than one with less KL.
+    The highest chord between a point at or below that KL and one at or above it, or a gain of less KL where that is
+    more: the true frontier is concave in the mean KL and never falls.
     """
-    hull = [(0.0, 0.0)]
-    for x, y in sorted(zip(kl.tolist(), gain.tolist(), strict=True)):
-        if x <= 0 or y <= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], (x, y)):
-            hull.pop()
-        hull.append((x, y))
-    xs, ys = zip(*hull, strict=True)
-    return float(np.interp(at, xs, ys)) if at <= kl.max() else float("nan")
-
-
-def _turns_up(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    return (middle[1] - first[1]) * (last[0] - first[0]) <= (last[1] - first[1]) * (middle[0] - first[0])
+    x, y = np.asarray(kl, dtype=np.float64), np.asarray(gain, dtype=np.float64)
+    x, y = (np.concatenate([np.zeros((*values.shape[:-1], 1)), values], axis=-1) for values in (x, y))
+    target = np.asarray(at, dtype=np.float64)[..., None]
+    below = np.where(x <= target, y, -np.inf)
+    start, run = x[..., :, None], x[..., None, :] - x[..., :, None]
+    across = (start <= target[..., None]) & (x[..., None, :] >= target[..., None]) & (run > 0)
+    part = (target[..., None] - start) / np.where(across, run, 1.0)
+    chords = np.where(across, y[..., :, None] + part * (y[..., None, :] - y[..., :, None]), -np.inf)
+    most = np.maximum(below.max(axis=-1), chords.max(axis=(-2, -1)))
+    return np.where(target[..., 0] <= x.max(axis=-1), most, np.nan)
 
 
 def share_of_possible(known: Frontier, gain: ArrayLike, kl: ArrayLike) -> Share:
@@ -198,11 +196,10 @@ def share_of_possible(known: Frontier, gain: ArrayLike, kl: ArrayLike) -> Share:
     if mean_kl > last:
         return Share(None, None, None, at_most, f"KL {mean_kl:.2f} is beyond {last:.2f}, the last that samples show")
     counts = resamples(prompts)
-    drawn = zip(counts @ known.kls.T, counts @ known.gains.T, counts @ gains, counts @ kls, strict=True)
-    shares = np.array([g / possible_gain(points_kl, points_gain, k) for points_kl, points_gain, g, k in drawn])
+    shares = counts @ gains / possible_gain(counts @ known.kls.T, counts @ known.gains.T, counts @ kls)
     inside = shares[np.isfinite(shares)]
     if len(inside) < 0.95 * len(shares):
         return Share(None, None, None, at_most, f"KL {mean_kl:.2f} is at the end of what samples show, {last:.2f}")
     low, high = np.quantile(inside, [0.025, 0.975])
-    share = mean_gain / possible_gain(frontier_kl, frontier_gain, mean_kl)
+    share = mean_gain / float(possible_gain(frontier_kl, frontier_gain, mean_kl))
     return Share(share, float(low), float(high), None)

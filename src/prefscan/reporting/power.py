@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq
 
-from prefscan.reporting.estimates import LEVEL, finite
+from prefscan.reporting.estimates import LEVEL, finite, half_width
 
 POWER = 0.8
 
@@ -30,6 +30,11 @@ class Design(NamedTuple):
     def trainings(self) -> int:
         """Trainings of each loss."""
         return self.betas * self.steps * self.seeds
+
+    @property
+    def training_freedom(self) -> int:
+        """Degrees of freedom of the variance between trainings: within grid points where seeds repeat them."""
+        return self.betas * self.steps * (self.seeds - 1) if self.seeds > 1 else self.trainings - 1
 
 
 class Variances(NamedTuple):
@@ -85,26 +90,29 @@ def measured_variances(rewards: ArrayLike) -> Variances:
 def detectable_difference(design: Design, sd: Variances) -> float:
     """The true difference of two losses' means over the grid that `loss_contrasts` finds with 80 % power.
 
-    Holm's first step over all pairs of losses. The standard error is that of the crossed design, its degrees of freedom
-    Satterthwaite's, from the expected mean squares.
+    Holm's first step over all pairs of losses; the interval is `estimates.half_width`'s. Its width does not depend on
+    the mean, so power is the normal's, averaged over 4,000 draws of the mean squares with seed 0: to about 1 %.
     Raises ValueError for fewer than two losses, trainings or prompts, which give no interval.
     """
     if min(design.losses, design.trainings, design.prompts) < 2 or design.replies < 1:
         raise ValueError(f"needs two losses, trainings and prompts, and a reply: got {design}")
     noise = 2 * (sd.training_prompt**2 + sd.reply**2 / design.replies) / (design.trainings * design.prompts)
-    prompts, trainings = 2 * sd.prompt**2 / design.prompts + noise, 2 * sd.training**2 / design.trainings + noise
-    total = prompts + trainings - noise
-    freedoms = (
-        design.prompts - 1,
-        design.trainings - 1,
-        (design.prompts - 1) * (design.trainings - 1),
-    )
-    if not total:
+    parts = np.array([2 * sd.prompt**2 / design.prompts, 2 * sd.training**2 / design.trainings, 0.0]) + noise
+    error = float((parts[0] + parts[1] - noise) ** 0.5)
+    if not error:
         return 0.0
-    parts = zip((prompts, trainings, noise), freedoms, strict=True)
-    freedom = total**2 / sum(part**2 / degrees for part, degrees in parts)
-    pairs = design.losses * (design.losses - 1) // 2
-    return noncentrality(freedom, POWER, LEVEL / pairs) * float(total**0.5)
+    freedom = np.array([design.prompts - 1, design.training_freedom, (design.prompts - 1) * design.training_freedom])
+    rng = np.random.default_rng(0)
+    squares = rng.chisquare(freedom, size=(4000, 3)) / freedom * parts
+    level = LEVEL / (design.losses * (design.losses - 1) // 2)
+    quantiles = (float(stats.t.ppf(1 - level / 2, freedom[0])), float(stats.t.ppf(1 - level / 2, freedom[1])))
+    widths = half_width(quantiles, *squares.T)
+
+    def excess_power(difference: float) -> float:
+        found = stats.norm.cdf((difference - widths) / error) + stats.norm.cdf((-difference - widths) / error)
+        return float(found.mean()) - POWER
+
+    return float(brentq(excess_power, 0, float(widths.max()) + 3 * error, xtol=1e-9))
 
 
 def noncentrality(freedom: float, power: float, alpha: float) -> float:
@@ -159,5 +167,7 @@ def judge_resolution(
     factor = noncentrality(questions - 1, POWER, LEVEL / comparisons)
     detects = factor * sd_of_differences / questions**0.5
     if detects > judge_range:
-        return JudgeResolution(detects, judge_range, "detects less than the whole range of the judge: nothing to find")
-    return JudgeResolution(float(np.float64(detects)), judge_range)
+        return JudgeResolution(
+            detects, judge_range, "the judge's whole range, right against wrong, is smaller than what is detected"
+        )
+    return JudgeResolution(detects, judge_range)
