@@ -5,7 +5,8 @@ Sampling draws from the softmax by its inverse distribution function, with one n
 What does is the last bits of its logits, since the shape of a matrix product decides the order of its sums. Therefore
 the batches are a function of the prompts and of `Sampling.batch_size`, and a resumed stage repeats whole batches.
 
-On a CPU the matrix products take nearly all of the time: docs/performance.md, and benchmarks/sampling.py.
+On a CPU four fifths of a step are the matrix products of layers and LM head, attention is a twelfth, and a draw a
+twentieth (SmolLM2-135M, 128 rows, fp32); benchmarks/sampling.py has the speed against transformers' own generation.
 """
 
 import hashlib
