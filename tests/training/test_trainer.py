@@ -279,6 +279,18 @@ def test_kto_of_a_single_prompt_is_refused(fit: Fit) -> None:
         fit("kto", 1, count=1)
 
 
+def beyond(window: int) -> Callable[..., None]:
+    """The packed layout's `refuse_long`, for a model of this sliding window."""
+    refuse_long = packed.refuse_long
+
+    def refuse(*arguments: Any, **named: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed, "sliding_window", lambda model: window)
+            refuse_long(*arguments, **named)
+
+    return refuse
+
+
 def test_kto_whose_mismatched_responses_exceed_the_window_is_refused_before_the_first_update(
     fit: Fit, pairs: list[dict[str, Any]], heldout: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,12 +298,12 @@ def test_kto_whose_mismatched_responses_exceed_the_window_is_refused_before_the_
     rows = [mismatched(pair) for side in (pairs[:TRAINING], heldout) for pair in with_mismatched(side)]
     longest = max(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in rows)
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "sliding_window", lambda model: longest - 1)
+        patch.setattr(packed, "refuse_long", beyond(longest - 1))
         patch.setattr(PairTrainer, "train", lambda *_, **__: pytest.fail("it was to be refused before"))
         message = rf"^kto: a prompt with another pair's response has {longest} tokens, .* window of {longest - 1}; "
         with pytest.raises(UserError, match=message):
             fit("kto", 1)
-    monkeypatch.setattr(packed, "sliding_window", lambda model: longest)
+    monkeypatch.setattr(packed, "refuse_long", beyond(longest))
     fit("kto", 1)
 
 
