@@ -15,8 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dvc.utils.hydra import compose_and_dump
+from omegaconf import OmegaConf
 
+from configuration import composed
 from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl, write_text
 from prefscan.judging.mtbench import scores
@@ -33,7 +34,7 @@ def spanned(name: str, value: float, half: float) -> dict[str, float]:
 
 def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
     """params.yaml and made-up metrics of all its cells, in the stages' formats; returns the number of cells."""
-    compose_and_dump(root / "params.yaml", str(ROOT / "conf"), None, "config", "", overrides)
+    write_text(root / "params.yaml", OmegaConf.to_yaml(composed(*overrides), resolve=True))
     params, draw = load(root / "params.yaml"), random.Random(0)
     category = {81 + n: CATEGORIES[n * len(CATEGORIES) // questions] for n in range(questions)}
     rows = [{"question_id": n, "category": name, "turns": ["A question?", "Another?"]} for n, name in category.items()]

@@ -14,6 +14,7 @@ import torch
 import vl_convert
 
 from mtbench_data import default_params
+from prefscan.repo.composing import teach_omegaconf
 from sweep_data import write_sweep
 from tiny import make_tiny_model, sharegpt_rows
 
@@ -23,6 +24,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # as prefscan.launch.runner sets it: a Ray that listens on loopback alone
 )
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+teach_omegaconf()  # as hydra_plugins/ does where DVC composes
 # Stages leave bytecode beside their code, as they do for a user.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A script's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.

@@ -24,7 +24,7 @@ def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]
 
 def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str = "well", **params: Any) -> None:
     """params.yaml and the metrics of four cells, as the stages before report leave them in a workspace."""
-    grid = {"loss": [LOSSES[0], *LOSSES], "beta": [BETAS[0], *BETAS], "steps": [8]}
+    grid = {"loss": [*LOSSES], "beta": [*BETAS], "steps": [8]}
     recipe = {"loss": "sigmoid", "beta": 0.5, "steps": 8}
     known = {"grid": grid, "stages": {"mtbench": grid}, "judge": local_judge("models/base")}
     write_params(root, **(known | recipe | params))

@@ -27,8 +27,8 @@ from prefscan.launch.clone import (
     run_chain,
     run_supervised,
 )
-from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
-from prefscan.repo.pipeline import cache_and_remote, lost_stages, push_current
+from prefscan.repo.git import changed_since, snapshot, uncommitted
+from prefscan.repo.pipeline import dvc_settings, lost_stages, push_current
 
 AUTHOR = ["-c", "user.name=tests", "-c", "user.email=tests@prefscan.invalid"]
 
@@ -70,12 +70,12 @@ def run(
     targets: tuple[str, ...] = ("train@a",),
     **changes: Any,
 ) -> tuple[Outcome, list[Progress]]:
-    cache, remote = cache_and_remote()
+    cache, _, remote = dvc_settings()
     usual = {"clones": repository / "clones", "cache": cache, "state": repository / "state", "remote": remote}
     place = Place(**usual | {"marker": None} | changes)
     seen: list[Progress] = []
     chain = Chain("a", targets)
-    return run_chain(chain, snapshot(workspace_tree(), ()), place, attempts, patience, seen.append), seen
+    return run_chain(chain, snapshot(), place, attempts, patience, seen.append), seen
 
 
 def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
@@ -103,12 +103,12 @@ def test_progress_is_read_from_what_dvc_and_transformers_print() -> None:
     ]
 
 
-def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: Path) -> None:
+def test_a_snapshot_has_what_is_changed_and_new_and_leaves_git_as_it_is(repository: Path) -> None:
     make_repository("true")
     assert uncommitted() == []
     Path("code.txt").write_text("second\n")
     Path("new file.txt").write_text("new\n")
-    Path("dvc.lock").write_text("stages: {a: {cmd: b}, c: {cmd: on}}\n")
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {a: {cmd: b}, c: {cmd: on}}\n")
     Path("metrics").mkdir()
     Path("metrics/summary.json").write_text("{}\n")
     Path("reports").mkdir()
@@ -116,24 +116,24 @@ def test_a_snapshot_has_what_is_changed_and_new_and_is_on_no_branch(repository: 
     Path("out.txt").write_text("ignored\n")
     before = git("status", "--porcelain")
     assert sorted(uncommitted()) == ["code.txt", "new file.txt"]  # what DVC writes is no change of the user's
-    tree = workspace_tree()
-    archive = snapshot(tree, {"a", "of no entry"})
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+    taken = snapshot({"a", "of no entry"})
+    with tarfile.open(fileobj=io.BytesIO(taken.archive)) as tar:
         names = {member.name for member in tar if member.isfile()}
         code = tar.extractfile("code.txt")
         assert code is not None
         assert code.read() == b"second\n"
         lock = tar.extractfile("dvc.lock")
         assert lock is not None
-        assert parse_yaml(lock.read().decode(), "dvc.lock") == {"stages": {"c": {"cmd": "on"}}}  # text in DVC's YAML
+        kept = parse_yaml(lock.read().decode(), "dvc.lock")  # text in DVC's YAML
+        assert kept == {"schema": "2.0", "stages": {"c": {"cmd": "on"}}}
     assert names >= {"new file.txt", "dvc.lock", "dvc.yaml", ".dvc/config"}
     assert "out.txt" not in names
     assert git("log", "--all", "--format=%s") == "Start"
     assert git("status", "--porcelain") == before
-    assert changed_since(tree) == []
+    assert changed_since(taken) == []
     Path("dvc.lock").write_text("stages: {a: b}\n")
     Path("code.txt").write_text("third\n")
-    assert changed_since(tree) == ["code.txt"]
+    assert changed_since(taken) == ["code.txt"]
 
 
 def test_outputs_of_dvc_lock_are_lost_where_neither_the_cache_nor_the_remote_has_them(repository: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_clone_is_unpacked_by_every_python_3_11(
     make_repository("true")
     Path("elsewhere").symlink_to(tmp_path)
     place = Place(tmp_path / "clones", tmp_path / "cache", tmp_path / "state", remote=None, marker=None)
-    with new_clone("cell", snapshot(workspace_tree(), ()), place) as clone:
+    with new_clone("cell", snapshot(), place) as clone:
         assert (clone / "code.txt").read_text() == Path("code.txt").read_text()
         assert (clone / "elsewhere").readlink() == tmp_path
         assert (clone / "runs").resolve() == tmp_path / "state/runs"
@@ -188,7 +188,7 @@ def test_a_clone_is_unpacked_by_every_python_3_11(
 
 
 def test_what_is_no_repository_is_a_sentence(in_tmp: Path) -> None:
-    with pytest.raises(UserError, match="not a git repository"):
+    with pytest.raises(UserError, match="is in no git repository"):
         uncommitted()
 
 
@@ -364,8 +364,8 @@ def test_a_node_that_is_lost_takes_no_finished_stage_with_it(repository: Path, m
 def test_a_clone_that_a_process_works_in_is_left_alone(repository: Path) -> None:
     make_repository("true")
     place = Place(repository / "clones", repository / "cache", repository / "state", None, None)
-    archive = snapshot(workspace_tree(), ())
-    with new_clone("a", archive, place) as used:
+    taken = snapshot()
+    with new_clone("a", taken, place) as used:
         (repository / "clones/b.left").mkdir()
         worker = subprocess.Popen(["sleep", "60"], cwd=used)
         remove_left_clones(place.clones)

@@ -208,7 +208,7 @@ def test_the_same_recipe_by_a_renamed_judge_on_another_processor_is_the_same(in_
     branch("moved", change_scores=lambda scores: scores.assign(base=scores["base"] + 1))
     main = read_revision("main")
     text = difference_section(main, read_revision("same"))
-    assert "every one of 8 questions has the same score, to 2e-05 points." in text
+    assert "every one of 8 questions has the same score, to 0.01 points." in text
     assert "Models that both have: 5; with other scores: 0." in text
     assert "settings changed" not in text
     assert (

@@ -22,6 +22,8 @@ COPIED = [
     "dvc.yaml",
     ".dvc/config",
     ".dvc/.gitignore",
+    ".dvc/plots",
+    "data/.gitignore",
     ".dvcignore",
     ".gitignore",
     "hydra_plugins",

@@ -6,6 +6,7 @@ import pytest
 from dvc.repo import Repo
 from dvc_data.hashfile.hash import file_md5
 
+from git_data import git
 from prefscan.common.errors import UserError
 from prefscan.repo import cache
 from prefscan.repo.cache import main, remove_damaged
@@ -16,6 +17,7 @@ FOLDER = [("first", "one\n"), ("second", "two\n")]
 @pytest.fixture
 def repository(in_tmp: Path) -> Path:
     """A DVC repository that tracks a file and a folder, with the cache in a place of its own; returns that cache."""
+    git("init", "--quiet")
     with Repo.init(no_scm=True) as repo, repo.config.edit() as config:
         config["cache"] = {"dir": str(in_tmp / "elsewhere"), "type": "hardlink"}
     Path("file").write_text("content\n")
@@ -118,5 +120,5 @@ def test_a_damaged_link_in_the_workspace_is_noticed_as_well(
 
 
 def test_outside_of_a_repository_it_ends_with_a_sentence(in_tmp: Path) -> None:
-    with pytest.raises(UserError, match=r"is in no DVC repository; run it in the repository's root$"):
+    with pytest.raises(UserError, match=r"is in no git repository"):
         main()

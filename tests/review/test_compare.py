@@ -232,7 +232,7 @@ def test_another_processors_rounding_is_no_difference(capsys: pytest.CaptureFixt
     assert stats.ttest_1samp(rounding, 0).pvalue < 1e-9
     run("main", "elsewhere")
     said = capsys.readouterr().out
-    assert "Every model has the same score for every question in all of them, to 2e-05 points." in said
+    assert "Every model has the same score for every question in all of them, to 0.01 points." in said
     assert "significantly" not in said
     known = revisions("main", "raised")
     table = scores_of(known, known[0].models, shared_questions(known)).dropna(subset="difference").set_index("cell")

@@ -24,6 +24,7 @@ from pydantic import (
 
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_text
+from prefscan.common.numbers import canonical, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -51,15 +52,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Check the value and keep it: 1 stays 1, since DVC names a cell after the number as params.yaml writes it."""
-    check(value)
-    return value
+def in_one_form(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Check the number and have 1.0 be 1, as equal numbers are one cell, and DVC names it after the number."""
+    check(canonical(value))
+    return canonical(value)
 
 
 Loss = Annotated[str, Field(pattern=r"^\w+$")]
-Beta = Annotated[float, Field(gt=0), WrapValidator(as_written)]
-Steps = Positive | Literal["epoch"]
+Beta = Annotated[float, Field(gt=0), WrapValidator(in_one_form)]
+Steps = Annotated[Positive | Literal["epoch"], WrapValidator(in_one_form)]
 
 
 class Cell(Section):
@@ -109,6 +110,14 @@ class HubPairs(HubSource):
     heldout: str | None
 
 
+class FilePairs(Section):
+    """A file of the repository, tracked by `dvc add` or by git; a share of its prompts is held out."""
+
+    kind: Literal["file"]
+    path: Annotated[str, Field(min_length=1)]
+    heldout: None = None
+
+
 class Model(Section):
     name: str
     source: Annotated[PackageFile | HubSource, Field(discriminator="kind")]
@@ -137,7 +146,7 @@ class Data(Section):
 
     name: str
     folder: str
-    source: Annotated[PackagePairs | HubPairs | SampledPairs, Field(discriminator="kind")]
+    source: Annotated[PackagePairs | HubPairs | FilePairs | SampledPairs, Field(discriminator="kind")]
     max_prompt_length: Positive
     max_length: Positive
     heldout_share: Share
@@ -285,6 +294,7 @@ class Evaluate(Section):
 
 class FetchItem(Section):
     params: str
+    reads: str
     out: str
 
 
@@ -314,13 +324,23 @@ class Grid(Section):
     beta: Annotated[list[Beta], Field(min_length=1)]
     steps: Annotated[list[Steps], Field(min_length=1)]
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def written_as_cells_are_named(cls, values: Any) -> Any:
+        """DVC's matrix takes a value as it is written, so that 1 and 1.0 would be two cells."""
+        for position, value in enumerate(values if isinstance(values, list) else ()):
+            if repr(value) != repr(canonical(value)):
+                raise ValueError(f"{value!r} is written {canonical(value)!r}")
+            if value in values[:position]:
+                raise ValueError(f"{value!r} stands twice; take one out, or compose params.yaml with `dvc exp run -S`")
+        return values
+
     @property
     def cells(self) -> list[Cell]:
-        """The cells in the grid's order, each once."""
-        cells = [
+        """The cells in the grid's order."""
+        return [
             Cell(loss=loss, beta=beta, steps=steps) for loss, beta, steps in product(self.loss, self.beta, self.steps)
         ]
-        return list({cell.key: cell for cell in cells}.values())
 
 
 class Merge(Section):
@@ -608,7 +628,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     if not path.exists():
         raise UserError(f"{path} is missing; `git checkout {path}` restores it, `dvc exp run check` composes it anew")
     try:
-        raw = yaml.safe_load(read_text(path))
+        raw = read_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(
             f"{path} is not YAML: {' '.join(str(error).split())}; correct it, or `git checkout {path}` restores it"

@@ -11,6 +11,9 @@ from typing import Any
 
 from prefscan.common.errors import UserError
 
+DIGITS = 3  # that git holds of a number: another processor changes the seventh, intervals are wider than the third
+NOTHING = 1e-9  # below it a p-value is the noise of double precision
+PARAMETER = "beta"
 BAD_JSON = (ValueError, RecursionError)  # also a number of over 4,300 digits, and brackets nested too deep
 
 
@@ -58,6 +61,36 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def rounded(value: Any) -> Any:
+    """Every float to DIGITS significant digits, in whatever holds it, a pandas table too; β is a parameter and stays.
+
+    For files in git, so that a run on another processor leaves them as they are, but where a number lies within its
+    rounding noise of the middle between two: of three digits one in
+    some thousands does, of four one in some hundreds.
+    """
+    if isinstance(value, dict):
+        return {name: each if name == PARAMETER else rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    if hasattr(value, "to_csv"):
+        return value.apply(lambda column: column if column.name == PARAMETER else column.map(rounded))
+    if not isinstance(value, float):
+        return value
+    return 0.0 if abs(value) < NOTHING else float(f"{agreed(value):.{DIGITS}g}")
+
+
+def agreed(value: float) -> float:
+    """To the digits that processors agree on, before any rounding: a mean that lies exactly in the middle between two
+    roundings, as one of eight scores may, would else go either way.
+    """
+    return float(f"{value:.6g}")
+
+
+def write_table(path: Path, table: Any) -> None:
+    """A pandas table as CSV for git."""
+    write_text(path, rounded(table).to_csv(index=False))
 
 
 def read_text(path: Path) -> str:

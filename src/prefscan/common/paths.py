@@ -44,6 +44,8 @@ REWARD_METRICS = Path("metrics/reward.json")
 
 REPORTS = Path("reports")
 SUMMARY = Path("metrics/summary.json")
+TRAINING_CURVES = REPORTS / "curves.csv"
+RECIPE_CURVE = REPORTS / "recipe-curve.csv"
 
 # Not stage outputs: live logs, checkpoints of cells in training, answers of unfinished stages.
 RUNS = Path("runs")

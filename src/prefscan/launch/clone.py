@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,10 +23,13 @@ from typing import Any
 import psutil
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
+from prefscan.common.errors import UserError
 from prefscan.common.io import read_json
 from prefscan.common.paths import MTBENCH_METRICS
 from prefscan.launch import supervisor
-from prefscan.repo.config import configure_clone, dvc_command
+from prefscan.repo.config import dvc_command, write_config
+from prefscan.repo.git import Snapshot
+from prefscan.repo.pipeline import dependency_hashes
 
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
 NOT_RUN = "not run"  # the error of a chain whose predecessor has failed
@@ -60,7 +63,8 @@ class Place:
     """Where a node keeps things.
 
     On one machine clones share the workspace's own cache, and `remote` is None; else it is DVC's configuration of the
-    default remote. `marker` is a file in a remote that is a folder: without it, the folder is not the remote's.
+    default remote. `marker` is a file in a remote that is a folder: without it, the folder is not the remote's. `local`
+    is the workspace's own `.dvc/config.local`.
     """
 
     clones: Path
@@ -68,6 +72,20 @@ class Place:
     state: Path
     remote: dict[str, Any] | None
     marker: Path | None
+    local: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def configuration(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """A clone's: files are linked and shared as in the workspace, but without git, by this node's cache."""
+        own: dict[str, dict[str, Any]] = {
+            # The site's folder is gone with the clone.
+            "core": {"no_scm": True, "site_cache_dir": folder / ".dvc/tmp/site"},
+            "cache": {"dir": self.cache},
+            "remote": {},
+        }
+        if self.remote:
+            own["core"]["remote"] = name = self.remote["name"]
+            own["remote"][name] = {key: value for key, value in self.remote.items() if key != "name"}
+        return {section: self.local.get(section, {}) | own.get(section, {}) for section in self.local | own}
 
     def environment(self, folder: Path) -> dict[str, str]:
         """For commands in a clone: its own code and this Python's programs."""
@@ -102,26 +120,38 @@ def remove_left_clones(clones: Path) -> None:
 
 
 @contextmanager
-def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
+def new_clone(name: str, taken: Snapshot, place: Place) -> Iterator[Path]:
     """A folder with the snapshot's files that knows its cache, remote and unfinished work; removed after the block.
 
-    Never the folder of an attempt before, in which a process may still be saving its work.
+    Never the folder of an attempt before, in which a process may still be saving its work. Raises UserError where DVC
+    would not find in it what it finds in the workspace.
     """
     place.clones.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f"{name}.", dir=place.clones))
     try:
-        with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        with tarfile.open(fileobj=BytesIO(taken.archive)) as tar:
             # An attribute, since Python 3.11 before 3.11.4 has no such argument, and knows neither filter nor warning.
             # Not the data filter, which refuses links to absolute paths: a workspace may have them.
             tar.extraction_filter = getattr(tarfile, "tar_filter", None)
-            tar.extractall(folder)  # noqa: S202 - git made the archive, of this repository's own files
-        configure_clone(folder, place.cache, place.remote)
+            tar.extractall(folder)  # noqa: S202 - of this repository's own files
+        write_config(folder / ".dvc/config.local", place.configuration(folder))
         for shared in SHARED:
             (place.state / shared).mkdir(parents=True, exist_ok=True)
             (folder / shared).symlink_to(place.state / shared)
+        refuse_other_inputs(folder, taken)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_other_inputs(folder: Path, taken: Snapshot) -> None:
+    """Raises UserError where a clone's code or files are not the workspace's: all stages would run, and then again."""
+    found = dependency_hashes(folder, taken.dependencies.keys())
+    if others := [name for name, value in taken.dependencies.items() if found[name] != value]:
+        raise UserError(
+            f"{', '.join(others)}: not in a clone as in the workspace, so that what reads it would run twice; have git "
+            "know all that is in there (`git status --ignored` lists what it ignores), or name it in .dvcignore"
+        )
 
 
 def run_supervised(
@@ -177,25 +207,36 @@ def progress_after(line: str, before: Progress) -> Progress:
 
 
 def run_chain(
-    chain: Chain, archive: bytes, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
+    chain: Chain, taken: Snapshot, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
 ) -> Outcome:
     """Run a chain in a clone of its own; its log is kept with the unfinished work."""
     started, usd = time.perf_counter(), 0.0
     try:
-        with new_clone(chain.name, archive, place) as folder:
-            error = run_stages(chain, folder, place, attempts, patience, report)
+        with new_clone(chain.name, taken, place) as folder:
+            tracked = [name for name in taken.digests if name.endswith(".dvc")]
+            error = run_stages(chain, folder, tracked, place, attempts, patience, report)
             judged = [target.removeprefix("mtbench")[1:] for target in chain.targets if target.startswith("mtbench")]
             scores = [folder / MTBENCH_METRICS / f"{key}.json" for key in judged]
             usd = sum(read_json(path)["usd"] for path in scores if path.exists())
+    except UserError as fault:
+        error = str(fault)
     except OSError as fault:  # no room for the clone or the log, or no right to write them
         error = f"{type(fault).__name__}: {fault}; make room or access and launch again"
     return Outcome(chain.name, time.perf_counter() - started, os.uname().nodename, usd, error)
 
 
 def run_stages(
-    chain: Chain, folder: Path, place: Place, attempts: int, patience: float, report: Callable[[Progress], None]
+    chain: Chain,
+    folder: Path,
+    tracked: list[str],
+    place: Place,
+    attempts: int,
+    patience: float,
+    report: Callable[[Progress], None],
 ) -> str:
     """Run a chain in its clone and hand its results over: to the shared cache, and by `push` to the remote.
+
+    `tracked` are the files by which `dvc add` tracks data: `dvc repro` fetches none of it.
 
     A node that is lost takes with it what it has not pushed, so a stage's results go to the remote as soon as it has
     ended. A stage that a signal has ended is run again, `attempts` times in all; a lock that another process holds is
@@ -245,10 +286,16 @@ def run_stages(
         code, output = pushes(dvc, "push", "--run-cache", *targets)
         return _tail(output) if code else ""
 
+    def bring_tracked() -> str:
+        code, output = dvc("pull" if place.remote else "checkout", *tracked) if tracked else (0, "")
+        return _tail(output) if code else ""
+
     report(progress)
     if place.remote is None:
-        return reproduce(chain.targets)
+        return bring_tracked() or reproduce(chain.targets)
     if not (failed := await_remote(place, patience)):
+        if error := bring_tracked():
+            return error
         for target in chain.targets:
             if error := reproduce((target,)):
                 return error

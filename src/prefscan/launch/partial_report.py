@@ -15,6 +15,7 @@ from prefscan.common.errors import UserError
 from prefscan.common.paths import RUNS
 from prefscan.launch.estimate import cells_left
 from prefscan.repo.pipeline import CELL_STAGES, stale_stages, take_over
+from prefscan.repo.workspace import check_root
 from prefscan.reporting.report import read_results, write_pages
 
 INTERIM = RUNS / "interim"
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(pull: bool) -> None:
+    check_root()
     params = load()
     if (stale := stale_stages(missing_data_is_stale=True)) and take_over(stale, pull=pull):
         stale = stale_stages(missing_data_is_stale=True)

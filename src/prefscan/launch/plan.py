@@ -30,6 +30,7 @@ from prefscan.judging.mtbench import build_turns, load_questions, load_reference
 from prefscan.judging.openai import ChatJudge
 from prefscan.launch.estimate import cells_left, measured_speed, sentences
 from prefscan.repo.pipeline import CELL_STAGES, CHOICE, compose, stale_stages
+from prefscan.repo.workspace import check_root
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
 FREE = ("judge", "agreement", "runtime", *CHOICE)  # parameters that change no model's answers
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(overrides: list[str], workers: int | None) -> None:
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: one at least")
+    check_root()
     workspace = load()
     with TemporaryDirectory() as folder:
         params = compose(overrides, Path(folder) / "params.yaml") if overrides else workspace
@@ -129,6 +131,7 @@ def main(overrides: list[str], workers: int | None) -> None:
     console.print(
         f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
+    console.print(f"Cells: {', '.join(keys[1:])}", highlight=False, soft_wrap=True)
     same = models_settings(params) == models_settings(workspace)
     stale = [*stale_stages(missing_data_is_stale=True), *retrained(params, workspace)] if same else None
     cells = cells_left(params, workspace, stale)

@@ -29,6 +29,7 @@ from prefscan.launch.clone import NOT_RUN, Chain, Outcome, Place, Progress, remo
 from prefscan.launch.display import Display
 from prefscan.launch.supervisor import GRACE
 from prefscan.repo.cache import remove_damaged
+from prefscan.repo.git import Snapshot
 
 try:
     import ray
@@ -39,6 +40,8 @@ except ModuleNotFoundError:
 # The same on every node: dvc and ray to work together, and those of a result, or none could go on with another's work.
 SAME = (*LIBRARIES, "dvc", "ray")
 CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte
+SOCKET_PATH = 107  # bytes, Linux's limit
+SESSION_PATH = 68  # of them, /ray/session_2026-12-01_14-02-06_123456_1234567/sockets/plasma_store
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 
 
@@ -65,6 +68,22 @@ def interruptible_children() -> Iterator[None]:
         signal.signal(signal.SIGINT, own)
 
 
+def temp_folder() -> str | None:
+    """Where a Ray of this machine keeps its sessions; None for its own choice, a folder of $TMPDIR.
+
+    Raises UserError where sockets below $TMPDIR would have too long a path and there is no other folder.
+    """
+    own = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - Ray's default
+    if len(os.fsencode(own)) <= SOCKET_PATH - SESSION_PATH:
+        return None
+    if not os.access("/tmp", os.W_OK):  # noqa: S108
+        raise UserError(
+            f"TMPDIR: {own} is too long for the sockets of Ray, whose paths have {SOCKET_PATH} bytes at most, and /tmp "
+            f"cannot be written; set RAY_TMPDIR to a folder of at most {SOCKET_PATH - SESSION_PATH} bytes"
+        )
+    return "/tmp/ray"  # noqa: S108 - where Ray itself goes without $TMPDIR
+
+
 def start_ray(launch: Launch, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if address:
@@ -76,6 +95,7 @@ def start_ray(launch: Launch, address: str | None) -> None:
                 f"--address {address}: no Ray cluster lets us in there ({reason}); `ray start` one"
             ) from None
     else:
+        folder = temp_folder()
         for attempt in Retrying(stop=stop_after_attempt(3), retry=retry_if_exception_message(match=SLOW), reraise=True):
             with attempt, interruptible_children():
                 ray.init(
@@ -86,6 +106,7 @@ def start_ray(launch: Launch, address: str | None) -> None:
                     object_store_memory=256 * 2**20,  # for the snapshot; a container's /dev/shm may be small
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",
+                    _temp_dir=folder,
                     **quiet,
                 )
     for resource, needed in (("CPU", launch.num_cpus), ("GPU", launch.num_gpus)):
@@ -222,7 +243,7 @@ class Board:
 
 
 def run_on_node(
-    chain: Chain, archive: bytes, place: Place, needs: Needs, launch: Launch, board: Any, *before: Outcome
+    chain: Chain, taken: Snapshot, place: Place, needs: Needs, launch: Launch, board: Any, *before: Outcome
 ) -> Outcome:
     """A Ray task: the chain, unless one that it waits for has failed, or the node joined later and is not fit.
 
@@ -230,6 +251,13 @@ def run_on_node(
     """
     if any(outcome.error for outcome in before):
         return Outcome(chain.name, 0.0, "", error=NOT_RUN)
+    try:
+        return run_where_fit(chain, taken, place, needs, launch, board)
+    except Exception as error:  # Ray would hand it on to every chain that waits for this one, with its trace
+        return Outcome(chain.name, 0.0, os.uname().nodename, error=f"{type(error).__name__}: {error}")
+
+
+def run_where_fit(chain: Chain, taken: Snapshot, place: Place, needs: Needs, launch: Launch, board: Any) -> Outcome:
     report = partial(board.put.remote, chain.name)
     deadline = time.monotonic() + launch.patience
     while complaints := complaints_of(place, needs):
@@ -237,16 +265,16 @@ def run_on_node(
             return Outcome(chain.name, launch.patience, os.uname().nodename, error="\n".join(complaints))
         report(Progress("node not fit"))
         time.sleep(1)
-    return run_chain(chain, archive, place, launch.attempts, launch.patience, report)
+    return run_chain(chain, taken, place, launch.attempts, launch.patience, report)
 
 
-def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, archive: bytes) -> list[Outcome]:
+def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, taken: Snapshot) -> list[Outcome]:
     """Run the chains on the cluster; returns how each ended. Ctrl-C ends them with their checkpoints saved."""
     launch = params.launch
     # On this node: it is lost with nothing but the launch itself.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
-    shipped = ray.put(archive)
+    shipped = ray.put(taken)
     task = ray.remote(run_on_node)
     refs: dict[str, Any] = {}
     for chain in chains:
@@ -258,6 +286,7 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
         )
     display = Display(chains, room(params), launch.usd_per_hour)
     of_ref = {refs[chain.name]: chain for chain in chains}
+    refs_in_order = list(of_ref)
     pending = list(of_ref)
     try:
         with Live(display, console=display.console, transient=True) if display.console.is_terminal else nullcontext():
@@ -265,7 +294,7 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
                 done, pending = ray.wait(pending, timeout=1)
                 if display.console.is_terminal:  # nothing else shows what is running
                     display.update(ray.get(board.get.remote()))
-                for ref in done:
+                for ref in sorted(done, key=refs_in_order.index):  # what a chain waits for is known before it
                     display.ended(outcome_of(ref, of_ref[ref], display.outcomes))
     except KeyboardInterrupt:
         print("stopping; what is in training saves a checkpoint", file=sys.stderr, flush=True)
@@ -277,12 +306,13 @@ def run_all(chains: list[Chain], params: Params, place: Place, needs: Needs, arc
 
 
 def outcome_of(ref: Any, chain: Chain, others: dict[str, Outcome]) -> Outcome:
+    """How a chain ended. Where its worker was lost or it could not begin, Ray fails those that wait for it alike."""
     try:
         outcome: Outcome = ray.get(ref)
         return outcome
-    except ray.exceptions.RayTaskError as error:
-        return Outcome(chain.name, 0.0, "", error=str(error))
     except ray.exceptions.RayError as error:
-        if any(others[name].error for name in chain.after if name in others):  # Ray hands the error on
+        if any(others[name].error for name in chain.after if name in others):
             return Outcome(chain.name, 0.0, "", error=NOT_RUN)
-        return Outcome(chain.name, 0.0, "", error=f"its worker was lost: {str(error).strip().splitlines()[-1]}")
+        last = str(error).strip().splitlines()[-1]
+        lost = "it could not begin" if isinstance(error, ray.exceptions.RayTaskError) else "its worker was lost"
+        return Outcome(chain.name, 0.0, "", error=f"{lost}: {last}")

@@ -14,6 +14,7 @@ command goes on. docs/cluster.md has recipes.
 import argparse
 import hashlib
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -34,17 +35,18 @@ from prefscan.common.paths import SPLITS
 from prefscan.launch.clone import BUSY, BUSY_WAIT, NOT_RUN, Chain, Outcome, Place, await_remote, run_supervised
 from prefscan.repo.cache import check_cache
 from prefscan.repo.config import dvc_command
-from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
+from prefscan.repo.git import Snapshot, changed_since, snapshot, uncommitted
 from prefscan.repo.pipeline import (
     CELL_STAGES,
-    cache_and_remote,
     compose,
+    dvc_settings,
     forget_here,
     lost_stages,
     push_current,
     stale_stages,
     take_over,
 )
+from prefscan.repo.workspace import check_root
 
 FETCHED = {"fetch-model": ("fetch@model",), "fetch-data": ("fetch@reward", "fetch@pairs", "fetch@questions")}
 BASE_STAGES = ("answer-base", "mtbench-base")
@@ -104,12 +106,12 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
 
 def settle_place(params: Params, on_cluster: bool) -> Place:
     """Where clones, cache and unfinished work are; raises UserError where a cluster's nodes could not share them."""
-    cache, remote = cache_and_remote()
+    cache, local, remote = dvc_settings()
     here, launch = Path.cwd(), params.launch
     if not on_cluster:
         scratch = Path(launch.scratch).absolute() if launch.scratch else here / ".prefscan/launch"
         state = Path(launch.state).absolute() if launch.state else here
-        return Place(scratch / "clones", cache, state, remote=None, marker=None)
+        return Place(scratch / "clones", cache, state, remote=None, marker=None, local=local)
     if remote is None:
         raise UserError(
             "--address: results travel between machines by a DVC remote, and the repository has no default one; "
@@ -124,7 +126,7 @@ def settle_place(params: Params, on_cluster: bool) -> Place:
     own = f"prefscan-launch-{getuser()}-{hashlib.sha256(str(here).encode()).hexdigest()[:8]}"
     scratch = Path(launch.scratch).absolute() if launch.scratch else Path(tempfile.gettempdir(), own)
     state = Path(launch.state).absolute() if launch.state else scratch
-    return Place(scratch / "clones", scratch / "cache", state, remote, marker_of(remote))
+    return Place(scratch / "clones", scratch / "cache", state, remote, marker_of(remote), local)
 
 
 def marker_of(remote: dict[str, Any]) -> Path | None:
@@ -148,18 +150,22 @@ def refuse_shared_gpus(chains: list[Chain], params: Params) -> None:
         )
 
 
-def run_chains(chains: list[Chain], params: Params, place: Place, address: str | None, archive: bytes) -> list[Outcome]:
+def run_chains(
+    chains: list[Chain], params: Params, place: Place, address: str | None, taken: Snapshot
+) -> list[Outcome]:
     """How each chain ended, on the cluster at the address or on a Ray of this machine's own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # this software is often used offline
     if address is None:
         # Or Ray would take 127.0.0.1 for the machine's own address and listen on all of its networks.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        if "RAY_AUTH_MODE" not in os.environ:  # as Ray does, but without a file in HOME and a warning
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     from prefscan.launch import runner as cluster  # Ray reads these variables when it is imported
 
     with cluster.connected(params, address), cluster.needed(place, params) as needs:
         signal.signal(signal.SIGTERM, interrupted)  # Ray has put its own in place
         cluster.check_nodes(place, needs)
-        return cluster.run_all(chains, params, place, needs, archive)
+        return cluster.run_all(chains, params, place, needs, taken)
 
 
 def restore(made: list[str], targets: list[str], place: Place, patience: float) -> int:
@@ -219,13 +225,13 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     if chains and on_cluster:
         push_current(stale)
     lost = lost_stages({stage for chain in chains for stage in chain.targets}, remote=on_cluster) if chains else set()
-    tree = workspace_tree()
-    outcomes = run_chains(chains, params, place, address, snapshot(tree, lost)) if chains else []
+    taken = snapshot(lost)
+    outcomes = run_chains(chains, params, place, address, taken) if chains else []
     ended = {outcome.name for outcome in outcomes if not outcome.error}
     made = [target for chain in chains if chain.name in ended for target in chain.targets]
     forget_here(lost.intersection(made))
     try:
-        if changes := changed_since(tree):
+        if changes := changed_since(taken):
             raise UserError(
                 f"changed during the launch: {', '.join(changes[:10])}; what has run is kept, launch again, or undo "
                 "the change and run `dvc repro`"
@@ -250,6 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(overrides: list[str], address: str | None, dirty: bool) -> None:
+    check_root()
     signal.signal(signal.SIGTERM, interrupted)
     Path(".prefscan").mkdir(exist_ok=True)
     try:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
 from prefscan.common.errors import UserError
+from prefscan.repo.workspace import open_dvc
 
 OBJECT = re.compile(r"[0-9a-f]{30}(\.dir)?")  # what follows the first two digits; a copy under way has another name
 
@@ -52,16 +53,9 @@ def is_whole(path: Path) -> bool:
 def check_cache() -> tuple[int, list[Path]]:
     """Remove the damaged objects of this repository's cache; how many objects there were, and the damaged.
 
-    Raises UserError outside of a DVC repository.
+    Raises UserError elsewhere than in the repository's root.
     """
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-
-    try:
-        repo = Repo()
-    except NotDvcRepoError:
-        raise UserError(f"{Path.cwd()} is in no DVC repository; run it in the repository's root") from None
-    with repo:
+    with open_dvc() as repo:
         count, damaged = remove_damaged(Path(repo.cache.local.path))
         if damaged:  # where the workspace has a link of one, it is as damaged: DVC must hash the workspace again too
             repo.state.hashes.clear()

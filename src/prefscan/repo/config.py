@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dvc.config import Config
+from configobj import ConfigObj  # type: ignore[import-untyped]
 
 
 def dvc_command(*arguments: str) -> list[str]:
@@ -12,13 +12,18 @@ def dvc_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dvc", *arguments]
 
 
-def configure_clone(folder: Path, cache: Path, remote: dict[str, Any] | None) -> None:
-    """Let the files of a snapshot be a DVC repository without git, by the node's cache and the default remote."""
-    with Config(str(folder / ".dvc")).edit("local") as config:
-        config["core"]["no_scm"] = True
-        config["core"]["site_cache_dir"] = str(folder / ".dvc/tmp/site")  # gone with the clone
-        config["cache"]["dir"] = str(cache)
-        if remote:
-            remote = dict(remote)
-            config["core"]["remote"] = default = remote.pop("name")
-            config["remote"][default] = remote
+def write_config(path: Path, config: dict[str, dict[str, Any]]) -> None:
+    """A file of DVC's configuration, in UTF-8: DVC's own way knows ASCII alone, and folders have other letters."""
+    named = {"remote", "machine", "db"}
+    sections = {name: values for name, values in config.items() if name not in named}
+    for kind in named:
+        sections |= {f'{kind} "{name}"': values for name, values in config.get(kind, {}).items()}
+    written = ConfigObj(
+        {name: {key: plain(value) for key, value in values.items()} for name, values in sections.items()}
+    )
+    path.write_text("\n".join(written.write()) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """A value without the classes by which DVC remembers that a path was relative."""
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else str(value)

@@ -1,28 +1,33 @@
-"""Asking git: what a commit holds, what is not committed, and the workspace as a snapshot that runs elsewhere."""
+"""Asking git: what a commit holds, what is not committed, and the files of a snapshot that runs elsewhere."""
 
+import hashlib
 import os
-import subprocess
-from collections.abc import Collection
+import tarfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from dvc.scm import map_scm_exception, resolve_rev
 
 from prefscan.common.errors import UserError
-from prefscan.repo.pipeline import forget
+from prefscan.repo.pipeline import dependency_hashes, forget
+from prefscan.repo.workspace import check_root, open_dvc, run_git
 
 WRITTEN = ("dvc.lock", "metrics/", "reports/")  # by DVC and the stages: no change of the user's
 
 
-def git(*arguments: str, index: str | None = None) -> bytes:
-    """Standard output; raises UserError with git's words."""
-    environment = os.environ | ({"GIT_INDEX_FILE": index} if index else {})
-    done = subprocess.run(["git", *arguments], capture_output=True, env=environment)  # noqa: S607
-    if done.returncode:
-        raise UserError(f"git {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
+def git(*arguments: str) -> bytes:
+    """Standard output of a git command in the repository's root; raises UserError with git's words."""
+    check_root()
+    return run_git(*arguments)
+
+
+def names(output: bytes) -> list[str]:
+    """Of git's output with -z."""
+    return [name for name in output.decode(errors="surrogateescape").split("\0") if name]
 
 
 def commit_of(revision: str) -> str:
@@ -30,17 +35,17 @@ def commit_of(revision: str) -> str:
 
     Raises UserError for a name that no commit has, and elsewhere than in the repository's root.
     """
-    if not Path(".git").exists():  # all paths are relative to it
-        raise UserError(f"{Path.cwd()} is not the root of a git repository; run it in the repository's root")
     refused = UserError(f"{revision!r} names no commit; name a branch, tag, commit or DVC experiment")
     if not revision:  # which DVC takes for HEAD
         raise refused
     try:
-        with Repo() as repo, map_scm_exception():
+        with open_dvc() as repo, map_scm_exception():
             found = resolve_rev(repo.scm, revision)
-        # What has a hash may be a tree, and a tag points to its commit.
+    except DvcException:
+        raise refused from None
+    try:  # what has a hash may be a tree, and a tag points to its commit
         return git("rev-parse", "--verify", f"{found}^{{commit}}").decode().strip()
-    except (DvcException, UserError):
+    except UserError:
         raise refused from None
 
 
@@ -56,39 +61,78 @@ def read_at(path: Path, revision: str, commit: str) -> str:
 
 def uncommitted() -> list[str]:
     """Files that differ from the last commit or that git does not know, but for what DVC and the stages write."""
-    status = git("status", "--porcelain", "-z", "--no-renames").decode(errors="surrogateescape")
-    return [entry[3:] for entry in status.split("\0") if entry and not entry[3:].startswith(WRITTEN)]
+    status = git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all")
+    return [entry[3:] for entry in names(status) if not entry[3:].startswith(WRITTEN)]
 
 
-def workspace_tree() -> str:
-    """The hash of a git tree of the workspace's files as they are, without what git ignores."""
-    with TemporaryDirectory() as folder:
-        index = f"{folder}/index"
-        git("read-tree", "HEAD", index=index)
-        git("add", "--all", index=index)
-        return git("write-tree", index=index).decode().strip()
+def workspace_files() -> list[str]:
+    """The files that git tracks or would, as they are in the workspace; those of submodules too."""
+    listed = names(git("ls-files", "-z", "--cached", "--others", "--exclude-standard"))
+    return sorted({file for name in listed for file in files_of(name)})
 
 
-def snapshot(tree: str, lost: Collection[str]) -> bytes:
-    """A tree's files as a tar archive, and in the repository as a commit that is on no branch.
+def files_of(name: str) -> Iterator[str]:
+    if os.path.isdir(name) and not os.path.islink(name):
+        if not name.endswith("/"):  # a submodule; by a slash git names a repository that it does not track
+            for folder, inside, found in os.walk(name):
+                inside[:] = [other for other in inside if other != ".git"]
+                yield from (os.path.join(folder, file) for file in found if file != ".git")
+    elif os.path.lexists(name):  # what is deleted and not committed is listed too
+        yield name
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """`archive` is a tar of the workspace's files, byte for byte; `digests` has those files' own, by name.
+
+    `dependencies` has DVC's hashes of what stages read and no stage makes, which a clone must have as well.
+    """
+
+    archive: bytes
+    digests: dict[str, str]
+    dependencies: dict[str, str | None]
+
+
+def snapshot(lost: Collection[str] = ()) -> Snapshot:
+    """The workspace's files as they are on disk, without what git ignores: git itself may convert them (line ends,
+    filters), and every stage that reads a converted file would run again.
 
     Its dvc.lock has no entries of the `lost` stages: pipeline.lost_stages says why.
     """
-    if lost and git("ls-tree", tree, "dvc.lock"):
-        with TemporaryDirectory() as folder:
-            index, lock = f"{folder}/index", Path(folder, "dvc.lock")
-            git("read-tree", tree, index=index)
-            lock.write_bytes(git("show", f"{tree}:dvc.lock"))
-            forget(lock, lost)
-            blob = git("hash-object", "-w", str(lock)).decode().strip()
-            git("update-index", "--cacheinfo", f"100644,{blob},dvc.lock", index=index)
-            tree = git("write-tree", index=index).decode().strip()
-    author = ("-c", "user.name=prefscan", "-c", "user.email=prefscan@localhost")
-    commit = git(*author, "commit-tree", tree, "-p", "HEAD", "-m", "Workspace at prefscan.launch").decode().strip()
-    return git("archive", "--format=tar", commit)
+    packed, digests = BytesIO(), {}
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in workspace_files():
+            content = without(name, lost) if name == "dvc.lock" and lost else content_of(name)
+            digests[name] = digest(name, content)
+            info = tar.gettarinfo(name, arcname=name)
+            info.uid = info.gid = 0  # of whoever unpacks it
+            info.uname = info.gname = ""
+            info.type = tarfile.SYMTYPE if info.issym() else tarfile.REGTYPE  # two names of one file are two files
+            info.size = 0 if info.issym() else len(content)
+            tar.addfile(info, BytesIO(content))
+    return Snapshot(packed.getvalue(), digests, dependency_hashes(Path()))
 
 
-def changed_since(tree: str) -> list[str]:
-    """Files of the workspace that are no longer as in the tree, but for what DVC and the stages write."""
-    names = git("diff-tree", "-r", "-z", "--name-only", tree, workspace_tree()).decode(errors="surrogateescape")
-    return [name for name in names.split("\0") if name and not name.startswith(WRITTEN)]
+def content_of(name: str) -> bytes:
+    """Of a link, where it leads."""
+    return os.fsencode(os.readlink(name)) if os.path.islink(name) else Path(name).read_bytes()
+
+
+def digest(name: str, content: bytes) -> str:
+    runs = os.lstat(name).st_mode & 0o100
+    return f"{hashlib.sha256(content).hexdigest()} {os.path.islink(name)} {runs}"
+
+
+def without(name: str, lost: Collection[str]) -> bytes:
+    with TemporaryDirectory() as folder:
+        lock = Path(folder, "dvc.lock")
+        lock.write_bytes(content_of(name))
+        forget(lock, lost)
+        return lock.read_bytes()
+
+
+def changed_since(taken: Snapshot) -> list[str]:
+    """Files of the workspace that are no longer as in the snapshot, but for what DVC and the stages write."""
+    now = {name: digest(name, content_of(name)) for name in workspace_files() if not name.startswith(WRITTEN)}
+    before = {name: value for name, value in taken.digests.items() if not name.startswith(WRITTEN)}
+    return sorted(name for name in now | before if now.get(name) != before.get(name))

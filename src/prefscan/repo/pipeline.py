@@ -4,20 +4,24 @@ import re
 import subprocess
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException, ReproductionError
 from dvc.repo import Repo
 from dvc.repo.graph import get_subgraph_of_nodes
 from dvc.stage import Stage
 from dvc.utils.serialize import modify_yaml
+from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash_info import HashInfo
 
 from prefscan.common.config import Params, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_text
+from prefscan.repo.composing import teach_omegaconf
 from prefscan.repo.config import dvc_command
+from prefscan.repo.workspace import check_root, open_dvc, words
 
 CELL_STAGES = ("train", "merge", "evaluate", "answer", "mtbench")  # of the matrix, in an order in which they can run
 CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
@@ -39,6 +43,12 @@ def dvc(*arguments: str) -> str:
     return done.stdout
 
 
+def reason(error: Exception) -> str:
+    """What the error says, without what OmegaConf puts before and after the words of a resolver."""
+    words = " ".join(str(error).split())
+    return words.removeprefix("ValueError raised while resolving interpolation: ").partition(" full_key: ")[0]
+
+
 def compose(overrides: list[str], path: Path) -> Params:
     """Write params.yaml as `dvc exp run -S …` would compose it from conf/, and return what it says.
 
@@ -52,13 +62,14 @@ def compose(overrides: list[str], path: Path) -> Params:
         check_losses,  # torch: seconds, which a launch without overrides and its workers spare
     )
 
+    teach_omegaconf()
     given = " ".join(overrides)
     refused = DvcException, HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError
     try:
         compose_and_dump(path, str(Path("conf").resolve()), None, "config", "", overrides)
     except refused as error:
         raise UserError(
-            f"{given}: {' '.join(str(error).split())}; correct the override, or the file of conf/ that it is about. A "
+            f"{given}: {reason(error)}; correct the override, or the file of conf/ that it is about. A "
             """list goes in double quotes, as in 'sweep.beta="0.1, 0.5"'"""
         ) from None
     try:
@@ -78,6 +89,7 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
     were, and so what reads them is not stale to DVC until it has run. `check` alone, always of one output, passes none
     on.
     """
+    check_root()
     options = [] if missing_data_is_stale else ["--allow-missing"]
     done = run_dvc("--wait-for-lock", "repro", "--dry", "--keep-going", *options)
     marks = ("Running stage ", "WARNING: Stage", "ERROR: failed to reproduce")
@@ -87,7 +99,7 @@ def stale_stages(*, missing_data_is_stale: bool) -> list[str]:
         raise failed(done)
     if stages <= {"check"}:
         return sorted(stages)
-    with Repo() as repo:
+    with open_dvc() as repo:
         sources = [stage for stage in repo.index.stages if stage.addressing in stages - {"check"}]
         after = get_subgraph_of_nodes(repo.index.graph, sources, downstream=True)
         return sorted(stages.union(stage.addressing for stage in after))
@@ -98,7 +110,7 @@ def push_current(stale: Collection[str]) -> None:
 
     Raises UserError with DVC's words where that fails.
     """
-    with Repo() as repo:
+    with open_dvc() as repo:
         current = [stage.addressing for stage in repo.index.stages if stage.addressing not in stale]
     if current:
         dvc("push", "--run-cache", *current)
@@ -114,7 +126,7 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
     that wrote dvc.lock, since another processor rounds otherwise. Raises UserError for a remote that cannot be asked.
     """
     try:
-        with Repo() as repo:
+        with open_dvc() as repo:
             stages = {stage.addressing for stage in repo.index.stages}
             outputs = {
                 stage.addressing: [out.hash_info.value for out in stage.outs if out.use_cache]
@@ -124,7 +136,7 @@ def lost_stages(stale: Collection[str], *, remote: bool) -> set[str]:
             wanted = {value for values in outputs.values() for value in values if value}
             there = set(repo.cloud.get_remote_odb(command="launch").oids_exist(wanted)) if remote and wanted else set()
     except (DvcException, OSError) as error:
-        raise UserError(f"the DVC remote cannot be asked: {' '.join(str(error).split())}") from None
+        raise UserError(f"the DVC remote cannot be asked: {words(error)}") from None
     lock_file = Path("dvc.lock")
     lock = yaml.load(read_text(lock_file), yaml.CSafeLoader) if lock_file.exists() else {}
     lost = {name for name, values in outputs.items() if not values or not there.issuperset(values)}
@@ -142,7 +154,7 @@ def forget_here(stages: Collection[str]) -> None:
     """The same in the workspace, beside another DVC that may run."""
     lock = Path("dvc.lock")
     if stages and lock.exists():
-        with Repo(_wait_for_lock=True) as repo, repo.lock:
+        with open_dvc(wait=True) as repo, repo.lock:
             forget(lock, stages)
 
 
@@ -151,7 +163,7 @@ def missing_results() -> dict[str, list[str]]:
 
     `dvc repro --dry --allow-missing` takes them for data that are elsewhere.
     """
-    with Repo() as repo:
+    with open_dvc() as repo:
         results = {s.addressing: [out.def_path for out in s.outs if not out.use_cache] for s in repo.index.stages}
     missing = {stage: [path for path in paths if not Path(path).exists()] for stage, paths in results.items()}
     return {stage: paths for stage, paths in missing.items() if paths}
@@ -185,7 +197,7 @@ def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
                 stage.run(pull=pull)
                 taken.append(stage)
 
-    with Repo(_wait_for_lock=True) as repo:
+    with open_dvc(wait=True) as repo:
         try:
             repo.reproduce(pull=pull, repro_fn=take)
         except ReproductionError as error:
@@ -197,9 +209,50 @@ def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
     return [stage.addressing for stage in taken]
 
 
-def cache_and_remote() -> tuple[Path, dict[str, Any] | None]:
-    """The folder of the workspace's DVC cache, and the configuration of its default remote with an absolute URL."""
-    with Repo() as repo:
+def hash_of(repo: Repo, path: str) -> str | None:
+    """DVC's hash of a file or folder of the repository, or of the commit that it is opened at; None where none is."""
+    if not repo.fs.exists(path):
+        return None
+    _, _, found = build(repo.cache.local, path, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
+    return str(found.hash_info.value)
+
+
+def dependency_hashes(folder: Path, names: Collection[str] | None = None) -> dict[str, str | None]:
+    """DVC's hashes of what a folder's stages read and no stage makes, which are code and files in git, by name.
+
+    `names` are known ones; without them, they are found in the pipeline of the workspace.
+    """
+    with open_dvc() if names is None else Repo(str(folder)) as repo:
+        if names is None:
+            made = [Path(out.fs_path) for stage in repo.index.stages for out in stage.outs]
+            read = {
+                dep.fs_path
+                for stage in repo.index.stages
+                for dep in stage.deps
+                if not isinstance(dep, ParamsDependency) and dep.fs is repo.fs and dep.is_in_repo
+            }
+            names = [repo.fs.relpath(path, repo.root_dir) for path in read if not touches(Path(path), made)]
+        return {name: hash_of(repo, repo.fs.join(repo.root_dir, name)) for name in sorted(names)}
+
+
+def touches(path: Path, others: list[Path]) -> bool:
+    """Whether one of the others is the path, within it or around it."""
+    return any(path.is_relative_to(other) or other.is_relative_to(path) for other in others)
+
+
+class Settings(NamedTuple):
+    """The folder of the workspace's DVC cache; the local configuration, and that of the default remote, with absolute
+    paths.
+    """
+
+    cache: Path
+    local: dict[str, dict[str, Any]]
+    remote: dict[str, Any] | None
+
+
+def dvc_settings() -> Settings:
+    with open_dvc() as repo:
         name = repo.config["core"].get("remote")
         remote = {"name": name, **repo.config["remote"][name]} if name else None
-        return Path(repo.cache.legacy.path).resolve(), remote
+        local = {section: values for section, values in repo.config.load_one("local").items() if values}
+        return Settings(Path(repo.cache.legacy.path).resolve(), local, remote)

@@ -201,7 +201,7 @@ def prompt_table(cells: Sequence[Cell]) -> pd.DataFrame:
     columns = {"base": read_jsonl(SAMPLES / "eval.jsonl")}
     columns |= {cell.key: read_jsonl(REPLIES / f"{cell.key}.jsonl") for cell in cells}
     rewards = {
-        key: {row["id"]: round(fmean(reply["score"] for reply in row["replies"]), 4) for row in rows}
+        key: {row["id"]: fmean(reply["score"] for reply in row["replies"]) for row in rows}
         for key, rows in columns.items()
     }
     prompts = list(rewards["base"])

@@ -18,7 +18,7 @@ import jinja2
 import pandas as pd
 import vl_convert
 
-from prefscan.common.io import new_folder, read_text, write_text
+from prefscan.common.io import agreed, new_folder, read_text, rounded, write_text
 
 
 class Figure(NamedTuple):
@@ -37,6 +37,7 @@ class Table(NamedTuple):
     reading: str
     data: pd.DataFrame
     columns: dict[str, tuple[str, str]]
+    measured_here: bool = False  # changes with the machine's speed, so report.md, which git holds, goes without
 
 
 class Page(NamedTuple):
@@ -59,7 +60,9 @@ class Page(NamedTuple):
 
 def printed(value: Any, form: str) -> str:
     """A dash for what is missing."""
-    return "–" if value is None or value != value else form.format(value)
+    if value is None or value != value:
+        return "–"
+    return form.format(agreed(value) if isinstance(value, float) else value)
 
 
 def plain(value: Any) -> str:
@@ -105,7 +108,7 @@ def write_answers(root: Path, title: str, models: dict[str, Any], questions: lis
 
 def write_report(root: Path, page: Page) -> None:
     """report.html and report.md in the folder `root`, and the charts as SVG and PNG in its folder charts."""
-    specs = {name: figure.chart.to_dict() for name, figure in page.figures.items()}
+    specs = {name: rounded(figure.chart.to_dict()) for name, figure in page.figures.items()}
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
     with new_folder(root / "charts") as folder:
         for name, spec in specs.items():

@@ -15,7 +15,7 @@ import pandas as pd
 
 from prefscan.common.config import Cell, Params
 from prefscan.common.errors import UserError
-from prefscan.common.io import read_json, read_jsonl, write_text
+from prefscan.common.io import read_json, read_jsonl, write_table
 from prefscan.common.paths import (
     ANSWER_COST,
     ANSWER_METRICS,
@@ -66,7 +66,7 @@ from prefscan.reporting.tables import (
 CELL_FOLDERS = (TRAIN_METRICS, TRAIN_COST, CURVES, MERGE_METRICS, EVALUATE_METRICS, EVALUATE_COST, REPLIES)
 MTBENCH_FOLDERS = (ANSWER_METRICS, ANSWER_COST, ANSWERS, MTBENCH_METRICS, CELL_JUDGEMENTS)
 
-KEY = re.compile(r"[a-z_]+-[0-9.e-]+-([0-9]+|epoch)")  # of a cell
+KEY = re.compile(r"[a-z_]+-[0-9.e+-]+-([0-9]+|epoch)")  # of a cell
 AGAINST = "The other models' answers are judged against this one, whose score is a half by definition."
 
 
@@ -113,7 +113,7 @@ def summarise(table: pd.DataFrame, recipe: Cell) -> dict[str, Any]:
     def entry(key: str) -> dict[str, Any]:
         row = table[table["cell"] == key].iloc[0]
         values = {name: row[name] for name in columns if not pd.isna(row[name])}
-        return {"cell": key} | {name: significant(float(value)) for name, value in values.items()}
+        return {"cell": key} | {name: float(value) for name, value in values.items()}
 
     value = "gain" if "gain" in table else "score"
     ordered = table.dropna(subset=[value, "loss"]).sort_values(value, ascending=False, kind="stable")
@@ -125,11 +125,6 @@ def summarise(table: pd.DataFrame, recipe: Cell) -> dict[str, Any]:
         "base": entry("base"),
         "highest": {loss: entry(places[loss]) for loss in in_order},
     }
-
-
-def significant(value: float) -> float:
-    """Four significant digits: another processor changes the seventh."""
-    return float(f"{value:.4g}")
 
 
 TRAINING_READING = (
@@ -461,5 +456,5 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
         models = {key: models.get(key, {}) | replies[key] for key in replies}
         questions = [*prompts, *questions]
     write_answers(folder, title, models, questions)
-    write_text(folder / "cells.csv", table.to_csv(index=False))
+    write_table(folder / "cells.csv", table)
     return table

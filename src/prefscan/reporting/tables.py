@@ -182,7 +182,7 @@ def question_table(questions: list[Any], judged: dict[str, Any]) -> pd.DataFrame
     scores = {key: {int(number): score for number, score in judged[key]["questions"].items()} for key in judged}
     return pd.DataFrame(
         {"question": question["number"], "category": question["category"]}
-        | {key: round(scores[key][question["number"]], 6) for key in judged}
+        | {key: scores[key][question["number"]] for key in judged}
         for question in questions
     )
 
@@ -273,7 +273,7 @@ def costs(keys: Sequence[str], judged: dict[str, Any]) -> Table:
             }
         )
     reading = "Of the run that made each file; a cell from DVC's cache has the cost of the machine that computed it."
-    return Table("Cost", reading, pd.DataFrame(rows), COST_COLUMNS)
+    return Table("Cost", reading, pd.DataFrame(rows), COST_COLUMNS, measured_here=True)
 
 
 def left_out(prepared: dict[str, Any]) -> Table:

@@ -14,6 +14,7 @@ from prefscan.common.errors import UserError
 from prefscan.common.paths import REPORTS, SUMMARY
 from prefscan.repo.git import commit_of, git
 from prefscan.repo.pipeline import dvc, missing_results, stale_stages
+from prefscan.repo.recorded import refuse_stale
 from prefscan.reporting.findings import counted
 from prefscan.reporting.stats import paired_difference
 from prefscan.review.revisions import (
@@ -62,6 +63,15 @@ def lock_section(stale: list[str], missing: dict[str, list[str]]) -> str:
         listed = "\n".join(f"- `{path}` of `{stage}`" for stage, paths in missing.items() for path in paths)
         text += f"\n\nMissing here, though git is to hold them:\n\n{listed}"
     return text
+
+
+def base_section(left: str) -> str:
+    """Empty where the base's results are those of its parameters."""
+    try:
+        refuse_stale(left, commit_of(left))
+    except UserError as error:
+        return f"\n\n**{error}. No difference from {left} below is one of parameters.**"
+    return ""
 
 
 def difference_section(before: Revision, after: Revision) -> str:
@@ -131,7 +141,7 @@ def review(base: str, left: str, charts: str, stale: list[str], missing: dict[st
     except UserError as error:
         recipe = f"No paired difference: {error}."
     sections = {
-        "Stages": lock_section(stale, missing),
+        "Stages": lock_section(stale, missing) + base_section(left),
         "Parameters": rows_or(dvc("params", "diff", "--md", left), "No parameter changed."),
         "The recipe": recipe,
         "Metrics": rows_or(dvc("metrics", "diff", "--md", left, "--targets", str(SUMMARY)), "No metric changed."),

@@ -17,9 +17,11 @@ import yaml
 from prefscan.common.errors import UserError
 from prefscan.common.io import BAD_JSON, read_text
 from prefscan.common.libraries import LIBRARIES
+from prefscan.common.numbers import read_yaml
 from prefscan.common.paths import BASE, JUDGE_METRICS, SUMMARY
 from prefscan.repo.git import commit_of, read_at
 from prefscan.repo.pipeline import CHOICE
+from prefscan.repo.recorded import refuse_stale
 from prefscan.reporting.tables import QUESTION_SCORES
 
 PARAMS = Path("params.yaml")
@@ -32,8 +34,9 @@ READ: dict[Path, dict[str, type]] = {
     JUDGE_METRICS: {"without_reference.swapped.auc": float},
 }
 # Points: two revisions' scores of a question that are no further apart are one score. Another processor rounds the
-# judge's sums otherwise, by up to 1e-5 (docs/performance.md), and questions.csv rounds each score to 6 decimals.
-SAME_SCORE = 2e-5
+# judge's sums otherwise, by up to 1e-5 (docs/performance.md), and a score by the middle between two, of which
+# questions.csv holds three digits, becomes the other.
+SAME_SCORE = 0.01
 # Parameters that decide how a result is reached or what it costs, and not what it is.
 NEUTRAL = {
     *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
@@ -105,7 +108,8 @@ def parse_scores(text: str) -> pd.DataFrame:
 def read_revision(revision: str | None) -> Revision:
     """A revision by what git or DVC's experiments call it; None is the workspace.
 
-    Raises UserError for a name that no commit has, a file that is missing, and a value in one that cannot be read.
+    Raises UserError for a name that no commit has, a commit whose results are not those of its parameters, a file that
+    is missing, and a value in one that cannot be read.
     """
     name = "workspace" if revision is None else revision
     commit = None if revision is None else commit_of(revision)
@@ -119,7 +123,7 @@ def read_revision(revision: str | None) -> Revision:
                 f"{name}: {path}: {' '.join(str(error).split())}; run `{command}` there, which writes it, and commit it"
             ) from None
 
-    params = read(PARAMS, lambda text: checked(yaml.safe_load(text), READ[PARAMS]))
+    params = read(PARAMS, lambda text: checked(read_yaml(text), READ[PARAMS]))
     summary = read(SUMMARY, lambda text: checked(json.loads(text), READ[SUMMARY]))
     judge = read(JUDGE_METRICS, lambda text: checked(json.loads(text), READ[JUDGE_METRICS]))
     scores = read(QUESTION_SCORES, parse_scores)
@@ -129,6 +133,8 @@ def read_revision(revision: str | None) -> Revision:
             f"{name}: {QUESTION_SCORES}: column {found.recipe} is missing, the recipe of {SUMMARY}; run `dvc repro` "
             "there, which writes both, and commit them"
         )
+    if commit is not None:  # of the workspace, `dvc repro --dry` knows more
+        refuse_stale(name, commit)
     return found
 
 
@@ -160,7 +166,7 @@ def refuse_scales(revisions: list[Revision]) -> None:
 
 def tied(scores: pd.Series, others: pd.Series) -> pd.Series:
     """`scores`, in points, by question, with another revision's where the two are one score: their difference is 0."""
-    return scores.where((scores - others).abs() > SAME_SCORE, others)
+    return scores.where((scores - others).abs() > SAME_SCORE * 1.001, others)
 
 
 # DVC knows files and parameters: what is installed makes no stage stale.

@@ -5,10 +5,10 @@
     prefscan fetch reward      # data/reward
     prefscan fetch questions   # data/questions
 
-Two kinds of source: `hub`, a Hugging Face repository at a commit hash (data files and safetensors only, no remote
-code), and `package`, files inside a pinned archive of the package index, which pip fetches and checks by hash and which
-is then read as data: nothing of the package is imported. A failure ends with one sentence and leaves nothing
-half-written.
+Three kinds of source: `file`, one of the repository, which DVC or git tracks; `hub`, a Hugging Face repository at a
+commit hash (data files and safetensors only, no remote code); and `package`, files inside a pinned archive of the
+package index, which pip fetches and checks by hash and which is then read as data: nothing of the package is imported.
+A failure ends with one sentence and leaves nothing half-written.
 """
 
 from prefscan.common.config import SampledPairs, load

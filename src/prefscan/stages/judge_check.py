@@ -11,7 +11,7 @@ from typing import Any
 
 from prefscan.common.config import load
 from prefscan.common.errors import UserError
-from prefscan.common.io import write_json
+from prefscan.common.io import rounded, write_json
 from prefscan.common.paths import JUDGE_METRICS
 from prefscan.judging.check import (
     PROMPTS,
@@ -66,7 +66,7 @@ def main() -> None:
     metrics["repeat"] = repeat(again, scores[: len(again)], settings)
     ours = {key: score for (_, key), score in zip(compared, scores[checked:], strict=True)}
     metrics["agreement"] = agree(ours, theirs) if agreement else None
-    write_json(JUDGE_METRICS, metrics)
+    write_json(JUDGE_METRICS, rounded(metrics))
     for name in PROMPTS:
         for bad in VERSIONS[1:]:
             found = metrics[name][bad]

@@ -7,8 +7,8 @@ cache keeps them), so that the recorded hash of its inputs belongs to the grid.
 """
 
 from prefscan.common.config import load
-from prefscan.common.io import write_json, write_jsonl, write_text
-from prefscan.common.paths import JUDGEMENTS, REPORTS, SUMMARY
+from prefscan.common.io import rounded, write_json, write_jsonl, write_table
+from prefscan.common.paths import JUDGEMENTS, RECIPE_CURVE, REPORTS, SUMMARY, TRAINING_CURVES
 from prefscan.reporting.evaluation import PROMPT_REWARDS, prompt_table
 from prefscan.reporting.findings import counted
 from prefscan.reporting.report import (
@@ -19,7 +19,7 @@ from prefscan.reporting.report import (
     summarise,
     write_pages,
 )
-from prefscan.reporting.tables import QUESTION_SCORES, question_table
+from prefscan.reporting.tables import QUESTION_SCORES, curve_table, question_table
 
 
 def main() -> None:
@@ -32,9 +32,13 @@ def main() -> None:
     results = read_results(answered)
     table = write_pages(params, cells, results, REPORTS, title=f"{params.model.name}: {counted(len(cells), 'cell')}")
     # In git, unlike metrics/mtbench: reviews and comparisons pair by question or prompt without DVC's cache.
-    write_text(QUESTION_SCORES, question_table(results.questions, results.judged).to_csv(index=False))
-    write_text(PROMPT_REWARDS, prompt_table(cells if params.reward else []).to_csv(index=False))
+    write_table(QUESTION_SCORES, question_table(results.questions, results.judged))
+    write_table(PROMPT_REWARDS, prompt_table(cells if params.reward else []))
+    # What `dvc plots` draws: all cells in one file, and apart the recipe's, which two revisions are compared by.
+    curves = curve_table(cells).drop(columns=["loss_name", "beta", "steps"])
+    write_table(TRAINING_CURVES, curves[["cell", *curves.columns.drop("cell")]])
+    write_table(RECIPE_CURVE, curves[curves["cell"] == params.recipe.key].drop(columns="cell"))
     # One file for all models, where FastChat's show_result looks for it.
     combined = [judgement for key in answered for judgement in results.judgements[key]]
     write_jsonl(JUDGEMENTS / f"{params.judge.name}_{params.judge.mode}.jsonl", combined)
-    write_json(SUMMARY, summarise(table, params.recipe))
+    write_json(SUMMARY, rounded(summarise(table, params.recipe)))
