@@ -39,10 +39,10 @@ def loss_and_gradient(variant: Variant, pairs: list[Pair]) -> tuple[float, torch
 
 def measure(folder: Path, micro_batch: int, count: int) -> list[dict[str, Any]]:
     """Of each update: every layout's loss, and the distance of its gradient from the exact one, relative to that."""
-    train = settings("smollm2", micro_batch, "fast", "none")
+    compared = settings("smollm2", micro_batch, "fast", "none")
     pairs = make_pairs(read_jsonl(TRAIN_PAIRS), "orca", UPDATE["smollm2"] * count, vocabulary_of(folder))
     tokenizer = load_tokenizer(folder)
-    variants = {layout: Variant(name, train, folder, tokenizer, pairs) for layout, name in LAYOUTS.items()}
+    variants = {layout: Variant(name, compared, folder, tokenizer, pairs) for layout, name in LAYOUTS.items()}
     variants["exact"].model.double()
     found = []
     for update in micro_batches(pairs, UPDATE["smollm2"]):

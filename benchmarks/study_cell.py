@@ -32,7 +32,7 @@ from prefscan.common.paths import ANSWER_COST, BASE, QUESTIONS, SPLITS, TRAIN_CO
 from prefscan.models.loading import load_tokenizer
 from train_step import base_model, machine
 
-SRC = Path(__file__).resolve().parents[1] / "src"
+ROOT = Path(__file__).resolve().parents[1]
 COST = {"train": TRAIN_COST, "answer": ANSWER_COST}
 
 
@@ -49,7 +49,7 @@ def peak_of_gpu(command: list[str], folder: Path) -> tuple[float, float]:
     """Seconds of a stage, and GiB of the GPU at most, beyond what was in use before."""
     before = torch.cuda.mem_get_info()[0]
     least, started = before, time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=sys.stderr) as stage:
         while stage.poll() is None:
             least = min(least, torch.cuda.mem_get_info()[0])
@@ -77,13 +77,15 @@ def main() -> None:
         folder = Path(place)
         for path in (TRAIN_PAIRS.parent, QUESTIONS):
             shutil.copytree(path, folder / path)
+        for name in ("dvc.yaml", "src"):  # they say what a checkpoint depends on
+            (folder / name).symlink_to(ROOT / name)
         (folder / BASE).parent.mkdir(parents=True)
         load_tokenizer(BASE).save_pretrained(weights)
         (folder / BASE).symlink_to(weights)
         for stage, count in stages:
             write_text(folder / "params.yaml", parameters(options, count)[0])
             module, *words = stage.split()
-            seconds, peak = peak_of_gpu([sys.executable, "-m", f"prefscan.{module}", *(words or [key])], folder)
+            seconds, peak = peak_of_gpu([sys.executable, "-m", "prefscan", module, *(words or [key])], folder)
             name = f"answer, {count} at once" if stage == "answer" else stage
             result["stages"][name] = {"seconds": seconds, "gpu_gib": peak}
             speed = ""

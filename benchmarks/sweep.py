@@ -192,7 +192,7 @@ def compare(repository: Path, limit: int | None) -> dict[str, Any]:
         raise UserError(f"grid.loss: stock TRL's DPOTrainer has no {', '.join(others)}; take them out of the grid")
     keys = [cell.key for cell in params.grid.cells]
     with fetched_clone(repository) as folder:
-        ours = run(folder, "prefscan.launch", "--dirty")
+        ours = run(folder, "prefscan", "launch", "--dirty")
         generated = 0
         for key in keys:
             answered = read_json(folder / ANSWER_METRICS / f"{key}.json")

@@ -7,7 +7,7 @@ The variants, which take turns so that a slow moment of the machine meets all of
 
 - `stock`: TRL's DPOTrainer as the study ran it: padded rows, and a reference pass (adapter off) at every step;
 - `precomputed`: the same, with the reference's log-probabilities in the batch;
-- `fast`: prefscan's PairTrainer with `train.layout: shared`.
+- `fast`: prefscan's PairTrainer with `train.layout: packed`.
 
 A step is one optimizer update on 4 pairs (SmolLM2) or 16 (Mistral, as in the study), in micro-batches of the size under
 test: collator, forward, loss and backward through the trainer's own `training_step`, then clipping and optimizer.
@@ -48,15 +48,15 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from configuration import group
-from prefscan.common.config import Cell, Train
+from prefscan.common.config import Cell, NoOptions, Runtime, Train
 from prefscan.common.errors import UserError, run
 from prefscan.common.io import read_jsonl, read_text, write_json
 from prefscan.common.paths import BASE, RUNS, TRAIN_PAIRS
-from prefscan.logprobs import packed as shared
+from prefscan.logprobs import packed
 from prefscan.logprobs.reference import micro_batches
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.training.lora import lora_config
-from prefscan.training.trainer import PairTrainer, TokenisedTrainer, peak_memory_gib, training_arguments
+from prefscan.training.trainer import CellSettings, PairTrainer, TokenisedTrainer, peak_memory_gib, training_arguments
 
 Pair = dict[str, Any]
 
@@ -87,15 +87,16 @@ class Variant:
     """One way of training, with a model of its own, ready to step."""
 
     def __init__(
-        self, name: str, train: Train, folder: Path, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
+        self, name: str, settings: CellSettings, folder: Path, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
     ) -> None:
         self.name = name
+        train = settings.train
         self.size = train.per_device_train_batch_size
         model = load_model(
             folder, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant
         ).requires_grad_(False)
-        recompute = runtime.gradient_checkpointing is True
-        arguments = training_arguments(train, CELL, 1, seed=0, recompute=recompute, checkpoints=RUNS / "train_step")
+        recompute = settings.runtime.gradient_checkpointing is True
+        arguments = training_arguments(settings, 1, recompute, RUNS / "train_step")
         common = {
             "model": model,
             "args": arguments,
@@ -106,8 +107,8 @@ class Variant:
         self.trainer: Any = (
             PairTrainer(
                 cell=CELL,
-                options=getattr(losses, CELL.loss),
-                layout=shared,
+                options=settings.options,
+                layout=packed,
                 pad_token_id=tokenizer.pad_token_id,
                 kept_tokens=0,
                 **common,
@@ -121,8 +122,8 @@ class Variant:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * ADAPTER_SCALE)
         # What Trainer.train() does before its first step.
         if recompute:
-            self.trainer.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=arguments.activation_checkpointing_kwargs or None
+            self.trainer.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs or None
             )
         self.trainer.create_optimizer()
         accelerator = self.trainer.accelerator
@@ -140,7 +141,7 @@ class Variant:
         for micro_batch in micro_batches(pairs, self.size):
             if self.name == "fast":
                 with self.trainer.model.disable_adapter(), trainer.compute_loss_context_manager():
-                    logps = shared.pair_logps(self.model, shared.collate(micro_batch, trainer.pad_token_id))
+                    logps = packed.pair_logps(self.model, packed.collate(micro_batch, trainer.pad_token_id))
             else:
                 inputs = trainer._prepare_inputs(trainer.data_collator(micro_batch))
                 logps = trainer.compute_ref_log_probs(self.model, inputs)
@@ -198,7 +199,7 @@ def make_pairs(source: list[Pair], lengths: str, count: int, vocabulary: int) ->
     return [{key: [token % vocabulary for token in ids] for key, ids in pair.items()} for pair in pairs]
 
 
-def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> Train:
+def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> CellSettings:
     """The shape's configuration in conf/train, with the micro-batch under test and the same pairs an update."""
     train = Train.model_validate(group("train", CONFIG[shape]))
     pairs = UPDATE[shape]
@@ -206,15 +207,14 @@ def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> 
         raise UserError(
             f"--micro-batch: {micro_batch} does not divide the {pairs} pairs of an update; choose a size that does"
         )
-    return train.model_copy(
-        update={
-            "batch_size": micro_batch,
-            "accumulation": pairs // micro_batch,
-            "gradient_checkpointing": checkpointing == "all" or (checkpointing == "stock" and variant != "fast"),
-            "learning_rate": 0.0,
-            "report_to": "none",
-        }
-    )
+    changes = {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": pairs // micro_batch,
+        "learning_rate": 0.0,
+    }
+    recompute = checkpointing == "all" or (checkpointing == "stock" and variant != "fast")
+    runtime = Runtime(gradient_checkpointing=recompute, report_to="none")
+    return CellSettings(CELL, train.model_copy(update=changes), NoOptions(), runtime, seed=0)
 
 
 @contextmanager
@@ -270,10 +270,10 @@ def peak_memory(options: argparse.Namespace, folder: Path, variant: str, lengths
 def measure_peak(options: argparse.Namespace) -> float:
     """The other side of `peak_memory`: two updates on the largest batch, the second with the optimizer's state."""
     (lengths,), (micro_batch,), variant = options.lengths, options.micro_batch, options.peak_of
-    train = settings(options.shape, micro_batch, variant, options.checkpointing)
-    updates = make_updates(options, lengths, train, vocabulary_of(options.folder))
+    cell = settings(options.shape, micro_batch, variant, options.checkpointing)
+    updates = make_updates(options, lengths, cell.train, vocabulary_of(options.folder))
     largest = max(updates, key=lambda pairs: sum(len(pair[key]) for pair in pairs for key in ORCA))
-    ready = Variant(variant, train, options.folder, load_tokenizer(BASE), largest)
+    ready = Variant(variant, cell, options.folder, load_tokenizer(BASE), largest)
     pairs = ready.with_reference(largest)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -311,11 +311,11 @@ def measure(
     options: argparse.Namespace, folder: Path, lengths: str, micro_batch: int, peaks: dict[str, float]
 ) -> dict[str, Any]:
     """All variants in turn on the same updates; one entry of the result's `runs`."""
-    trains = {name: settings(options.shape, micro_batch, name, options.checkpointing) for name in VARIANTS}
-    dtype = trains["stock"].dtype
-    updates = make_updates(options, lengths, trains["stock"], vocabulary_of(folder))
+    cells = {name: settings(options.shape, micro_batch, name, options.checkpointing) for name in VARIANTS}
+    dtype = cells["stock"].train.dtype
+    updates = make_updates(options, lengths, cells["stock"].train, vocabulary_of(folder))
     tokenizer = load_tokenizer(BASE)
-    variants = [Variant(name, trains[name], folder, tokenizer, updates[0]) for name in VARIANTS]
+    variants = [Variant(name, cells[name], folder, tokenizer, updates[0]) for name in VARIANTS]
     repetitions: list[dict[str, Step]] = []
     # Every order in turn, so that each variant runs as often after each other one.
     for update, turn in zip(updates, cycle(permutations(variants)), strict=False):
@@ -371,7 +371,7 @@ def table(run: dict[str, Any], shape: str) -> Table:
 
 def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    packages = {name: version(name) for name in ("torch", "transformers", "padded", "peft")}
+    packages = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
     return {"gpu": gpu, "threads": torch.get_num_threads(), **packages}
 
 

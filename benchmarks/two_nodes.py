@@ -54,7 +54,7 @@ def by_repro(folder: Path) -> float:
 
 
 def by_nodes(folder: Path) -> float:
-    # As prefscan.launch sets them: a Ray on loopback alone, that reports to nobody.
+    # As `prefscan launch` sets them: a Ray on loopback alone, that reports to nobody.
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     environment = fresh_clone(folder)
     add = [sys.executable, "-m", "dvc", "remote", "add", "--quiet", "--default", "team", str(folder.parent / "remote")]
@@ -65,7 +65,7 @@ def by_nodes(folder: Path) -> float:
     cluster = Cluster(initialize_head=True, head_node_args=node | {"node_ip_address": "127.0.0.1"})
     try:
         cluster.add_node(**node, node_ip_address="127.0.0.1")
-        return timed(["prefscan.launch", "--dirty", "--address", cluster.address], folder, environment)
+        return timed(["prefscan", "launch", "--dirty", "--address", cluster.address], folder, environment)
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
 

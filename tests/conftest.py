@@ -20,7 +20,7 @@ from tiny import make_tiny_model, sharegpt_rows
 # One tiny model a test needs no second thread, and the same thread count everywhere keeps results bit-identical.
 torch.set_num_threads(1)
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-    "0"  # as prefscan.launch sets it: a Ray that listens on loopback alone
+    "0"  # as prefscan.launch.runner sets it: a Ray that listens on loopback alone
 )
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Stages leave bytecode beside their code, as they do for a user.
@@ -33,14 +33,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 FIRST = (
     "pipeline/test_repro.py",
     "benchmarks/test_train_step.py",
-    "test_train.py",
-    "test_serving.py",
-    "test_launch.py",
+    "training/test_trainer.py",
+    "endpoints/test_server.py",
+    "launch/test_sweep.py",
     "pipeline/test_review.py",
     "pipeline/test_faults.py",
-    "test_checkpoints.py",
+    "training/test_checkpoints.py",
     "pipeline/test_declared.py",
-    "test_asking.py",
+    "generation/test_server_client.py",
 )
 
 
@@ -116,7 +116,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small sweep and its report."""
-    from prefscan.reporting import report
+    from prefscan.stages import report
 
     root = tmp_path_factory.mktemp("sweep")
     write_sweep(root)

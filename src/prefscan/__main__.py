@@ -37,7 +37,7 @@ TOOLS = {
     "launch": Command("launch.sweep", "run what is stale of the sweep, several cells at a time, here or on a cluster"),
     "plan": Command("launch.plan", "print what a sweep would take, before it runs"),
     "partial-report": Command("launch.partial_report", "report the cells that have finished"),
-    "serve": Command("generation.server", "serve the base and all cells by one vLLM"),
+    "serve": Command("endpoints.server", "serve the base and all cells by one vLLM"),
     "review": Command("review.pull_request", "print what a pull request shows its reviewer"),
     "compare": Command("review.compare", "compare sweeps that git holds, in one report"),
     "check-cache": Command("repo.cache", "remove damaged files from DVC's cache"),

@@ -71,7 +71,7 @@ def test_both_sides_run_in_a_fresh_clone(
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=workspace, check=True)
     ran: list[Any] = []
-    launch = ("prefscan.launch", "--dirty")
+    launch = ("prefscan", "launch", "--dirty")
 
     def run(folder: Path, *arguments: str) -> float:
         assert folder != workspace

@@ -113,7 +113,8 @@ def test_an_update_has_as_many_pairs_at_every_micro_batch(
     shape: str, pairs: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    train = settings(shape, micro_batch, "fast", "stock")
+    fast = settings(shape, micro_batch, "fast", "stock")
+    train = fast.train
     assert (train.per_device_train_batch_size, train.gradient_accumulation_steps * micro_batch) == (micro_batch, pairs)
-    assert not runtime.gradient_checkpointing
-    assert settings(shape, micro_batch, "stock", "stock").gradient_checkpointing
+    assert not fast.runtime.gradient_checkpointing
+    assert settings(shape, micro_batch, "stock", "stock").runtime.gradient_checkpointing

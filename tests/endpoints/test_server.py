@@ -74,7 +74,7 @@ def test_a_server_that_is_never_healthy_is_stopped(in_tmp: Path, monkeypatch: py
     program.write_text("#!/bin/sh\ntrap '' TERM\necho loading\nexec sleep 300\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("prefscan.serving.STOPPING", 0.5)
+    monkeypatch.setattr("prefscan.endpoints.server.STOPPING", 0.5)
     with (
         pytest.raises(UserError, match=r"^answer\.server: the server is not healthy after 1 s .* ends: loading$"),
         running_server("vllm", in_tmp, {}, "fp32", Path("server.log"), startup=1.0),
@@ -89,7 +89,7 @@ def test_a_server_that_is_never_healthy_is_stopped(in_tmp: Path, monkeypatch: py
 )
 def test_a_server_does_not_outlive_its_stage(in_tmp: Path, tiny_model: Path, number: signal.Signals) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from prefscan.serving import running_server\n"
+        "import sys, time; from pathlib import Path; from prefscan.endpoints.server import running_server\n"
         "with running_server('transformers', Path(sys.argv[1]), {}, 'fp32', Path('server.log')) as url:\n"
         "    print(url, flush=True); time.sleep(120)\n"
     )
@@ -220,8 +220,8 @@ def test_a_name_is_that_of_the_weights(trained: Path) -> None:
     assert served_name(second) != names[second]
 
 
-def test_merged_cells_are_not_served_by_one_server(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("trained")
+def test_merged_cells_are_not_served_by_one_server() -> None:
     Path("models/merged/sigmoid-0.1-8/manifest.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["serving"])
     with pytest.raises(UserError, match=r"^models/merged/sigmoid-0\.1-8 holds no adapter's manifest"):
-        serving_main()
+        serving_main(8000)

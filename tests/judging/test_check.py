@@ -1,7 +1,6 @@
 """The judge check with judges whose taste is known, and with a real tiny one."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from mtbench_data import (
     write_questions,
 )
 from prefscan.common.errors import UserError
-from prefscan.judging import check as judge_check
-from prefscan.judging.check import agree, check_turns, first_quarter, swap, versions
+from prefscan.judging.check import REPEATS, agree, check_turns, compare, first_quarter, swap, versions
+from prefscan.stages import judge_check
 
 QUESTIONS = {q["question_id"]: q for q in make_questions(7)}
 GOOD = {
@@ -102,7 +101,6 @@ def test_the_reference_is_shown_in_one_prompt_only() -> None:
 
 def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **params: Any) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
-    monkeypatch.setattr(sys, "argv", ["judge_check"])
     write_params(root, judge=judge, **params)
     write_questions(root, [*QUESTIONS.values()])
     write_lines(root / "data/questions/reference_answer/corrected.jsonl", GOOD.values())
@@ -129,7 +127,7 @@ def test_a_judge_that_knows_can_tell(
     with chat_server(knowing) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         judge_check.main()
-        assert len(server.requests) == 90 + judge_check.REPEATS  # the repeats are asked again, not read from the store
+        assert len(server.requests) == 90 + REPEATS  # the repeats are asked again, not read from the store
     metrics = json.loads(JUDGE.read_text())
     assert (metrics["judge"], metrics["references"], metrics["questions"]) == ("gpt-4", "stock", 15)
     assert metrics["repeat"] == {"prompts": 6, "largest_difference": 0, "deterministic": True}
@@ -161,7 +159,7 @@ def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.
         with chat_server(rate) as server:
             prepare(in_tmp, openai_judge(server.url, mode="pair"), monkeypatch)
             judge_check.main()
-            assert len(server.requests) == 15 * 2 * 2 * 2 + judge_check.REPEATS
+            assert len(server.requests) == 15 * 2 * 2 * 2 + REPEATS
         metrics = json.loads(JUDGE.read_text())
         assert metrics["mode"] == "pair"
         for name in ("without_reference", "with_reference"):
@@ -188,10 +186,10 @@ def test_a_judge_that_likes_length_alone_cannot_tell_swapped_ones(
 def test_mildness_to_a_question_is_no_want_of_discrimination() -> None:
     """Each good answer lies 0.4 above the bad one of its own question, and below those of most others."""
     good = [2 + number / 2 for number in range(15)]
-    found = judge_check.compare(good, [score - 0.4 for score in good])
+    found = compare(good, [score - 0.4 for score in good])
     assert (found["auc"], found["auc_low"]) == (1, proportion_of_all(15))
     assert found["margin"] == pytest.approx(0.4)
-    tied = judge_check.compare([*good[:14], 0.1 + 0.2], [*good[:14], 0.3])
+    tied = compare([*good[:14], 0.1 + 0.2], [*good[:14], 0.3])
     assert tied["auc"] == 0.5
     assert tied["auc_low"] < 0.5 < tied["auc_high"]
 

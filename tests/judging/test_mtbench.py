@@ -15,7 +15,6 @@ from threading import Event
 from typing import Any
 
 import fastchat.llm_judge.common as fastchat
-import prefscan.chat
 import pytest
 
 from chat_server import ChatServer, Reply, chat_server, completion, error
@@ -35,10 +34,11 @@ from mtbench_data import (
 )
 from prefscan.common.errors import UserError
 from prefscan.common.intervals import mean_interval
-from prefscan.judging import mtbench
+from prefscan.endpoints import chat_client
 from prefscan.judging.judge import Verdict
-from prefscan.judging.mtbench import build_turns, pair_row, scores
+from prefscan.judging.mtbench import NEED_REFERENCE, build_turns, pair_row, scores
 from prefscan.judging.openai import Replies
+from prefscan.stages import mtbench
 
 KEY = "sk-never-written-anywhere"
 
@@ -85,7 +85,7 @@ def test_prompts_are_fastchats(category: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_categories_with_references_are_fastchats() -> None:
-    assert {c for c in CATEGORIES if c in fastchat.NEED_REF_CATS} == mtbench.NEED_REFERENCE == set(REFERENCED)
+    assert {c for c in CATEGORIES if c in fastchat.NEED_REF_CATS} == NEED_REFERENCE == set(REFERENCED)
 
 
 def test_a_missing_reference_is_refused() -> None:
@@ -171,8 +171,7 @@ def test_scores_by_question_and_category() -> None:
 
 def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
-    monkeypatch.setattr(sys, "argv", ["mtbench", "base"])
-    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0)
+    monkeypatch.setattr(chat_client, "wait_random_exponential", lambda **_: lambda _: 0)
     write_params(root, judge=judge)
     write_questions(root, [*QUESTIONS.values()])
     write_lines(root / "data/mt_bench/model_answer/base.jsonl", ANSWERS)
@@ -193,7 +192,7 @@ def test_main_with_a_server(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, refer
 
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url, references=references), monkeypatch)
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 16
     judgements = read_lines(JUDGEMENTS)
     keys = [
@@ -230,9 +229,9 @@ def test_main_with_a_local_judge_twice_is_the_same_bytes(
     in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(in_tmp, local_judge(tiny_model), monkeypatch)
-    mtbench.main()
+    mtbench.main("base")
     first = JUDGEMENTS.read_bytes(), METRICS.read_bytes()
-    mtbench.main()
+    mtbench.main("base")
     assert (JUDGEMENTS.read_bytes(), METRICS.read_bytes()) == first
     assert len({row["score"] for row in read_lines(JUDGEMENTS)}) == 16
     assert not Path(".prefscan/judgements").exists()
@@ -242,10 +241,10 @@ def test_samples_are_judged_and_kept_apart(in_tmp: Path, monkeypatch: pytest.Mon
     """Three samples a turn: as many requests, records and stored replies; FastChat prints our average over all."""
     with chat_server(lambda _, number: completion(f"[[{number % 9 + 1}]]")) as server:
         prepare(in_tmp, openai_judge(server.url, samples=3, concurrency=1), monkeypatch)
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 48
         first = JUDGEMENTS.read_bytes()
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 48
         assert JUDGEMENTS.read_bytes() == first
     judgements = read_lines(JUDGEMENTS)
@@ -274,7 +273,7 @@ def test_a_killed_stage_asks_for_no_kept_reply_again(in_tmp: Path, monkeypatch: 
 
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url, concurrency=1), monkeypatch)
-        source = str(Path(mtbench.__file__).parents[1])
+        source = str(Path(mtbench.__file__).parents[2])
         process = subprocess.Popen(
             [sys.executable, "-m", "prefscan", "mtbench", "base"], env=os.environ | {"PYTHONPATH": source}
         )
@@ -287,7 +286,7 @@ def test_a_killed_stage_asks_for_no_kept_reply_again(in_tmp: Path, monkeypatch: 
         assert len(list(Path(".prefscan/judgements").glob("*.json"))) == 8
         before = [request["messages"] for request in server.requests[:8]]
         server.requests.clear()
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 8
         assert not [request for request in server.requests if request["messages"] in before]
     assert len(read_lines(JUDGEMENTS)) == 16
@@ -300,16 +299,15 @@ def test_what_served_a_judge_is_listed_in_order(in_tmp: Path, monkeypatch: pytes
 
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
-        mtbench.main()
+        mtbench.main("base")
     assert json.loads(METRICS.read_text())["served_by"] == [f"m fp_{i}" for i in range(5, 10)]
 
 
 @pytest.mark.parametrize("key", ["nothing-0.1-16", "../base"])
 def test_a_model_that_is_no_cell_is_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["mtbench", key])
     with pytest.raises(UserError, match=f"^cell '{re.escape(key)}' is not in the grid; its cells are "):
-        mtbench.main()
+        mtbench.main(key)
 
 
 def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
@@ -336,7 +334,7 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         with pytest.raises(UserError, match=r"4 of 16 turns have no score .*`dvc repro` again") as failure:
-            mtbench.main()
+            mtbench.main("base")
         for (category, number), (_, reason) in faults.items():
             (question_id,) = (q["question_id"] for q in QUESTIONS.values() if q["category"] == category)
             assert f"question {question_id} turn {number}: {reason}" in str(failure.value)
@@ -348,7 +346,7 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
         healthy = True
         server.requests.clear()
         with pytest.raises(UserError, match=r"2 of 16 turns have no score .*delete a kept reply") as failure:
-            mtbench.main()
+            mtbench.main("base")
         asked = Counter(turns[r["messages"][1]["content"]] for r in server.requests)
         assert {(turn.category, turn.turn): count for turn, count in asked.items()} == {
             ("stem", 1): 1,
@@ -359,7 +357,7 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
         for path in kept:
             Path(path).unlink()
         server.requests.clear()
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 2
         judgements = read_lines(JUDGEMENTS)
         assert [row["score"] for row in judgements] == [row["question_id"] - 80 for row in judgements]
@@ -369,7 +367,7 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
         server.requests.clear()
         monkeypatch.delenv("PREFSCAN_TEST_KEY")
         first = JUDGEMENTS.read_bytes()
-        mtbench.main()
+        mtbench.main("base")
         assert server.requests == []
         assert JUDGEMENTS.read_bytes() == first
 
@@ -378,7 +376,7 @@ def test_a_failure_names_five_turns_and_the_number_of_all(in_tmp: Path, monkeypa
     with chat_server(lambda *_: completion("no")) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         with pytest.raises(UserError, match=r"^16 of 16 turns have no score") as failure:
-            mtbench.main()
+            mtbench.main("base")
     assert str(failure.value).count("question ") == 5
     assert "; …)" in str(failure.value)
 
@@ -400,7 +398,7 @@ def test_a_verdict_that_cannot_be_kept_stops_the_asking(in_tmp: Path, monkeypatc
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         with pytest.raises(OSError, match="No space"):
-            mtbench.main()
+            mtbench.main("base")
         for thread in threading.enumerate():
             if "ThreadPoolExecutor" in thread.name:
                 thread.join(2)
@@ -423,7 +421,7 @@ def test_the_key_is_written_nowhere(
     with chat_server(refuse) as served:
         prepare(in_tmp, openai_judge(served.url), monkeypatch)
         with pytest.raises(UserError) as failure:
-            mtbench.main()
+            mtbench.main("base")
     assert set(served.keys) == {f"Bearer {KEY}"}
     assert "AuthenticationError" in str(failure.value)
     printed = capfd.readouterr()
@@ -482,12 +480,11 @@ def test_pairs_are_what_show_result_prints(in_tmp: Path, monkeypatch: pytest.Mon
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url, mode="pair", against="ipo-0.1-16", samples=samples), monkeypatch)
         write_lines(in_tmp / "data/mt_bench/model_answer/ipo-0.1-16.jsonl", OTHERS)
-        mtbench.main()
+        mtbench.main("base")
         assert len(server.requests) == 32 * samples
         rows, metrics = read_lines(JUDGEMENTS), json.loads(METRICS.read_text())
         assert len(rows) == 16 * samples
-        monkeypatch.setattr(sys, "argv", ["mtbench", "ipo-0.1-16"])
-        mtbench.main()
+        mtbench.main("ipo-0.1-16")
         assert len(server.requests) == 32 * samples  # nobody is asked about an answer beside itself
     itself = json.loads(METRICS.with_name("ipo-0.1-16.json").read_text())
     assert (itself["average"], itself["average_low"], itself["average_high"]) == (0.5, 0.5, 0.5)

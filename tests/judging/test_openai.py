@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import prefscan.chat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from chat_server import Reply, chat_server, completion, error
 from mtbench_data import openai_judge
 from prefscan.common.config import OpenAIJudge
 from prefscan.common.errors import UserError
+from prefscan.endpoints import chat_client
 from prefscan.judging.budget import Spending
 from prefscan.judging.judge import Prompt, load_judge
 from prefscan.judging.openai import REMINDERS, Replies, parse_rating, parse_winner
@@ -82,7 +82,7 @@ def test_a_doubtful_rating_is_refused(text: str, reason: str) -> None:
 def at_once(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key, a workspace without kept replies, and no waiting between attempts."""
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
-    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0)
+    monkeypatch.setattr(chat_client, "wait_random_exponential", lambda **_: lambda _: 0)
 
 
 def ask(replies: list[Reply], **changes: Any) -> tuple[Any, list[dict[str, Any]]]:
@@ -338,7 +338,7 @@ def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
-    monkeypatch.setattr(prefscan.chat, "wait_random_exponential", lambda **_: lambda _: 0.25)
+    monkeypatch.setattr(chat_client, "wait_random_exponential", lambda **_: lambda _: 0.25)
     limited = Reply(429, error(429).body, headers={"Retry-After": asked})
     verdict, requests = ask([limited, GOOD])
     assert (verdict.score, len(requests), waits) == (6, 2, [waited])
@@ -448,7 +448,7 @@ def test_equal_prompts_are_asked_once_and_judged_alike(mode: str) -> None:
     with chat_server(lambda *_: priced(next(words), 100, 10)) as server:
         changes = {"prices": PRICES, "concurrency": 8, "mode": mode}
         settings = OpenAIJudge.model_validate(openai_judge(server.url, **changes))
-        prompts = [Prompt("s", str(place // 2), cuts=(place,)) for place in range(20)]
+        prompts = [Prompt("s", str(place // 2)) for place in range(20)]
         prompts += [replace(prompts[0], sample=1)]
         for _ in ("bought", "kept"):
             found = dict(load_judge(settings).verdicts(prompts))

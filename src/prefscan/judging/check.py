@@ -112,7 +112,6 @@ def check_turns(
                 pairs = [(texts["good"], texts[bad]) for bad in VERSIONS[1:]]
                 layouts = [{"answer_a": a, "answer_b": b} for pair in pairs for a, b in (pair, pair[::-1])]
             for layout in layouts:
-                # Without cuts: nothing is kept of prompts that no cell has, and the repetition reads them whole.
                 prompt = fill(templates, name, fields | layout)
                 turns.append(Turn(number, question["category"], 1, name, prompt))
     return turns

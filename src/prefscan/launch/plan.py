@@ -32,7 +32,7 @@ from prefscan.launch.estimate import cells_left, measured_speed, sentences
 from prefscan.repo.pipeline import CELL_STAGES, CHOICE, compose, stale_stages
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
-FREE = ("judge", "agreement", *CHOICE)  # parameters that change no model's answers
+FREE = ("judge", "agreement", "runtime", *CHOICE)  # parameters that change no model's answers
 
 
 class Files(NamedTuple):
@@ -101,9 +101,7 @@ def check_left(asker: ChatJudge, files: Files) -> tuple[int, int]:
 
 def models_settings(params: Params) -> dict[str, Any]:
     """The parameters that decide every cell's answers; a loss's hyperparameters decide those of its own cells."""
-    settings = params.model_dump(exclude=set(FREE))
-    del settings["train"]["losses"]
-    return settings
+    return params.model_dump(exclude={*FREE, "losses"})
 
 
 def retrained(params: Params, workspace: Params) -> list[str]:

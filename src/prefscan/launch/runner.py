@@ -1,6 +1,6 @@
 """Chains on Ray, of this machine or of a running cluster.
 
-A Ray task is a chain in a clone of its own (clones.py). Ray begins it when what it waits for has ended and a node has
+A Ray task is a chain in a clone of its own (clone.py). Ray begins it when what it waits for has ended and a node has
 room, and again where a worker or a node is lost.
 """
 
@@ -36,7 +36,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("prefscan: launch needs Ray; install it: pip install -c constraints.txt -e '.[cluster]'")
 
-# The same on every node: ray and dvc to work together, and those of keys.py, or none could go on with another's work.
+# The same on every node: dvc and ray to work together, and those of a result, or none could go on with another's work.
+SAME = (*LIBRARIES, "dvc", "ray")
 CHECKING = 3600.0  # seconds; hashing a node's cache of a terabyte
 SLOW = ".*timed out during startup"  # Ray gives its processes 30 s, which a busy machine may exceed
 
@@ -135,7 +136,7 @@ def needed(place: Place, params: Params) -> Iterator[Needs]:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     try:
-        yield Needs({name: _version(name) for name in LIBRARIES}, key_variables(params), token)
+        yield Needs({name: _version(name) for name in SAME}, key_variables(params), token)
     finally:
         if token:
             token.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def policy_hash(script: str) -> str:
 
 def environment(autoescape: bool) -> jinja2.Environment:
     found = jinja2.Environment(
-        loader=jinja2.PackageLoader("prefscan"),
+        loader=jinja2.PackageLoader("prefscan.reporting"),
         autoescape=autoescape,  # noqa: S701 - off for Markdown alone, whose template escapes its own way
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -41,8 +41,8 @@ SAME_SCORE = 2e-5
 NEUTRAL = {
     *(f"judge.{name}" for name in ("budget", "timeout", "attempts", "concurrency", "prices", "key_variable")),
     *(f"answer.server.{name}" for name in ("timeout", "attempts", "key_variable")),
-    *(f"train.{name}" for name in ("gradient_checkpointing", "report_to")),
     "agreement",
+    "runtime",
 }
 # Parameters that make a judge the one that it is, beside the name of one behind an API.
 JUDGE = (
@@ -228,7 +228,7 @@ def settings(revision: Revision, models: Iterable[str]) -> dict[str, Any]:
 
     def decides(name: str) -> bool:
         if name.startswith("losses."):
-            return name.split(".")[2] in losses
+            return name.split(".")[1] in losses
         return name.split(".")[0] not in CHOICE and neutral.isdisjoint((name, name.rpartition(".")[0]))
 
     return {name: value for name, value in leaves(revision.params) if decides(name)} | revision.pins

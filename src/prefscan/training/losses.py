@@ -434,7 +434,7 @@ def check_losses(params: Params) -> None:
             raise UserError(f"params.yaml: grid.loss: {name!r} is no known loss; {known}")
         if name not in sections:
             raise UserError(
-                f"params.yaml: losses.{name}: missing; add it to conf/train/losses/papers.yaml, as {{}} if the "
+                f"params.yaml: losses.{name}: missing; add it to conf/losses/papers.yaml, as {{}} if the "
                 "loss has no hyperparameters"
             )
     for name, section in sections.items():
@@ -445,8 +445,8 @@ def check_losses(params: Params) -> None:
             wanted = "give it a class with these" if taken else "take its class out"
             raise UserError(
                 f"params.yaml: losses.{name}: its section has {', '.join(sorted(given)) or 'nothing'}, its "
-                f"function takes {', '.join(sorted(taken)) or 'nothing'}; {wanted} in src/prefscan/params.py, where "
-                "Losses names it"
+                f"function takes {', '.join(sorted(taken)) or 'nothing'}; {wanted} in "
+                "src/prefscan/common/config.py, where Losses names it"
             )
 
 

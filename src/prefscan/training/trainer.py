@@ -4,7 +4,7 @@
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
 losses.py, the layout of a micro-batch from layouts/, the reference's log-probabilities from the reference stage. With
-`train.accelerate`, several processes train the cell: distributed.py.
+`train.accelerate`, several processes train the cell: multi_gpu.py.
 """
 
 import os
