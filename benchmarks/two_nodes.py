@@ -85,8 +85,8 @@ def main() -> None:
     folder = options.folder.absolute()
     folder.mkdir(parents=True)
     seconds = {}
-    for name, run in (("nodes", by_nodes), ("repro", by_repro)):
-        seconds[name] = round(run(folder / name), 1)
+    for name, sweep in (("nodes", by_nodes), ("repro", by_repro)):
+        seconds[name] = round(sweep(folder / name), 1)
         print(f"{name}: {seconds[name]} s", flush=True)
     nodes, repro = hashes(folder / "nodes"), hashes(folder / "repro")
     differing = sorted(path for path in nodes | repro if nodes.get(path) != repro.get(path))

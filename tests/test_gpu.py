@@ -28,17 +28,17 @@ from prefscan.common.config import Cell, LocalJudge, Merge, Train
 from prefscan.common.io import read_jsonl
 from prefscan.generation.sampling import SeededSampling, generate, prompt_ids
 from prefscan.judging.judge import Prompt, load_judge
-from prefscan.logprobs import packed as shared
+from prefscan.logprobs import packed
 from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
 from prefscan.merging.merge import merge_cell
 from prefscan.models.loading import load_model, load_tokenizer
-from prefscan.models.memory import activation_bytes, longest_batch
+from prefscan.models.memory import activation_bytes
 from prefscan.training import checkpoints
-from prefscan.training import trainer as train_stage
-from prefscan.training.trainer import PairTrainer, train_cell
+from prefscan.training import trainer as trainer_module
+from prefscan.training.trainer import PairTrainer, Sides, train_cell
 from tiny import heads_of_64, random_adapter, random_pairs
-from train_data import Killed, run_train, with_recipe, write_inputs
+from train_data import QUIET, Killed, changed, run_train, settings_of, with_recipe, write_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,18 +46,19 @@ pytestmark = [
 ]
 SRC = Path(__file__).parents[1] / "src"
 CPU = torch.device("cpu")
-ENGINES = ["packed", "padded"]
+LAYOUTS = ["packed", "padded"]
 # Pairs shorter than a block of FlexAttention's 128 tokens, longer ones, and boundaries at its edges.
 LENGTHS = [(140, 60, 200), (3, 5, 2), (300, 1, 129), (64, 64, 128), (17, 230, 41), (128, 128, 1)]
 TRAINING = 16
+RECOMPUTED = QUIET.model_copy(update={"gradient_checkpointing": True})
 
 
 @pytest.fixture(scope="module")
 def study() -> Train:
     """The study's training, in updates that move a tiny model."""
     train = Train.model_validate(group("train", "study"))
-    changes = {"learning_rate": 1e-3, "warmup_steps": 2, "accumulation": 2, "gradient_checkpointing": True}
-    return train.model_copy(update=changes | {"report_to": "none"})
+    changes = {"learning_rate": 1e-3, "warmup_steps": 2, "gradient_accumulation_steps": 2}
+    return train.model_copy(update=changes)
 
 
 def relative(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -100,7 +101,7 @@ def logps_and_gradients(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    logps = torch.stack(shared.pair_logps(model, shared.collate(pairs, 0)))
+    logps = torch.stack(packed.pair_logps(model, packed.collate(pairs, 0)))
     weights = torch.linspace(-1, 1, logps.numel(), device=logps.device).view_as(logps)
     (logps * weights).sum().backward()
     return logps.detach().cpu(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -124,7 +125,7 @@ def test_rows_shorter_than_a_block_of_flex_attention(wide_model: Path, dtype: st
     for pair in pairs:
         with torch.no_grad():
             found, expected = (
-                torch.stack(shared.pair_logps(each, shared.collate([pair], 0))).cpu() for each in (model, on_cpu)
+                torch.stack(packed.pair_logps(each, packed.collate([pair], 0))).cpu() for each in (model, on_cpu)
             )
         torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == "fp32" else 1e-2, atol=1e-3)
 
@@ -148,14 +149,14 @@ def test_micro_batches_of_any_lengths_share_their_kernels(wide_model: Path) -> N
         pairs = random_pairs([(7 * start + p, 11 * start + c, r + start) for p, c, r in LENGTHS[: 1 + start % 5]], 250)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                sum(shared.pair_logps(model, shared.collate(pairs, 0))).sum()
+                sum(packed.pair_logps(model, packed.collate(pairs, 0))).sum()
         graphs.append(counters["stats"]["unique_graphs"])
     print("graphs", graphs)
     assert graphs[-1] == graphs[5]
     assert graphs[-1] <= 6
 
 
-@pytest.mark.parametrize("layout", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as_much(layout: str, dtype: str) -> None:
     pairs = random_pairs([(160, 140, 140)] * 3)
@@ -174,7 +175,7 @@ def test_the_estimate_of_activations_is_about_what_a_gpu_keeps_or_up_to_twice_as
         measured.append(kept)
     two_layers = measured[1] - measured[0]
     model.config.num_hidden_layers = 2
-    estimate = activation_bytes(model.config, longest_batch(pairs, 3, layout), dtype)
+    estimate = activation_bytes(model.config, load_layout(layout).most_positions(pairs, 3), dtype)
     print("kept", layout, dtype, estimate / two_layers)
     assert 0.9 * two_layers <= estimate <= 2 * two_layers
 
@@ -186,11 +187,11 @@ Fit = Callable[..., tuple[PairTrainer, dict[str, Any]]]
 
 
 @pytest.fixture
-def fit(in_tmp: Path, wide_model: Path, study: Train, pairs: list[Any]) -> Fit:
-    """Train a cell in an empty working directory; keywords override the study's section `train`."""
+def fit(in_tmp: Path, wide_model: Path, params: Any, study: Train, pairs: list[Any]) -> Fit:
+    """Train a cell in an empty working directory; keywords override the study's sections `train` and `runtime`."""
 
     def run(loss: str = "sigmoid", steps: int = 10, **changes: Any) -> tuple[PairTrainer, dict[str, Any]]:
-        train = study.model_copy(update=changes)
+        train, runtime = changed(study, RECOMPUTED, **changes)
         loading = wide_model, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant
         model = load_model(*loading).requires_grad_(False)
         tokenizer = load_tokenizer(wide_model)
@@ -198,10 +199,11 @@ def fit(in_tmp: Path, wide_model: Path, study: Train, pairs: list[Any]) -> Fit:
             model, load_layout(train.layout), pairs, train.per_device_train_batch_size, tokenizer.pad_token_id
         )
         reference = list(rows)
-        sides = (with_reference(side, reference) for side in (pairs[:TRAINING], pairs[TRAINING:]))
+        sides = Sides(*(with_reference(side, reference) for side in (pairs[:TRAINING], pairs[TRAINING:])))
         model.set_attn_implementation("sdpa")
         cell = Cell(loss=loss, beta=0.1, steps=steps)
-        trainer, metrics, _ = train_cell(cell, train, 0, *sides, model, tokenizer, Path(mkdtemp(dir=".")))
+        settings = settings_of(cell, params.losses, train, runtime)
+        trainer, metrics, _ = train_cell(settings, sides, model, tokenizer, Path(mkdtemp(dir=".")))
         return trainer, metrics
 
     return run
@@ -211,13 +213,13 @@ def adapter(trainer: PairTrainer) -> dict[str, torch.Tensor]:
     return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-FULL_PRECISION = {"dtype": "fp32", "quantization": "none", "optimizer": "adamw_torch"}
+FULL_PRECISION = {"dtype": "fp32", "bnb_4bit_quant_type": "none", "optim": "adamw_torch"}
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto", "simpo", "aot"])
-def test_both_engines_end_with_one_adapter_in_fp32(fit: Fit, loss: str) -> None:
+def test_both_layouts_end_with_one_adapter_in_fp32(fit: Fit, loss: str) -> None:
     """Not kto_pair: its gradient jumps at a KL of 0, where training begins, so rounding decides the first update."""
-    (fast, metrics), (stock, expected) = (fit(loss, layout=layout, **FULL_PRECISION) for layout in ENGINES)
+    (fast, metrics), (stock, expected) = (fit(loss, layout=layout, **FULL_PRECISION) for layout in LAYOUTS)
     difference = relative(adapter(fast), adapter(stock))
     print("layouts", loss, difference)
     assert difference < 1e-4
@@ -226,9 +228,9 @@ def test_both_engines_end_with_one_adapter_in_fp32(fit: Fit, loss: str) -> None:
 
 
 @pytest.mark.parametrize(("quantization", "double"), [("fp4", False), ("nf4", True)])
-def test_both_engines_train_a_4_bit_base_alike(fit: Fit, quantization: str, double: bool) -> None:
-    options = {"quantization": quantization, "bnb_4bit_use_double_quant": double}
-    (fast, metrics), (stock, expected) = (fit(layout=layout, **options) for layout in ENGINES)
+def test_both_layouts_train_a_4_bit_base_alike(fit: Fit, quantization: str, double: bool) -> None:
+    options = {"bnb_4bit_quant_type": quantization, "bnb_4bit_use_double_quant": double}
+    (fast, metrics), (stock, expected) = (fit(layout=layout, **options) for layout in LAYOUTS)
     layers = [module for module in fast.model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14  # seven of each of the two layers; the head is not quantised
     for layer in layers:
@@ -247,7 +249,7 @@ def test_both_engines_train_a_4_bit_base_alike(fit: Fit, quantization: str, doub
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_base_in_half_precision_trains_about_as_in_fp32(fit: Fit, layout: str, dtype: str) -> None:
     (half, metrics), (_, expected) = (
         fit(layout=layout, **FULL_PRECISION | {"dtype": each}) for each in (dtype, "fp32")
@@ -265,7 +267,7 @@ def test_checkpointing_of_activations_changes_no_result(
     without, _ = fit(layout="packed", gradient_checkpointing=False, **FULL_PRECISION)
     mean = 4 * sum(len(pair[key]) for pair in pairs for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     fits = 2 * activation_bytes(load_model(wide_model, "fp32").config, mean // len(pairs), "fp32")
-    monkeypatch.setattr(train_stage, "free_bytes", lambda: fits)
+    monkeypatch.setattr(trainer_module, "free_bytes", lambda: fits)
     choices = []
     recompute = PairTrainer.recompute
     monkeypatch.setattr(PairTrainer, "recompute", lambda self, it: (choices.append(it), recompute(self, it))[1])
@@ -277,17 +279,17 @@ def test_checkpointing_of_activations_changes_no_result(
 
 
 def test_an_evaluation_forward_leaves_a_4_bit_bases_gradients_alone(wide_model: Path, pairs: list[Any]) -> None:
-    """As on a CPU, where bitsandbytes' layer would repack its weights: tests/test_train.py."""
+    """As on a CPU, where bitsandbytes' layer would repack its weights: tests/training/test_trainer.py."""
     gradients = []
     for evaluate in (True, False):
         model = random_adapter(load_model(wide_model, "fp32", "nf4"), scale=0.3)
-        batch = shared.collate(pairs[:4], 0)
+        batch = packed.collate(pairs[:4], 0)
         if evaluate:
             model.eval()
             with torch.no_grad():
-                shared.pair_logps(model, batch)
+                packed.pair_logps(model, batch)
         model.train()
-        chosen, rejected = shared.pair_logps(model, batch)
+        chosen, rejected = packed.pair_logps(model, batch)
         (chosen - rejected).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert relative(*gradients) < 1e-6
@@ -302,8 +304,8 @@ CELL = "sigmoid-0.1-9"
 @pytest.fixture
 def lay_out(in_tmp: Path, wide_model: Path, pairs: list[Any], params: Any, study: Train) -> Callable[..., None]:
     def write(**changes: Any) -> None:
-        train = study.model_copy(update=changes)
-        recipe = with_recipe(params, train, seed=5, loss="sigmoid", beta=0.1, steps=9)
+        train, runtime = changed(study, RECOMPUTED, **changes)
+        recipe = with_recipe(params, train, seed=5, runtime=runtime, loss="sigmoid", beta=0.1, steps=9)
         write_inputs(in_tmp, wide_model, pairs[:TRAINING], pairs[TRAINING:], recipe)
 
     return write
@@ -323,7 +325,7 @@ def test_a_gpu_trains_the_adapter_that_a_cpu_trains(lay_out: Callable[..., None]
     assert margins[0] == pytest.approx(margins[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recipe", ["study", "fp32"])
 def test_a_killed_cell_goes_on_with_its_optimizer(
     lay_out: Callable[..., None],
@@ -362,7 +364,7 @@ def test_a_merge_on_the_gpu_is_the_one_on_the_cpu(
     merged, metrics = merge_cell(*options)
     assert {weight.device.type for weight in merged.parameters()} == {"cuda"}
     with monkeypatch.context() as patch:
-        patch.setattr("prefscan.merge.ROOM", 2**60)  # more than any GPU has
+        patch.setattr("prefscan.merging.merge.ROOM", 2**60)  # more than any GPU has
         on_cpu, expected = merge_cell(*options)
     assert {weight.device.type for weight in on_cpu.parameters()} == {"cpu"}
     print("merge", metrics, expected)

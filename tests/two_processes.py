@@ -28,11 +28,10 @@ DDP = yaml.safe_load((CONFIGURATIONS / "ddp.yaml").read_text()) | {"mixed_precis
 
 def run_train(folder: str) -> None:
     """The train stage for the recipe of the folder."""
-    from prefscan.training import trainer as train
+    from prefscan.stages import train
 
     os.chdir(folder)
-    sys.argv = ["train", train.load().recipe.key]
-    train.main()
+    train.main(train.load().recipe.key)
 
 
 def run_save(folder: str) -> None:
@@ -44,7 +43,7 @@ def run_save(folder: str) -> None:
 
 
 def run_shard(folder: str) -> None:
-    """Each layout's log-probabilities and gradients on the folder's model, sharded, into ENGINE-PRECISION.pt.
+    """Each layout's log-probabilities and gradients on the folder's model, sharded, into LAYOUT-PRECISION.pt.
 
     accelerate shards it as the shipped configuration says, through the function that its `prepare` calls on GPUs.
     """

@@ -17,7 +17,7 @@ CONF = REPOSITORY / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = {
     group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    for group in ("model", "data", "train", "sweep", "answer", "judge", "launch")
+    for group in ("model", "data", "train", "losses", "runtime", "sweep", "answer", "judge", "launch")
 }
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -114,37 +114,36 @@ def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
     assert set(keys(params)) == cells
     assert params.train.model_dump() == {
         "accelerate": None,
-        "engine": "shared",
+        "layout": "packed",
         "lora": {
             "r": 16,
-            "alpha": 16,
-            "dropout": 0.05,
-            "targets": ["k_proj", "gate_proj", "v_proj", "up_proj", "q_proj", "o_proj", "down_proj"],
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": ["k_proj", "gate_proj", "v_proj", "up_proj", "q_proj", "o_proj", "down_proj"],
         },
         "disable_dropout": True,
         "learning_rate": 5e-6,
-        "schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "warmup_steps": 100,
-        "batch_size": 4,
-        "accumulation": 4,
-        "optimizer": "paged_adamw_32bit",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "optim": "paged_adamw_32bit",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "dtype": "bf16",
-        "quantization": "fp4",
+        "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": False,
-        "gradient_checkpointing": "auto",
-        "losses": {
-            **{loss: {} for loss in LOSSES},
-            "exo_pair": {"label_smoothing": 1e-3},
-            "robust": {"label_smoothing": 0.1},
-            "discopop": {"tau": 0.05},
-            "simpo": {"gamma": 0.5},
-            "cpo": {"alpha": 1.0},
-            "kto": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
-        },
-        "report_to": "wandb",
     }
+    assert params.losses.model_dump() == {
+        **{loss: {} for loss in LOSSES},
+        "exo_pair": {"label_smoothing": 1e-3},
+        "robust": {"label_smoothing": 0.1},
+        "discopop": {"tau": 0.05},
+        "simpo": {"gamma": 0.5},
+        "cpo": {"alpha": 1.0},
+        "kto": {"desirable_weight": 1.0, "undesirable_weight": 1.0},
+    }
+    assert params.runtime.model_dump() == {"gradient_checkpointing": "auto", "report_to": "wandb"}
     assert (params.data.max_prompt_length, params.data.max_length) == (1024, 1536)
     assert (params.model.source.repo, params.data.source.repo) == (
         "teknium/OpenHermes-2.5-Mistral-7B",
@@ -183,7 +182,7 @@ def test_settings_of_deepspeed_stand_in_the_parameters() -> None:
 
 
 def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
-    with pytest.raises(UserError, match="FSDP shards no base of quantization fp4; set quantization: none, or accele"):
+    with pytest.raises(UserError, match="FSDP shards no base of bnb_4bit_quant_type fp4; set it to none, or accele"):
         compose("train=study", "train/accelerate=fsdp")
     unquantised = compose("train=study", "train/accelerate=fsdp", "train.bnb_4bit_quant_type=none")
     assert unquantised.train.accelerate.distributed_type == "FSDP"
@@ -194,11 +193,11 @@ def test_fsdp_shards_no_4_bit_base(compose: Any) -> None:
     [
         (
             "train.dtype=fp16",
-            "dtype fp16 cannot train the adapter of a base of quantization fp4, which is bf16; choose",
+            "dtype fp16 cannot train the bf16 adapter of a base of bnb_4bit_quant_type fp4; choose",
         ),
         (
             "train.optim=adafactor",
-            "optimizer adafactor on a base of quantization fp4 does not go on from a checkpo",
+            "optim adafactor on a base of bnb_4bit_quant_type fp4 does not go on from a checkpo",
         ),
     ],
 )
@@ -244,7 +243,7 @@ def test_every_optimizer_is_one_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("train.optim=adamw", r"train\.optimizer: .*'adamw_torch'"),
+        ("train.optim=adamw", r"train\.optim: .*'adamw_torch'"),
         ("seed=4294967296", r"seed: .*4294967296"),
     ],
 )
@@ -422,8 +421,8 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         (
             "train.accelerate",
             DDP,
-            "train: accumulation 1 cannot be shared by accelerate.num_processes 2; set accumulation to a multiple "
-            "of 2; with a smaller batch_size an update keeps its pairs",
+            "train: gradient_accumulation_steps 1 cannot be shared by accelerate.num_processes 2; set it to a multiple "
+            "of 2; with a smaller per_device_train_batch_size an update keeps its pairs",
         ),
         (
             "train.accelerate",

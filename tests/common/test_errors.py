@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import new_folder, write_json
 
 
@@ -21,17 +21,17 @@ def raise_(error: BaseException) -> Callable[[], None]:
     return main
 
 
-def message_of(main: Callable[[], None]) -> str:
+def message_of(main: Callable[[], None], stage: str = "prepare") -> str:
     """What the interpreter prints on standard error as it ends with status 1."""
     with pytest.raises(SystemExit) as caught:
-        run_stage(main)
+        run(stage, main)
     assert isinstance(caught.value.code, str)
     return caught.value.code
 
 
 def test_a_stage_that_ends_well_runs_once() -> None:
     runs: list[int] = []
-    run_stage(lambda: runs.append(1))
+    run("prepare", lambda: runs.append(1))
     assert runs == [1]
 
 
@@ -53,46 +53,8 @@ def test_what_cannot_be_written_ends_the_stage_with_one_sentence(code: int, file
 )
 def test_every_other_error_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
-        run_stage(raise_(error))
+        run("prepare", raise_(error))
     assert caught.value is error
-
-
-@pytest.mark.parametrize(
-    ("takes", "given", "said"),
-    [
-        (("cell",), [], "error: the following arguments are required: cell"),
-        (("cell",), ["ipo-0.5-24", "more"], "error: unrecognized arguments: more"),
-        ((), ["--force"], "error: unrecognized arguments: --force"),
-    ],
-)
-def test_a_command_takes_what_it_names_and_nothing_else(
-    takes: tuple[str, ...],
-    given: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/prefscan/train.py", *given])
-    with pytest.raises(SystemExit) as caught:
-        run_stage(raise_(AssertionError("it ran")), takes)
-    assert caught.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("usage: prefscan train [-h]")
-    assert said in printed
-
-
-def test_a_command_reads_its_arguments_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "ipo-0.5-24"])
-    read: list[str] = []
-    run_stage(lambda: read.extend(sys.argv[1:]), ("cell",))
-    assert read == ["ipo-0.5-24"]
-
-
-def test_help_is_the_modules_own_text_and_runs_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "prefscan", "check", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Refuse wrong parameters before anything is computed." in done.stdout
 
 
 def save_tokenizer(folder: Path, model: Path) -> None:
@@ -137,30 +99,34 @@ def test_a_full_disk_ends_the_stage_with_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("stage", "way_out"),
     [
-        ("train", r"set train\.gradient_checkpointing: true, .* or lower train\.batch_size and raise train\.accumul"),
+        (
+            "train",
+            r"set runtime\.gradient_checkpointing: true, .* or lower train\.per_device_train_batch_size and raise "
+            r"train\.gradient_accumul",
+        ),
         (
             "reference",
-            r"lower train\.batch_size and raise train\.accumulation as much, by which every cell trains a",
+            r"lower train\.per_device_train_batch_size and raise train\.gradient_accumulation_steps as much, by which "
+            r"every cell trains a",
         ),
         ("mtbench", r"lower judge\.batch_size, or choose a smaller judge$"),
         ("merge", r"this stage needs a GPU with more$"),
     ],
 )
-def test_a_full_gpu_names_the_keys_that_need_less(monkeypatch: pytest.MonkeyPatch, stage: str, way_out: str) -> None:
+def test_a_full_gpu_names_the_keys_that_need_less(stage: str, way_out: str) -> None:
     def main() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 23.5 GiB.")
 
-    monkeypatch.setattr(sys, "argv", [f"/somewhere/prefscan/{stage}.py"])
-    assert re.match(f"prefscan: CUDA out of memory; {way_out}", message_of(main))
+    assert re.match(f"prefscan: CUDA out of memory; {way_out}", message_of(main, stage))
 
 
 def test_a_stage_starts_without_walking_what_it_imports() -> None:
     code = """
 import gc
-import prefscan.prepare
-from prefscan.errors import run_stage
+import prefscan.stages.prepare
+from prefscan.common.errors import run
 walks = sum(generation["collections"] for generation in gc.get_stats())
-run_stage(lambda: print(walks, gc.get_freeze_count()))
+run("prepare", lambda: print(walks, gc.get_freeze_count()))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     walks, frozen = map(int, done.stdout.split())

@@ -1,7 +1,6 @@
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -471,16 +470,13 @@ def test_a_template_that_does_not_fit_is_refused(template: str, message: str, ti
 # The command --------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_the_pairs_and_the_metrics(
-    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_writes_the_pairs_and_the_metrics(in_tmp: Path, tiny_model: Path) -> None:
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     params["data"] |= {"max_length": 300, "max_prompt_length": 200, "heldout_share": 0.5, "heldout_max": None}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params))
     (in_tmp / "models").mkdir()
     (in_tmp / "models/base").symlink_to(tiny_model)
     write_rows(in_tmp / "data/raw/train/pairs.json", [sharegpt_rows(24)])
-    monkeypatch.setattr(sys, "argv", ["prepare"])
     outputs = [in_tmp / name for name in ("data/pairs/train.jsonl", "data/pairs/heldout.jsonl", "metrics/prepare.json")]
     main()
     first = [path.read_bytes() for path in outputs]

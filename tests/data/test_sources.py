@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -21,7 +20,7 @@ from packaging.version import Version
 
 from hub import COMMIT, Hub
 from prefscan.common.config import HubPairs, HubSource, Model, PackageFile, PackagePairs, Questions, load
-from prefscan.common.errors import UserError, run_stage
+from prefscan.common.errors import UserError, run
 from prefscan.common.io import sha256
 from prefscan.data.sources import extract, fetch_model, fetch_pairs, fetch_questions, set_up_tokenizer
 from prefscan.generation.sampling import prompt_ids
@@ -510,7 +509,7 @@ def test_a_full_disk_is_not_called_a_fault_of_the_hub(
     folders = {name: (small_disk if name == full else tmp_path) / name for name in ("cache", "out")}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folders["cache"]))
     with pytest.raises(SystemExit, match=r"prefscan: cannot write.*; make room or access and run `dvc repro` again"):
-        run_stage(lambda: fetch_model(hub_model(), folders["out"] / "base"))
+        run("fetch", lambda: fetch_model(hub_model(), folders["out"] / "base"))
     assert_nothing_left(folders["out"] / "base", temporary)
 
 
@@ -568,24 +567,18 @@ def test_a_pattern_that_no_file_matches_is_refused(
 # The command --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["weights"], ["model", "pairs"]])
-def test_the_command_names_what_it_can_fetch(
-    arguments: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("what", ["weights", ""])
+def test_the_command_names_what_it_can_fetch(what: str, in_tmp: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", in_tmp)
-    monkeypatch.setattr(sys, "argv", ["fetch", *arguments])
     with pytest.raises(UserError, match=r"fetch what\? got .*one of model, pairs, questions"):
-        main()
+        main(what)
 
 
-def test_the_command_fetches_what_the_parameters_name(
-    index: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_fetches_what_the_parameters_name(index: Path, in_tmp: Path) -> None:
     params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     params["data"]["source"] = make_wheel(index, {"pairs.json": PAIRS}) | {"train": "pairs.json", "heldout": None}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params))
-    monkeypatch.setattr(sys, "argv", ["fetch", "pairs"])
-    main()
+    main("pairs")
     assert files_of(in_tmp / "data") == {"raw/train/pairs.json": PAIRS}
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import fastchat.llm_judge.common as fastchat
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 
 from mtbench_data import CATEGORIES, ROOT, make_questions, write_params, write_questions
@@ -27,6 +26,7 @@ from prefscan.generation.kl import divergence, log_ratios, token_logprobs
 from prefscan.generation.sampling import Reply, SeededSampling, end_tokens
 from prefscan.judging.fastchat import select_questions
 from prefscan.models.loading import load_cell, load_model, load_tokenizer, manifest
+from prefscan.stages import answer as stage
 
 GREEDY = ("extraction", "math", "coding", "reasoning")
 
@@ -237,12 +237,13 @@ def test_a_turn_ends_with_the_models_tokens_and_the_tokenizers(model: Any, token
         assert sizes == [(1, False)] * 2
 
 
-def prepare(root: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def prepare(root: Path, tiny_model: Path) -> None:
     write_params(root, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4})
     write_questions(root, make_questions(2))
     (root / "models").mkdir()
     (root / "models/base").symlink_to(tiny_model)
-    monkeypatch.setattr(sys, "argv", ["answer", key])
+    for name in ("dvc.yaml", "src"):
+        (root / name).symlink_to(ROOT / name)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_out_of_memory_is_an_error_and_no_answer(
     message: str,
 ) -> None:
     """In the second batch, when there are answers that could be written."""
-    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    prepare(in_tmp, tiny_model)
     forward, prompts = model.forward, []
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -284,7 +285,7 @@ def test_out_of_memory_is_an_error_and_no_answer(
     monkeypatch.setattr(model, "forward", full)
     monkeypatch.setattr(answer, "load_model", lambda *_: model)
     with pytest.raises(shown, match=message):
-        answer.main()
+        stage.main("base")
     assert len(prompts) == 9
     assert not list(in_tmp.rglob("base.json*"))
     (left,) = Path(".prefscan/answers/base").iterdir()
@@ -300,21 +301,22 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
     in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 in the second of two batches, with a line cut short; the first batch is not answered again."""
-    prepare(in_tmp, tiny_model, monkeypatch, "base")
-    answer.main()
+    prepare(in_tmp, tiny_model)
+    stage.main("base")
     whole = results()
     assert not list(Path(".prefscan/answers/base").iterdir())
 
     script = (
-        "import os, signal, sys; sys.argv = ['answer', 'base']\n"
-        "from prefscan import answer\n"
+        "import os, signal\n"
+        "from prefscan.generation import answers as answer\n"
+        "from prefscan.stages.answer import main\n"
         "generate, calls = answer.generate, []\n"
         "def killed(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return generate(*args)\n"
         "answer.generate = killed\n"
-        "answer.main()\n"
+        "main('base')\n"
     )
     threads = str(torch.get_num_threads())  # a part of the key
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": threads}
@@ -327,7 +329,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_bytes(
 
     generate, calls = answer.generate, []
     monkeypatch.setattr(answer, "generate", lambda *args: calls.append(1) or generate(*args))
-    answer.main()
+    stage.main("base")
     assert len(calls) == 2  # both turns of the second batch
     assert results() == whole
 
@@ -345,25 +347,22 @@ def test_kept_answers_may_hold_every_sign(tmp_path: Path, sign: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["seed", "answer", "questions", "weights"])
-def test_answers_of_another_result_are_not_used(
-    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    prepare(in_tmp, tiny_model, monkeypatch, "base")
+def test_answers_of_another_result_are_not_used(in_tmp: Path, tiny_model: Path, change: str) -> None:
+    prepare(in_tmp, tiny_model)
     Path("models/base").unlink()
     shutil.copytree(tiny_model, "models/base")
-    changed, seed = settings(), 0
-    before = answer.answers_file("base", changed, seed)
-    assert answer.answers_file("base", changed, seed) == before
+    before = answer.answers_file("base")
+    assert answer.answers_file("base") == before
     before.write_text("x")
     if change == "answer":
-        changed = settings(max_new_tokens=13)
+        write_params(in_tmp, answer={"questions": 8, "max_new_tokens": 13, "batch_size": 4})
     elif change == "seed":
-        seed = 1
+        write_params(in_tmp, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4}, seed=1)
     elif change == "questions":
         write_questions(in_tmp, make_questions(3))
     elif change == "weights":
         Path("models/base/model.safetensors").write_bytes(b"other")
-    assert answer.answers_file("base", changed, seed) != before
+    assert answer.answers_file("base") != before
     assert not before.exists()
 
 
@@ -371,10 +370,10 @@ def test_a_stage_goes_on_with_the_batches_it_began_with(
     in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where less memory is free than when it was killed: other batches could end in other bits."""
-    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    prepare(in_tmp, tiny_model)
     write_params(in_tmp, answer={"questions": 16, "max_new_tokens": 6, "batch_size": "auto"})
     monkeypatch.setattr(generation, "MOST_ROWS", 6)
-    answer.main()
+    stage.main("base")
     whole = results()
     settled, sizes = answer.settled_batch_size, []
     generate, batches = answer.generate, []
@@ -387,28 +386,21 @@ def test_a_stage_goes_on_with_the_batches_it_began_with(
 
     monkeypatch.setattr(answer, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
-        answer.main()
+        stage.main("base")
     monkeypatch.setattr(answer, "settled_batch_size", lambda *args: sizes.append(1) or settled(*args))
     monkeypatch.setattr(generation, "MOST_ROWS", 2)
     monkeypatch.setattr(answer, "generate", lambda *args: batches.append(len(args[2])) or generate(*args))
-    answer.main()
+    stage.main("base")
     assert batches == [5, 5, 5, 5, 5, 6, 6]
     assert not sizes
     assert results() == whole
     assert json.loads(Path("metrics/cost/answer/base.json").read_text())["at_once"] == 6
 
 
-def test_the_hashed_code_is_what_the_stage_declares() -> None:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    for stage in ("answer", "answer-base"):
-        code = {dep for dep in stages[stage]["deps"] if dep.startswith("src/")}
-        assert {f"src/prefscan/{name}" for name in answer.CODE} == code
-
-
-def test_a_cell_outside_the_grid_is_refused(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(in_tmp, tiny_model, monkeypatch, "ipo-9.0-1")
+def test_a_cell_outside_the_grid_is_refused(in_tmp: Path, tiny_model: Path) -> None:
+    prepare(in_tmp, tiny_model)
     with pytest.raises(UserError, match=r"cell 'ipo-9\.0-1' is not in the grid; its cells are "):
-        answer.main()
+        stage.main("ipo-9.0-1")
 
 
 def save_adapter(tiny_model: Path, folder: Path) -> None:
@@ -421,9 +413,9 @@ def save_adapter(tiny_model: Path, folder: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path) -> None:
     """The base, and a cell of which merge has written a manifest; each as `dvc repro` runs it."""
-    prepare(in_tmp, tiny_model, monkeypatch, "base")
+    prepare(in_tmp, tiny_model)
     cell = "sigmoid-0.1-16"  # the recipe of the committed params.yaml
     save_adapter(tiny_model, in_tmp / "models/adapters" / cell)
     write_json(

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from chat_server import Reply, chat_server, completion, error
-from mtbench_data import CATEGORIES, make_questions, openai_judge, write_params, write_questions
+from mtbench_data import CATEGORIES, ROOT, make_questions, openai_judge, write_params, write_questions
 from prefscan.common.config import Server
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
 from prefscan.endpoints.chat_client import make_client
 from prefscan.endpoints.server import free_port, running_server, served_name
-from prefscan.generation import answers as answer
 from prefscan.generation.answers import TEMPERATURES
 from prefscan.generation.server_client import ask_question, request_body, request_seed
-from prefscan.judging import mtbench
 from prefscan.models.loading import load_model, manifest
+from prefscan.stages import answer as stage
+from prefscan.stages import mtbench
 from tiny import make_parrot, random_adapter
 
 KEY = "sk-very-secret"
@@ -41,12 +41,13 @@ def served(kind: str = "other", base_url: str | None = None, **changes: Any) -> 
     return {"engine": "openai", "server": server | changes} | sizes
 
 
-def prepare(root: Path, model: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], **params: Any) -> None:
+def prepare(root: Path, model: Path, settings: dict[str, Any], **params: Any) -> None:
     write_params(root, answer=settings, **params)
     write_questions(root, make_questions(1))
     (root / "models").mkdir(exist_ok=True)
     (root / "models/base").symlink_to(model)
-    monkeypatch.setattr(sys, "argv", ["answer", "base"])
+    for name in ("dvc.yaml", "src"):
+        (root / name).symlink_to(ROOT / name)
 
 
 def written() -> dict[int, Any]:
@@ -54,19 +55,17 @@ def written() -> dict[int, Any]:
     return {row["question_id"]: row for row in map(json.loads, lines)}
 
 
-def test_a_real_server_answers_as_this_process_does(
-    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_server_answers_as_this_process_does(in_tmp: Path, tiny_model: Path) -> None:
     """Greedy answers are the same texts; sampled ones repeat, and both stages write the same format."""
-    prepare(in_tmp, tiny_model, monkeypatch, served("transformers"))
-    answer.main()
+    prepare(in_tmp, tiny_model, served("transformers"))
+    stage.main("base")
     first = written()
     metrics = json.loads(Path("metrics/answer/base.json").read_text())
     assert set(metrics) == {"questions", "mean_tokens", "share_cut", "repetition"}
-    answer.main()
+    stage.main("base")
     assert written() == first
     write_params(in_tmp, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4})
-    answer.main()
+    stage.main("base")
     here = written()
     assert list(here) == list(first)
     category = {question["question_id"]: question["category"] for question in make_questions(1)}
@@ -85,15 +84,15 @@ def test_a_real_server_answers_as_this_process_does(
 def test_a_real_server_judges(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the question over the real client to the average: a model that says nothing but its rating."""
     parrot = make_parrot(in_tmp / "parrot", "[[7]]")
-    prepare(in_tmp, parrot, monkeypatch, served("transformers"))
-    answer.main()
+    prepare(in_tmp, parrot, served("transformers"))
+    stage.main("base")
     assert {turn for row in written().values() for turn in row["choices"][0]["turns"]} == {"[[7]]"}
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
     # Its name is the folder as the server was told, here without a slash.
     with running_server("transformers", Path("parrot"), {}, "fp32", Path("judge.log")) as url:
         judge = openai_judge(url, name="parrot", max_tokens=16, concurrency=4)
         write_params(in_tmp, answer={"questions": 8}, judge=judge)
-        mtbench.main()
+        mtbench.main("base")
     metrics = json.loads(Path("metrics/mtbench/base.json").read_text())
     assert (metrics["average"], metrics["first_turn"], metrics["second_turn"]) == (7, 7, 7)
     assert metrics["served_by"] == ["parrot@main"]
@@ -112,10 +111,9 @@ def test_questions_are_asked_at_once_and_written_in_order(
         prepare(
             in_tmp,
             tiny_model,
-            monkeypatch,
             served(base_url=server.url, concurrency=8, key_variable="PREFSCAN_TEST_KEY"),
         )
-        answer.main()
+        stage.main("base")
     rows = written()
     assert list(rows) == [question["question_id"] for question in make_questions(1)]
     for question in make_questions(1):
@@ -156,7 +154,7 @@ def test_questions_are_asked_at_once_and_written_in_order(
     ],
 )
 def test_a_fault_is_an_error_and_keeps_what_is_answered(
-    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, fault: Reply, requests: int, message: str
+    in_tmp: Path, tiny_model: Path, fault: Reply, requests: int, message: str
 ) -> None:
     """In the second turn of the fourth question; the next run asks for the five questions that are left."""
     broken = True
@@ -166,28 +164,26 @@ def test_a_fault_is_an_error_and_keeps_what_is_answered(
         return fault if fourth and broken else completion("fine")
 
     with chat_server(reply) as server:
-        prepare(in_tmp, tiny_model, monkeypatch, served(base_url=server.url))
+        prepare(in_tmp, tiny_model, served(base_url=server.url))
         with pytest.raises(UserError, match=rf"^question 84, turn 2: .*{message}"):
-            answer.main()
+            stage.main("base")
         assert not Path("data/mt_bench").exists()
         assert len(server.requests) == 3 * 2 + 1 + requests
         broken = False
-        answer.main()
+        stage.main("base")
         assert len(server.requests) == 3 * 2 + 1 + requests + 5 * 2
     assert len(written()) == 8
 
 
-def test_an_answer_of_no_words_is_an_answer_and_a_cut_one_is_marked(
-    in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_of_no_words_is_an_answer_and_a_cut_one_is_marked(in_tmp: Path, tiny_model: Path) -> None:
     def reply(request: dict[str, Any], _: int) -> Reply:
         if len(request["messages"]) == 1:
             return completion("")
         return Reply(body=completion("abc").body.replace(b'"stop"', b'"length"'))
 
     with chat_server(reply) as server:
-        prepare(in_tmp, tiny_model, monkeypatch, served(base_url=server.url))
-        answer.main()
+        prepare(in_tmp, tiny_model, served(base_url=server.url))
+        stage.main("base")
     for row in written().values():
         assert row["choices"][0] == {"index": 0, "turns": ["", "abc"], "tokens": [1, 3], "cut": [False, True]}
     assert json.loads(Path("metrics/answer/base.json").read_text())["share_cut"] == 0.5
@@ -233,9 +229,9 @@ CELL = "ipo-0.1-8"
 
 
 @pytest.fixture
-def trained(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def trained(in_tmp: Path, tiny_model: Path) -> Callable[[int], None]:
     """Trains CELL with a seed: its adapter, and merge's manifest of it."""
-    prepare(in_tmp, tiny_model, monkeypatch, served("vllm", "http://127.0.0.1:9/v1"))
+    prepare(in_tmp, tiny_model, served("vllm", "http://127.0.0.1:9/v1"))
 
     def train(seed: int) -> None:
         random_adapter(load_model(tiny_model, "fp32"), seed=seed).save_pretrained(f"models/adapters/{CELL}")
@@ -246,20 +242,17 @@ def trained(in_tmp: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return train
 
 
-def ask_cell(root: Path, monkeypatch: pytest.MonkeyPatch, url: str, key: str = CELL) -> None:
+def ask_cell(root: Path, url: str, key: str = CELL) -> None:
     grid = {"loss": ["ipo"], "beta": [0.1], "steps": [8]}
     write_params(root, answer=served("vllm", url), loss="ipo", beta=0.1, steps=8, grid=grid)
-    monkeypatch.setattr(sys, "argv", ["answer", key])
-    answer.main()
+    stage.main(key)
 
 
-def test_a_server_with_weights_of_before_is_not_asked(
-    in_tmp: Path, trained: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """prefscan.serving's names are of the weights that it loaded; a cell that is trained again has another."""
+def test_a_server_with_weights_of_before_is_not_asked(in_tmp: Path, trained: Callable[[int], None]) -> None:
+    """`prefscan serve`'s names are of the weights that it loaded; a cell that is trained again has another."""
     with chat_server(lambda *_: completion("fine"), [served_name("base"), served_name(CELL)]) as server:
         for key in ("base", CELL):
-            ask_cell(in_tmp, monkeypatch, server.url, key)
+            ask_cell(in_tmp, server.url, key)
             assert {request["model"] for request in server.requests} == {served_name(key)}
             rows = map(json.loads, Path(f"data/mt_bench/model_answer/{key}.jsonl").read_text().splitlines())
             assert {row["model_id"] for row in rows} == {key}
@@ -269,11 +262,11 @@ def test_a_server_with_weights_of_before_is_not_asked(
         with pytest.raises(
             UserError, match=rf"^answer\.server\.base_url: .* does not serve {CELL}@.*; restart `python -m pref"
         ):
-            ask_cell(in_tmp, monkeypatch, server.url)
+            ask_cell(in_tmp, server.url)
         assert not server.requests
         assert not Path(f"data/mt_bench/model_answer/{CELL}.jsonl").exists()
         server.models = [served_name("base"), served_name(CELL)]  # restarted
-        ask_cell(in_tmp, monkeypatch, server.url)
+        ask_cell(in_tmp, server.url)
         assert {request["model"] for request in server.requests} == {served_name(CELL)}
 
 
@@ -281,11 +274,10 @@ def test_a_server_with_weights_of_before_is_not_asked(
 def test_a_server_of_another_kind_is_asked_for_the_key(
     in_tmp: Path,
     trained: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
     models: list[str] | None,
 ) -> None:
     with chat_server(lambda *_: completion("fine"), models) as server:
-        ask_cell(in_tmp, monkeypatch, server.url)
+        ask_cell(in_tmp, server.url)
         assert {request["model"] for request in server.requests} == {CELL}
 
 
@@ -310,21 +302,18 @@ def test_a_server_that_the_stage_starts_is_asked_for_the_model_that_it_was_start
             started.append(arguments[:3])
             yield server.url
 
-        monkeypatch.setattr("prefscan.serving.running_server", running)
+        monkeypatch.setattr("prefscan.endpoints.server.running_server", running)
         grid = {"loss": ["ipo"], "beta": [0.1], "steps": [8]}
         write_params(in_tmp, answer=served(kind), loss="ipo", beta=0.1, steps=8, grid=grid)
-        monkeypatch.setattr(sys, "argv", ["answer", key])
-        answer.main()
+        stage.main(key)
         assert started == [(kind, Path("models/base"), adapters)]
         assert {request["model"] for request in server.requests} == {name}
 
 
-def test_a_server_that_cannot_be_reached_is_named(
-    in_tmp: Path, trained: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_cannot_be_reached_is_named(in_tmp: Path, trained: Callable[[int], None]) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(UserError, match=rf"^answer\.server\.base_url: {url} cannot be reached \(APIConnectionError\)"):
-        ask_cell(in_tmp, monkeypatch, url)
+        ask_cell(in_tmp, url)
 
 
 def test_a_stage_stopped_after_its_last_answer_needs_no_server(
@@ -332,11 +321,11 @@ def test_a_stage_stopped_after_its_last_answer_needs_no_server(
 ) -> None:
     with chat_server(lambda *_: completion("fine")) as server:
         with monkeypatch.context() as stopped:
-            stopped.setattr(answer, "with_logprobs", lambda *_: sys.exit(1))
+            stopped.setattr(stage, "with_logprobs", lambda *_: sys.exit(1))
             with pytest.raises(SystemExit):
-                ask_cell(in_tmp, monkeypatch, server.url)
+                ask_cell(in_tmp, server.url)
         url = server.url
-    ask_cell(in_tmp, monkeypatch, url)
+    ask_cell(in_tmp, url)
     assert Path(f"data/mt_bench/model_answer/{CELL}.jsonl").exists()
 
 

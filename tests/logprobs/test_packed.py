@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefscan.common.errors import UserError
-from prefscan.logprobs import packed as shared
+from prefscan.logprobs import packed
 from prefscan.logprobs.layouts import load_layout
 from tiny import plain_logps, random_adapter, random_pairs
 
@@ -55,7 +55,7 @@ def mixed_pairs() -> list[dict[str, Any]]:
 
 def packed_logps(model: Any, pairs: list[dict[str, Any]]) -> torch.Tensor:
     """Shape `[2, pairs]`: chosen, rejected."""
-    return torch.stack(shared.pair_logps(model, shared.collate(pairs, 0)))
+    return torch.stack(packed.pair_logps(model, packed.collate(pairs, 0)))
 
 
 def separate_logps(model: Any, pairs: list[dict[str, Any]]) -> torch.Tensor:
@@ -83,7 +83,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
 
 
 def test_is_loaded_by_name() -> None:
-    assert load_layout("packed") is shared
+    assert load_layout("packed") is packed
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -141,14 +141,14 @@ def test_the_head_in_chunks_equals_the_head_at_once(monkeypatch: pytest.MonkeyPa
     pairs = mixed_pairs()
     expected = separate_logps(policy, pairs)
     expected_gradients = gradients(policy, expected)
-    monkeypatch.setattr(shared, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(packed, "HEAD_CHUNK", chunk)
     ours = packed_logps(policy, pairs)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert_same_gradients(gradients(policy, ours), expected_gradients)
 
 
 def test_the_packed_row_holds_each_token_once() -> None:
-    batch = shared.collate([{"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}], 0)
+    batch = packed.collate([{"prompt_ids": [3, 4], "chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}], 0)
     assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
@@ -176,7 +176,7 @@ def test_in_bf16_the_head_keeps_the_gradient_of_tokens_that_are_nearly_certain(m
     exact = hidden.double().requires_grad_()
     (exact @ head.double().T).log_softmax(-1)[targets, targets].sum().backward()
     ours = hidden.clone().requires_grad_()
-    shared._TokenLogps.apply(ours, head, targets).sum().backward()
+    packed._TokenLogps.apply(ours, head, targets).sum().backward()
     assert exact.grad is not None
     assert ours.grad is not None
     error = (ours.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
@@ -189,7 +189,7 @@ def test_the_head_takes_logits_whose_exponential_overflows() -> None:
     exact = hidden.double().requires_grad_()
     expected = (exact @ head.double().T).log_softmax(-1)[targets, targets]
     ours = hidden.clone().requires_grad_()
-    logps = shared._TokenLogps.apply(ours, head, targets)
+    logps = packed._TokenLogps.apply(ours, head, targets)
     torch.testing.assert_close(logps.double(), expected, atol=1e-3, rtol=1e-6)
     weights = torch.linspace(-1, 1.3, 20)
     (weights * logps).sum().backward()
@@ -202,18 +202,18 @@ def test_the_head_takes_logits_whose_exponential_overflows() -> None:
 def test_a_trainable_head_is_refused() -> None:
     model = tiny_lm("llama")
     model.get_output_embeddings().requires_grad_(True)
-    with pytest.raises(UserError, match="frozen, plain LM head, and LlamaForCausalLM has another; set it to trl"):
+    with pytest.raises(UserError, match="frozen, plain LM head, and LlamaForCausalLM has another; set it to padded"):
         packed_logps(model, mixed_pairs())
 
 
 def test_a_head_with_an_adapter_is_refused() -> None:
     policy = get_peft_model(tiny_lm("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match="frozen, plain LM head, and LlamaForCausalLM has another; set it to trl"):
+    with pytest.raises(UserError, match="frozen, plain LM head, and LlamaForCausalLM has another; set it to padded"):
         packed_logps(policy, mixed_pairs())
 
 
 def test_a_head_with_a_bias_is_refused() -> None:
-    with pytest.raises(UserError, match="frozen, plain LM head, and PhiForCausalLM has another; set it to trl"):
+    with pytest.raises(UserError, match="frozen, plain LM head, and PhiForCausalLM has another; set it to padded"):
         packed_logps(tiny_lm("phi"), mixed_pairs())
 
 
@@ -225,11 +225,11 @@ def test_a_head_that_no_process_has_whole_is_refused() -> None:
         packed_logps(model, mixed_pairs())
 
 
-@pytest.mark.parametrize("key", shared.LOGIT_SCALES)
+@pytest.mark.parametrize("key", packed.LOGIT_SCALES)
 def test_scaled_logits_are_refused(key: str) -> None:
     model = tiny_lm("llama")
     setattr(model.config, key, 0.5)
-    with pytest.raises(UserError, match=f"LlamaForCausalLM has {key}; set it to trl for this model"):
+    with pytest.raises(UserError, match=f"LlamaForCausalLM has {key}; set it to padded for this model"):
         packed_logps(model, mixed_pairs())
 
 
@@ -253,7 +253,7 @@ def test_models_the_layout_cannot_express_are_refused(
     architecture: str, overrides: dict[str, Any], reason: str
 ) -> None:
     """Each of these would otherwise give other log-probabilities than its own forward, and no error."""
-    with pytest.raises(UserError, match=f"{reason}.*; set it to trl for this model"):
+    with pytest.raises(UserError, match=f"{reason}.*; set it to padded for this model"):
         packed_logps(tiny_lm(architecture, **overrides), mixed_pairs())
 
 
@@ -264,7 +264,7 @@ def test_large_heads_need_a_gpu_with_enough_shared_memory(
     """No GPU here: an A100's properties and an RTX 4090's, as torch names them."""
     found = SimpleNamespace(shared_memory_per_block_optin=memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    assert shared.flex_fits(tiny_lm("llama", head_dim=head)) == fits
+    assert packed.flex_fits(tiny_lm("llama", head_dim=head)) == fits
 
 
 QWEN2_MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
@@ -297,7 +297,7 @@ def test_dropout_reaches_the_attention(dropout: float) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
         options: dict[str, Any] = {"dropout": dropout, "pair_lengths": LENGTHS[1:2]}
-        outputs.append(shared.prefix_shared_attention(module, query, key, value, None, **options)[0])
+        outputs.append(packed.packed_attention(module, query, key, value, None, **options)[0])
     assert torch.equal(*outputs) == (dropout == 0)
 
 
@@ -312,7 +312,7 @@ def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.Monk
         kernels.append(options["kernel_options"])
         return compiled(*states, **options)
 
-    monkeypatch.setattr(shared, "flex_attention", lambda: attend_compiled)
+    monkeypatch.setattr(packed, "flex_attention", lambda: attend_compiled)
     module: Any = torch.nn.Module()
     torch.manual_seed(0)
     for lengths in (LENGTHS, LENGTHS[::-2]):
@@ -320,11 +320,11 @@ def test_flex_attention_equals_the_attention_of_the_cpu(monkeypatch: pytest.Monk
         query, upstream = torch.randn(1, 4, tokens, 8, requires_grad=True), torch.randn(1, tokens, 4, 8)
         key, value = (torch.randn(1, 2, tokens, 8, requires_grad=True) for _ in range(2))
         found = []
-        for mask in (None, shared.block_mask(lengths, torch.device("cpu"))):
+        for mask in (None, packed.block_mask(lengths, torch.device("cpu"))):
 
             def attend(*states: torch.Tensor, mask: Any = mask, lengths: Any = lengths) -> torch.Tensor:
                 options = {"pair_lengths": lengths, "pair_mask": mask}
-                return shared.prefix_shared_attention(module, *states, None, 0.3, **options)[0]
+                return packed.packed_attention(module, *states, None, 0.3, **options)[0]
 
             out: Any = checkpoint(attend, query, key, value, use_reentrant=False)
             found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import yaml
 
 from prefscan.common import paths
 from prefscan.common.errors import UserError
-from prefscan.logprobs import reference
 from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import micro_batches, reference_rows, with_reference
 from prefscan.models.loading import load_model
+from prefscan.stages import reference
 from tiny import plain_logps, write_rows
+from train_data import QUIET, changed
 
 
 def expected_rows(model: Any, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -57,7 +57,6 @@ def test_the_stage_writes_the_rows_of_one_split(
     tiny_model: Path,
     pairs: list[dict[str, Any]],
     params: Any,
-    monkeypatch: pytest.MonkeyPatch,
     layout: str,
     split: str,
 ) -> None:
@@ -65,21 +64,20 @@ def test_the_stage_writes_the_rows_of_one_split(
     sides = {"train": pairs[:7], "heldout": pairs[7:10]}
     for name, (path, _) in paths.SPLITS.items():
         write_rows(path, sides[name])
-    train = params.train.model_copy(update={"layout": layout, "batch_size": 4, "dtype": "fp32", "quantization": "none"})
+    changes = {"layout": layout, "per_device_train_batch_size": 4, "dtype": "fp32", "bnb_4bit_quant_type": "none"}
+    train, _ = changed(params.train, QUIET, **changes)
     Path("params.yaml").write_text(yaml.safe_dump(params.model_copy(update={"train": train}).model_dump()))
-    monkeypatch.setattr(sys, "argv", ["reference", split])
-    reference.main()
+    reference.main(split)
     written = [path for _, path in paths.SPLITS.values() if path.exists()]
     assert written == [paths.SPLITS[split][1]]
     rows = [json.loads(line) for line in written[0].read_text().splitlines()]
     assert rows == expected_rows(load_model(tiny_model, "fp32"), sides[split])
 
 
-def test_an_unknown_split_is_refused(in_tmp: Path, params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_split_is_refused(in_tmp: Path, params: Any) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(params.model_dump()))
-    monkeypatch.setattr(sys, "argv", ["reference", "test"])
     with pytest.raises(UserError, match=r"^reference of what\? got 'test'; one of train, heldout$"):
-        reference.main()
+        reference.main("test")
 
 
 def test_the_reference_goes_to_its_pair_whatever_the_order() -> None:

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 import weakref
 from pathlib import Path
 from statistics import fmean
@@ -20,10 +19,12 @@ from prefscan.common.errors import UserError
 from prefscan.common.io import sha256
 from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference, with_rows
-from prefscan.merging import merge as merge_stage
+from prefscan.merging import merge as merge_module
 from prefscan.merging.merge import merge_cell
 from prefscan.models.loading import DTYPES, load_cell, load_model, set_evaluation
+from prefscan.stages import merge as merge_stage
 from tiny import plain_logps, random_adapter, write_rows
+from train_data import QUIET, changed
 
 ROOT = Path(__file__).parents[2]
 KEY = "sigmoid-0.1-8"
@@ -39,7 +40,8 @@ def section(dtype: str = "fp32", format: str = "model") -> Merge:
 
 
 def training(**update: Any) -> Train:
-    return load(ROOT / "params.yaml").train.model_copy(update={"layout": "packed", "quantization": "none"} | update)
+    section = load(ROOT / "params.yaml").train
+    return changed(section, QUIET, **{"layout": "packed", "bnb_4bit_quant_type": "none"} | update)[0]
 
 
 def referenced(pairs: list[Any], train: Train) -> list[dict[str, Any]]:
@@ -88,9 +90,8 @@ def set_merge(params: Any, merge: Merge, answer_dtype: str = "fp32") -> None:
     Path("params.yaml").write_text(yaml.safe_dump(written))
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, key: str = KEY) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["merge", key])
-    merge_stage.main()
+def run_main(key: str = KEY) -> dict[str, Any]:
+    merge_stage.main(key)
     metrics: dict[str, Any] = json.loads((paths.MERGE_METRICS / f"{key}.json").read_text())
     return metrics
 
@@ -192,10 +193,10 @@ def test_one_fp32_model_is_loaded_and_on_a_gpu_only_where_it_fits(
         loaded.append(place.type)
         return load_model(*arguments)
 
-    monkeypatch.setattr(merge_stage, "load_model", load_there)
-    monkeypatch.setattr(merge_stage, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(merge_module, "load_model", load_there)
+    monkeypatch.setattr(merge_module, "device", lambda: torch.device("cuda"))
     size = sum(4 * weight.numel() for weight in load_file(paths.BASE / "model.safetensors").values())
-    monkeypatch.setattr(merge_stage, "free_bytes", lambda: size + merge_stage.ROOM - (not fits))
+    monkeypatch.setattr(merge_module, "free_bytes", lambda: size + merge_module.ROOM - (not fits))
     assert merged_cell(pairs[:2], section(), training())[1] == expected
     assert loaded == ["cuda" if fits else "cpu"]
 
@@ -209,7 +210,7 @@ def test_the_margin_to_keep_is_that_of_the_4_bit_base_the_adapter_was_trained_on
     policy = random_adapter(load_model(paths.BASE, "fp32", quantization), scale=0.1)
     set_evaluation(policy)
     policy.save_pretrained(ADAPTER)
-    section_4_bit = training(quantization=quantization, dtype="fp32")
+    section_4_bit = training(bnb_4bit_quant_type=quantization, dtype="fp32")
     merged, metrics = merged_cell(pairs[:8], section(), section_4_bit)
     trained = mean_margin(policy, base, pairs[:8])
     assert metrics["margin_adapter"] == pytest.approx(trained, abs=1e-4)
@@ -235,8 +236,8 @@ def test_the_4_bit_base_is_freed_before_the_fp32_one_is_loaded(
         alive.extend(weakref.ref(layer) for layer in (model, model.model.layers[0].mlp.up_proj))
         return model
 
-    monkeypatch.setattr(merge_stage, "load_model", load_and_watch)
-    merged_cell(pairs[:2], section(), training(quantization="nf4", dtype="bf16"))
+    monkeypatch.setattr(merge_module, "load_model", load_and_watch)
+    merged_cell(pairs[:2], section(), training(bnb_4bit_quant_type="nf4", dtype="bf16"))
     assert loads == [("bf16", "nf4", False, []), ("fp32", [False, False])]
 
 
@@ -244,10 +245,10 @@ def test_the_4_bit_base_is_freed_before_the_fp32_one_is_loaded(
     ("dtype", "torch_dtype", "tolerance"), [("fp32", torch.float32, 1e-4), ("fp16", torch.float16, 0.02)]
 )
 def test_the_merged_folder_loads_in_transformers_as_it_is(
-    policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, torch_dtype: torch.dtype, tolerance: float
+    policy: Any, params: Any, dtype: str, torch_dtype: torch.dtype, tolerance: float
 ) -> None:
     set_merge(params, section(dtype))
-    metrics = run_main(monkeypatch)
+    metrics = run_main()
     assert metrics["dtype"] == dtype
     assert metrics["pairs"] == 8  # of 12 held out
     config = (MERGED / "config.json").read_text()
@@ -266,9 +267,9 @@ def test_the_merged_folder_loads_in_transformers_as_it_is(
     assert tokenizer("2 plus 2")["input_ids"] == AutoTokenizer.from_pretrained(paths.BASE)("2 plus 2")["input_ids"]
 
 
-def test_the_format_adapter_writes_a_manifest_alone(policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any) -> None:
+def test_the_format_adapter_writes_a_manifest_alone(policy: Any, params: Any) -> None:
     set_merge(params, section(format="adapter"))
-    metrics = run_main(monkeypatch)
+    metrics = run_main()
     assert metrics["format"] == "adapter"
     assert metrics["margin_kept"] == pytest.approx(1, abs=1e-3)
     assert [path.name for path in MERGED.iterdir()] == ["manifest.json"]
@@ -280,11 +281,11 @@ def test_the_format_adapter_writes_a_manifest_alone(policy: Any, monkeypatch: py
     ("dtype", "format"), [("fp32", "model"), ("fp32", "adapter"), ("bf16", "model"), ("bf16", "adapter")]
 )
 def test_the_margin_is_measured_of_the_model_that_answers(
-    policy: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, format: str
+    policy: Any, pairs: list[Any], params: Any, dtype: str, format: str
 ) -> None:
     """As transformers and PEFT load base and cell in the dtype of the answers."""
     set_merge(params, section(format=format), dtype)
-    metrics = run_main(monkeypatch)
+    metrics = run_main()
     if dtype == "fp32" and format == "model":  # it is the merged model, measured as such
         assert not [name for name in metrics if "answer" in name]
         return
@@ -323,28 +324,26 @@ def test_one_model_is_in_memory_at_a_time(policy: Any, monkeypatch: pytest.Monke
 
         return load_and_watch
 
-    monkeypatch.setattr(merge_stage, "load_model", watched(merge_stage.load_model))
-    monkeypatch.setattr(merge_stage, "load_cell", watched(merge_stage.load_cell))
+    monkeypatch.setattr(merge_module, "load_model", watched(merge_module.load_model))
+    monkeypatch.setattr(merge_module, "load_cell", watched(merge_module.load_cell))
     set_merge(params, section(format="adapter"), "bf16")
-    run_main(monkeypatch)
+    run_main()
     base = str(paths.BASE)
     assert loads == [(base, "fp32", 0), (base, "bf16", 0), (str(MERGED), "bf16", 0)]
 
 
 @pytest.mark.parametrize(("dtype", "format"), [("fp32", "model"), ("fp16", "model"), ("fp32", "adapter")])
-def test_merging_twice_gives_the_same_bytes(
-    policy: Any, monkeypatch: pytest.MonkeyPatch, params: Any, dtype: str, format: str
-) -> None:
+def test_merging_twice_gives_the_same_bytes(policy: Any, params: Any, dtype: str, format: str) -> None:
     set_merge(params, section(dtype, format))
-    first_metrics, first = run_main(monkeypatch), bytes_of(MERGED)
+    first_metrics, first = run_main(), bytes_of(MERGED)
     (MERGED / "stale.txt").write_text("of an earlier run")
-    assert run_main(monkeypatch) == first_metrics
+    assert run_main() == first_metrics
     assert bytes_of(MERGED) == first
 
 
-def test_a_cell_outside_the_grid_is_refused(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_outside_the_grid_is_refused(policy: Any) -> None:
     with pytest.raises(UserError, match=r"^cell 'ipo-9\.0-1' is not in the grid; its cells are sigmoid-0\.1-8$"):
-        run_main(monkeypatch, "ipo-9.0-1")
+        run_main("ipo-9.0-1")
     assert not MERGED.exists()
 
 
@@ -359,8 +358,8 @@ def test_what_training_recorded_is_taken_in_fp32_and_measured_anew_otherwise(pol
         assert metrics["margin_kept"] == pytest.approx(kept, abs=1e-3)
 
 
-def test_a_pair_that_training_has_not_recorded_is_refused(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_that_training_has_not_recorded_is_refused(policy: Any) -> None:
     POLICY.write_text("".join(POLICY.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=rf"^{POLICY} lacks 1 pairs, the first [0-9a-f]{{16}}; run `dvc repro` again$"):
-        run_main(monkeypatch)
+        run_main()
     assert not MERGED.exists()

@@ -8,8 +8,9 @@ from transformers import GPT2Config, LlamaConfig
 
 from prefscan.common.config import Accelerate
 from prefscan.logprobs.layouts import load_layout
-from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens, longest_batch
+from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens
 from tiny import heads_of_64, random_pairs
+from train_data import changed
 
 LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]
 GIB = 2**30
@@ -17,7 +18,7 @@ GIB = 2**30
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_the_longest_batch_is_the_largest_that_the_engine_lays_out(layout: str, batch_size: int) -> None:
+def test_the_most_positions_are_those_of_the_largest_batch_laid_out(layout: str, batch_size: int) -> None:
     pairs = random_pairs(LENGTHS)
     sizes = []
     for first in range(len(pairs)):
@@ -25,16 +26,16 @@ def test_the_longest_batch_is_the_largest_that_the_engine_lays_out(layout: str, 
         for others in ([*pairs[:first], *pairs[first + 1 :]], [*pairs[first + 1 :], *pairs[:first]]):
             batch = load_layout(layout).collate([pairs[first], *others][:batch_size], 0)
             sizes.append(load_layout(layout).positions(batch))
-    assert longest_batch(pairs, batch_size, layout) >= max(sizes)
+    assert load_layout(layout).most_positions(pairs, batch_size) >= max(sizes)
     if batch_size == 1 or layout == "padded":
-        assert longest_batch(pairs, batch_size, layout) == max(sizes)
+        assert load_layout(layout).most_positions(pairs, batch_size) == max(sizes)
 
 
-def test_the_longest_packed_batch() -> None:
-    assert longest_batch(random_pairs(LENGTHS), 2, "packed") == (3 + 2 + 30) + (20 + 1 + 1)
-    assert longest_batch(random_pairs(LENGTHS), 2, "padded") == 2 * 2 * (3 + 30)
-    assert longest_batch(random_pairs([(9, 4, 5), (3, 31, 2)]), 2, "padded") == 2 * 2 * (3 + 31)
-    assert longest_batch(random_pairs(LENGTHS), 99, "packed") == sum(map(sum, LENGTHS))
+def test_the_largest_batch_of_each_layout() -> None:
+    assert load_layout("packed").most_positions(random_pairs(LENGTHS), 2) == (3 + 2 + 30) + (20 + 1 + 1)
+    assert load_layout("padded").most_positions(random_pairs(LENGTHS), 2) == 2 * 2 * (3 + 30)
+    assert load_layout("padded").most_positions(random_pairs([(9, 4, 5), (3, 31, 2)]), 2) == 2 * 2 * (3 + 31)
+    assert load_layout("packed").most_positions(random_pairs(LENGTHS), 99) == sum(map(sum, LENGTHS))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_the_estimate_is_what_layers_keep_or_up_to_twice_as_much(layout: str, dt
         measured.append(kept(model, lambda m=model, b=batch: load_layout(layout).pair_logps(m, b)))
     two_layers = measured[1] - measured[0]
     model.config.num_hidden_layers = 2
-    estimate = activation_bytes(model.config, longest_batch(pairs, 3, layout), dtype)
+    estimate = activation_bytes(model.config, load_layout(layout).most_positions(pairs, 3), dtype)
     assert two_layers <= estimate <= 2 * two_layers
 
 
@@ -113,8 +114,8 @@ def test_auto_keeps_what_takes_up_to_half_of_the_free_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     accelerate = distributed and Accelerate(distributed_type=distributed, num_processes=2, num_machines=1)
-    train = params.train.model_copy(update={"gradient_checkpointing": setting, "accelerate": accelerate})
-    assert kept_tokens(train, 900, needed, 8 * GIB) == kept
+    train, runtime = changed(params.train, params.runtime, gradient_checkpointing=setting, accelerate=accelerate)
+    assert kept_tokens(train, runtime, 900, needed, 8 * GIB) == kept
     sizes = f"{needed / GIB:.1f} GiB for the longest, of 900 tokens, and 8.0 GiB free"
     printed = f"activation checkpointing {which}: activations take up to {sizes}\n"
     assert capsys.readouterr().out == (printed if which else "")

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from prefscan.common import fingerprint as keys
 from prefscan.common import paths
-from prefscan.common.config import Cell, Lora, load
+from prefscan.common.config import Lora, load
 from prefscan.common.errors import UserError
+from prefscan.common.fingerprint import stage_fingerprint
 from prefscan.training import checkpoints
-from prefscan.training.checkpoints import CODE, SEAL, Saving, checkpoint_folder, last_checkpoint, train_key
-from train_data import Killed, run_train, with_recipe, write_inputs
+from prefscan.training.checkpoints import SEAL, Saving, checkpoint_folder, last_checkpoint
+from train_data import QUIET, Killed, changed, run_train, with_recipe, write_inputs
 
 ROOT = Path(__file__).parents[2]
 CELL = "ipo-0.3-7"
@@ -36,12 +37,13 @@ Lay = Callable[..., None]
 
 @pytest.fixture
 def lay_out(in_tmp: Path, tiny_model: Path, pairs: list[dict[str, Any]], params: Any) -> Lay:
-    """Put in place what dvc has before `prefscan.train` runs; keywords override the section `train`."""
+    """Put in place what dvc has before `prefscan train` runs; keywords override the section `train`."""
 
     def write(steps: int = 7, base: Path = tiny_model, **changes: Any) -> None:
-        lora = Lora(r=4, alpha=8, dropout=0.3, targets=["q_proj", "v_proj", "down_proj"])
-        section = {"lora": lora, "disable_dropout": False, "batch_size": 3, "accumulation": 2, "report_to": "none"}
-        train = params.train.model_copy(update=section | changes)
+        lora = Lora(r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["q_proj", "v_proj", "down_proj"])
+        sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        section = {"lora": lora, "disable_dropout": False, **sizes}
+        train, _ = changed(params.train, QUIET, **section | changes)
         recipe = {"loss": "ipo", "beta": 0.3, "steps": steps}
         write_inputs(in_tmp, base, pairs[:16], pairs[16:], with_recipe(params, train, seed=11, **recipe))
 
@@ -104,7 +106,7 @@ def test_from_any_update_a_cell_ends_with_the_same_bits(
 
 
 def test_a_4_bit_cell_goes_on_with_the_same_bits(lay_out: Lay, saving: pytest.MonkeyPatch, wide_model: Path) -> None:
-    lay_out(base=wide_model, quantization="nf4", dtype="bf16")
+    lay_out(base=wide_model, bnb_4bit_quant_type="nf4", dtype="bf16")
     run_train(CELL)
     expected = result()
     with pytest.raises(Killed):
@@ -117,7 +119,13 @@ def test_kill_9_and_run_again(lay_out: Lay) -> None:
     lay_out(steps=30)
     key = "ipo-0.3-30"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    save_always = "from prefscan import checkpoints, train; checkpoints.FIRST = checkpoints.WAIT = 0; train.main()"
+    save_always = """
+import sys
+from prefscan.stages import train
+from prefscan.training import checkpoints
+checkpoints.FIRST = checkpoints.WAIT = 0
+train.main(sys.argv[1])
+"""
     killed = subprocess.Popen([sys.executable, "-c", save_always, key], env=environment)
     while not list(paths.CHECKPOINTS.glob(f"{key}/*/checkpoint-*/{SEAL}")):
         assert killed.poll() is None, "the stage ended before its first checkpoint"
@@ -140,9 +148,9 @@ def test_sigterm_saves_after_the_update_and_a_second_one_does_not_wait(lay_out: 
     key = "ipo-0.3-9"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     wait = """
-import sys, time
-from prefscan import train
-from prefscan.errors import run_stage
+import sys
+from prefscan.common.errors import run
+from prefscan.stages import train
 held, trainer = [], train.PairTrainer
 compute = trainer._compute_loss
 def hold(self, *arguments):
@@ -151,7 +159,7 @@ def hold(self, *arguments):
         sys.stdin.readline()
     return compute(self, *arguments)
 trainer._compute_loss = hold
-run_stage(train.main)
+run("train", lambda: train.main(sys.argv[1]))
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", wait, key], env=environment, text=True, **pipes) as stage:
@@ -253,8 +261,7 @@ def test_a_checkpoint_of_another_seed_is_not_used(
 
 
 def key_now() -> str:
-    params = load()
-    return train_key(params.recipe, params.train, params.seed)
+    return stage_fingerprint("train", load().recipe.key)
 
 
 @pytest.mark.parametrize(
@@ -305,20 +312,22 @@ def test_other_weights_are_another_key(lay_out: Lay) -> None:
     assert key_now() != before
 
 
-@pytest.mark.parametrize("name", ["losses.py", "train.py", "checkpoints.py", "layouts/shared.py"])
-def test_other_code_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, in_tmp: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["training/losses.py", "stages/train.py", "training/checkpoints.py", "logprobs/packed.py"]
+)
+def test_other_code_is_another_key(lay_out: Lay, name: str) -> None:
     lay_out()
     before = key_now()
-    copy = shutil.copytree(ROOT / "src/prefscan", in_tmp / "prefscan")
-    monkeypatch.setattr(keys, "__file__", str(copy / "keys.py"))
+    Path("src").unlink()
+    copy = Path(shutil.copytree(ROOT / "src", "src")) / "prefscan"
     assert key_now() == before
-    (copy / "report.py").write_text("# touched\n")
+    (copy / "reporting/report.py").write_text("# touched\n")
     assert key_now() == before
     (copy / name).write_text((copy / name).read_text() + "\n# touched\n")
     assert key_now() != before
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers", "padded", "peft"])
+@pytest.mark.parametrize("name", ["torch", "transformers", "trl", "peft"])
 def test_another_library_is_another_key(lay_out: Lay, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     lay_out()
     before = key_now()
@@ -337,22 +346,16 @@ def test_another_number_of_threads_is_another_key(lay_out: Lay, monkeypatch: pyt
 def test_what_changes_no_result_is_no_part_of_the_key(lay_out: Lay, key: str, value: Any) -> None:
     lay_out()
     before = key_now()
-    change(f"train.{key}", value)
+    change(f"runtime.{key}", value)
     assert key_now() == before
-
-
-def test_the_hashed_code_is_what_the_stage_declares() -> None:
-    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
-    assert {f"src/prefscan/{name}" for name in CODE} == {dep for dep in declared if dep.startswith("src/")}
 
 
 def test_checkpoints_of_a_cells_other_results_are_removed(lay_out: Lay) -> None:
     lay_out()
-    params = load()
     other, neighbour = paths.CHECKPOINTS / CELL / "0", paths.CHECKPOINTS / "ipo-0.5-7" / "0"
     for folder in (other, neighbour):
         (folder / "checkpoint-1").mkdir(parents=True)
-    folder = checkpoint_folder(Cell(loss="ipo", beta=0.3, steps=7), params.train, params.seed)
+    folder = checkpoint_folder(CELL)
     assert folder.parent == other.parent
     assert not other.exists()
     assert neighbour.exists()

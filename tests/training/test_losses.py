@@ -23,6 +23,7 @@ from prefscan.training.lora import lora_config
 from prefscan.training.losses import LOSSES, PairLogps
 from prefscan.training.trainer import PairTrainer, training_arguments
 from tiny import plain_logps, sharegpt_rows
+from train_data import QUIET, changed, settings_of
 
 REPOSITORY = Path(__file__).parents[2]
 # Each far from its default, so that a test sees whether it is read.
@@ -521,7 +522,7 @@ def stock_trainer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def make(trainer: Any, config: Any, rows: list[Any] = MESSAGES, **arguments: Any) -> Any:
         return trainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model),
-            args=config(output_dir=str(tmp_path_factory.mktemp("padded")), **STOCK | arguments),
+            args=config(output_dir=str(tmp_path_factory.mktemp("trl")), **STOCK | arguments),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(tiny_model),
             peft_config=LoraConfig(
@@ -598,20 +599,22 @@ def test_the_pair_trainer_has_stock_trls_loss_and_gradients(
     expected.backward()
     tokenizer, cell = load_tokenizer(tiny_model), Cell(loss=loss, beta=beta, steps=1)
     pad: Any = tokenizer.pad_token_id
-    lora = Lora(r=8, alpha=32, dropout=0.0, targets=["q_proj", "v_proj"])
-    changes = {"lora": lora, "dtype": "fp32", "quantization": "none", "report_to": "none"}
+    lora = Lora(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    changes = {"lora": lora, "dtype": "fp32", "bnb_4bit_quant_type": "none"}
     for name in ("packed", "padded"):
         layout, model = load_layout(name), load_model(tiny_model, "fp32").requires_grad_(False)
-        train = params.train.model_copy(update=changes | {"layout": name, "batch_size": len(pairs)})
+        of_layout = {"layout": name, "per_device_train_batch_size": len(pairs)}
+        train, runtime = changed(params.train, QUIET, **changes | of_layout)
+        settings = settings_of(cell, OPTIONS, train, runtime)
         rows = with_reference(pairs, list(reference_rows(model, layout, pairs, len(pairs), pad)))
         ours = PairTrainer(
             cell=cell,
-            options=getattr(OPTIONS, loss),
+            options=settings.options,
             layout=layout,
             pad_token_id=pad,
             kept_tokens=10**6,
             model=model,
-            args=training_arguments(train, cell, 1, 0, False, tmp_path),
+            args=training_arguments(settings, 1, False, tmp_path),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=lora_config(train),

@@ -24,11 +24,11 @@ from prefscan.common import paths
 from prefscan.common.config import Accelerate, Lora
 from prefscan.common.errors import UserError
 from prefscan.models.loading import load_model
-from prefscan.training import trainer as train_stage
+from prefscan.stages import train as train_stage
 from prefscan.training.checkpoints import SEAL, last_checkpoint
 from prefscan.training.multi_gpu import WholeRounds, launch
 from tiny import random_adapter
-from train_data import with_recipe, write_inputs
+from train_data import QUIET, changed, with_recipe, write_inputs
 from two_processes import DDP, logps_and_gradients
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ LONG = "ipo-0.3-20"
 def test_an_update_gets_the_micro_batches_that_one_process_gives_it(
     pairs: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefscan.distributed.world", lambda: type("World", (), {"num_processes": processes}))
+    monkeypatch.setattr("prefscan.training.multi_gpu.world", lambda: type("World", (), {"num_processes": processes}))
     sampler, size, accumulation = SequentialSampler(range(pairs)), 2, 6
     dealt = [list(BatchSamplerShard(WholeRounds(sampler, size), processes, index)) for index in range(processes)]
     assert {len(batches) for batches in dealt} == {len(WholeRounds(sampler, size)) // processes}
@@ -70,13 +70,12 @@ def lay_out(folder: Path, loss: str, steps: int, layout: str, base: Path, pairs:
     changes = {
         "accelerate": Accelerate(**DDP),
         "layout": layout,
-        "lora": Lora(r=4, alpha=8, dropout=0.0, targets=["q_proj", "v_proj", "down_proj"]),
+        "lora": Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "down_proj"]),
         "learning_rate": 1e-3,
-        "batch_size": 2,
-        "accumulation": 4,
-        "report_to": "none",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
     }
-    train = params.train.model_copy(update=changes)
+    train, _ = changed(params.train, QUIET, **changes)
     folder.mkdir()
     recipe = with_recipe(params, train, seed=11, loss=loss, beta=0.3, steps=steps)
     write_inputs(folder, base, pairs[:13], pairs[13:22], recipe)
@@ -102,7 +101,7 @@ def finish(process: subprocess.Popen[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs: list[Any], params: Any) -> Path:
-    """A folder LOSS-ENGINE for each of the cells that two processes have trained, LONG, and a model for `shard`."""
+    """A folder LOSS-LAYOUT for each of the cells that two processes have trained, LONG, and a model for `shard`."""
     root = tmp_path_factory.mktemp("together")
     for loss, layout in CELLS:
         lay_out(root / f"{loss}-{layout}", loss, 7, layout, tiny_model, pairs, params)
@@ -142,10 +141,9 @@ def test_two_processes_train_what_one_trains(
 ) -> None:
     two = together / f"{loss}-{layout}"
     one = lay_out(tmp_path / "one", loss, 7, layout, tiny_model, pairs, params)
-    monkeypatch.setattr(sys, "argv", ["train", f"{loss}-0.3-7"])
     monkeypatch.setattr(train_stage, "is_torchelastic_launched", lambda: True)  # or it would launch two
     with chdir(one):
-        train_stage.main()
+        train_stage.main(f"{loss}-0.3-7")
     assert len(curve(one, "loss")) == 7
     assert curve(one, "reward_margin")[-1] > 0.1
     for column, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("reward_margin", 1e-5), ("reward_accuracy", 1e-6)):
@@ -163,7 +161,7 @@ def test_two_processes_train_what_one_trains(
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_an_engine_sees_whole_weights_where_fsdp_shards_them(layout: str, together: Path, tiny_model: Path) -> None:
+def test_a_layout_sees_whole_weights_where_fsdp_shards_them(layout: str, together: Path, tiny_model: Path) -> None:
     """As accelerate shards the model, head and all; its `prepare` would, but on GPUs alone."""
     model = load_model(tiny_model, "fp32")
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight  # a unit of its own
@@ -208,7 +206,7 @@ def test_terminated_then_killed_two_processes_end_with_the_same_bits(
     together: Path, tmp_path: Path, tiny_model: Path, pairs: list[Any], params: Any
 ) -> None:
     folder = lay_out(tmp_path / "cell", "ipo", 20, "packed", tiny_model, pairs, params)
-    stage = ("prefscan.train", LONG)
+    stage = ("prefscan", "train", LONG)
 
     terminated = start(*stage, folder=folder)
     wait_for(terminated, folder, lambda: "/20 [" in (folder / "stderr.txt").read_text().replace("0/20 [", ""))
@@ -257,4 +255,4 @@ def test_accelerate_takes_the_shipped_configurations(name: str) -> None:
 def test_a_configuration_that_accelerate_refuses_ends_with_one_sentence() -> None:
     configuration = Accelerate(**DDP, main_proces_port=0)
     with pytest.raises(UserError, match=r"^train.accelerate: accelerate refuses it: .* unknown keys \(\['main_proces"):
-        launch(configuration, "prefscan.train", LONG)
+        launch(configuration, "prefscan", "train", LONG)

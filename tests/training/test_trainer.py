@@ -28,19 +28,29 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
 from prefscan.common import paths
-from prefscan.common.config import Accelerate, Cell, Lora, Train
+from prefscan.common.config import Accelerate, Cell, Lora, NoOptions, Runtime, Train
 from prefscan.common.errors import UserError
+from prefscan.logprobs import packed
 from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import COLUMNS, reference_rows, with_reference
 from prefscan.models.loading import clean_adapter_config, load_model, load_tokenizer
 from prefscan.models.memory import activation_bytes
-from prefscan.training import trainer as train_stage
+from prefscan.stages import train as train_stage
+from prefscan.training import trainer as trainer_module
 from prefscan.training.kto import mismatched, with_mismatched
 from prefscan.training.lora import FusedLora, beside_text, lora_config, refuse_targets
 from prefscan.training.losses import LOSSES, PairLogps
-from prefscan.training.trainer import PairTrainer, accuracy, curve_csv, train_cell, training_arguments
+from prefscan.training.trainer import (
+    CellSettings,
+    PairTrainer,
+    Sides,
+    accuracy,
+    curve_csv,
+    train_cell,
+    training_arguments,
+)
 from tiny import plain_logps, sharegpt_rows
-from train_data import write_inputs
+from train_data import QUIET, changed, settings_of, write_inputs
 
 SRC = Path(__file__).parents[2] / "src"
 TRAINING = 16  # of the 24 pairs; the others are held out
@@ -49,24 +59,22 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @pytest.fixture(scope="module")
 def train(params: Any) -> Train:
-    lora = Lora(r=4, alpha=8, dropout=0.05, targets=TARGETS)
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=TARGETS)
     return params.train.model_copy(
         update={
             "layout": "packed",
             "lora": lora,
             "disable_dropout": True,
             "learning_rate": 1e-3,
-            "schedule": "cosine",
+            "lr_scheduler_type": "cosine",
             "warmup_steps": 2,
-            "batch_size": 4,
-            "accumulation": 1,
-            "optimizer": "adamw_torch",
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "optim": "adamw_torch",
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "dtype": "fp32",
-            "quantization": "none",
-            "gradient_checkpointing": False,
-            "report_to": "none",
+            "bnb_4bit_quant_type": "none",
         }
     )
 
@@ -87,30 +95,32 @@ Fit = Callable[..., tuple[PairTrainer, dict[str, Any], dict[str, float]]]
 @pytest.fixture(scope="module")
 def fit_anywhere(
     tiny_model: Path,
+    params: Any,
     train: Train,
     pairs: list[dict[str, Any]],
     heldout: list[dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Fit:
-    """Train a cell on the tiny model; keywords override the section `train`, whose logs go nowhere."""
+    """Train a cell on the tiny model; keywords override the sections `train` and `runtime`, whose logs go nowhere."""
 
     def run(
         loss: str, steps: int | str = 5, beta: float = 0.1, seed: int = 0, count: int = TRAINING, **changes: Any
     ) -> Any:
-        section = train.model_copy(update=changes)
+        section, runtime = changed(train, QUIET, **changes)
         model = load_model(tiny_model, section.dtype).requires_grad_(False)
         tokenizer = load_tokenizer(tiny_model)
         rows = reference_rows(
-            model, load_layout(section.layout), pairs[:TRAINING] + heldout, section.batch_size, tokenizer.pad_token_id
+            model,
+            load_layout(section.layout),
+            pairs[:TRAINING] + heldout,
+            section.per_device_train_batch_size,
+            tokenizer.pad_token_id,
         )
         reference = list(rows)
         model.set_attn_implementation("sdpa")
         return train_cell(
-            Cell(loss=loss, beta=beta, steps=steps),
-            section,
-            seed,
-            with_reference(pairs[:count], reference),
-            with_reference(heldout, reference),
+            settings_of(Cell(loss=loss, beta=beta, steps=steps), params.losses, section, runtime, seed),
+            Sides(with_reference(pairs[:count], reference), with_reference(heldout, reference)),
             model,
             tokenizer,
             tmp_path_factory.mktemp("checkpoints"),
@@ -211,7 +221,15 @@ def test_training_equals_stock_trl(
     stock = stock_trainer(tiny_model, loss, beta, 10, seed, batch, accumulation)
     stock_accuracy = stock.evaluate()["eval_rewards/accuracies"]
     for layout in ("packed", "padded"):
-        ours, metrics, _ = fit(loss, 10, beta, seed, layout=layout, batch_size=batch, accumulation=accumulation)
+        ours, metrics, _ = fit(
+            loss,
+            10,
+            beta,
+            seed,
+            layout=layout,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
         # The same loss at every step: the same pairs in the same order.
         # ipo's begins above 20, where fp32's neighbours are 2e-6 apart.
         assert history(ours, "loss") == pytest.approx(history(stock, "loss"), rel=1e-6, abs=1e-5)
@@ -268,12 +286,12 @@ def test_kto_whose_mismatched_responses_exceed_the_window_is_refused_before_the_
     rows = [mismatched(pair) for side in (pairs[:TRAINING], heldout) for pair in with_mismatched(side)]
     longest = max(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in rows)
     with monkeypatch.context() as patch:
-        patch.setattr(train_stage, "sliding_window", lambda model: longest - 1)
+        patch.setattr(packed, "sliding_window", lambda model: longest - 1)
         patch.setattr(PairTrainer, "train", lambda *_, **__: pytest.fail("it was to be refused before"))
         message = rf"^kto: a prompt with another pair's response has {longest} tokens, .* window of {longest - 1}; "
         with pytest.raises(UserError, match=message):
             fit("kto", 1)
-    monkeypatch.setattr(train_stage, "sliding_window", lambda model: longest)
+    monkeypatch.setattr(packed, "sliding_window", lambda model: longest)
     fit("kto", 1)
 
 
@@ -294,8 +312,8 @@ def test_a_lora_target_that_the_model_lacks_or_that_is_its_head_is_refused(
     fit: Fit, train: Train, layout: str, target: str
 ) -> None:
     """PEFT trains the others without a word, and an adapter of the head has no effect on TRL's loss."""
-    lora = train.lora.model_copy(update={"targets": ["q_proj", target]})
-    found = rf"train\.lora\.targets: the model has no {target} to tune; it has down_proj, .*, v_proj$"
+    lora = train.lora.model_copy(update={"target_modules": ["q_proj", target]})
+    found = rf"train\.lora\.target_modules: the model has no {target} to tune; it has down_proj, .*, v_proj$"
     with pytest.raises(UserError, match=found):
         fit("sigmoid", 1, lora=lora, layout=layout)
 
@@ -319,7 +337,7 @@ def test_a_vision_tower_gets_no_adapter(train: Train, tmp_path: Path, attention:
     config = AutoConfig.for_model("gemma3", text_config=sizes | text, vision_config=sizes | vision)
     model = AutoModelForCausalLM.from_config(config)
     targets = [f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj", *TARGETS[3:]]
-    train = train.model_copy(update={"lora": train.lora.model_copy(update={"targets": targets})})
+    train = train.model_copy(update={"lora": train.lora.model_copy(update={"target_modules": targets})})
     left_out = beside_text(model, targets)
     assert [name.split(".")[1] for name in left_out] == ["vision_tower"] * 3
     policy = get_peft_model(model, lora_config(train, left_out))
@@ -344,33 +362,33 @@ class Trained:
 
 @pytest.fixture(scope="module", params=LOSSES)
 def layouts(request: pytest.FixtureRequest, fit_anywhere: Fit) -> tuple[str, Trained, Trained]:
-    """A loss, and 10 updates with it by layout `shared` and by `trl`; a test may change the trainers' models."""
+    """A loss, and 10 updates with it by layout `packed` and by `padded`; a test may change the trainers' models."""
     fits = [fit_anywhere(request.param, 10, layout=layout) for layout in ("packed", "padded")]
-    shared, trl = (Trained(trainer, metrics["heldout"], adapter(trainer)) for trainer, metrics, _ in fits)
-    return request.param, shared, trl
+    packed, padded = (Trained(trainer, metrics["heldout"], adapter(trainer)) for trainer, metrics, _ in fits)
+    return request.param, packed, padded
 
 
-def test_engines_train_the_same_adapter(layouts: tuple[str, Trained, Trained]) -> None:
-    loss, shared, trl = layouts
-    losses = history(trl.trainer, "loss")
+def test_layouts_train_the_same_adapter(layouts: tuple[str, Trained, Trained]) -> None:
+    loss, packed, padded = layouts
+    losses = history(padded.trainer, "loss")
     # ipo_sum falls from 25 towards 0, where only the absolute error says something.
-    assert history(shared.trainer, "loss") == pytest.approx(losses, rel=1e-5, abs=1e-5 * losses[0])
+    assert history(packed.trainer, "loss") == pytest.approx(losses, rel=1e-5, abs=1e-5 * losses[0])
     # discopop's passes its local minimum, where the gradient all but vanishes and rounding is what is left of it.
-    norms = history(trl.trainer, "grad_norm")
-    assert history(shared.trainer, "grad_norm") == pytest.approx(norms, rel=1e-4, abs=1e-5 * max(norms))
-    assert difference(shared.adapter, trl.adapter) < 1e-4
-    assert shared.heldout == pytest.approx(trl.heldout, rel=1e-4, abs=1e-4)
-    assert shared.heldout["accuracy"] == trl.heldout["accuracy"]
-    first, *_, last = history(shared.trainer, "rewards/margins")
+    norms = history(padded.trainer, "grad_norm")
+    assert history(packed.trainer, "grad_norm") == pytest.approx(norms, rel=1e-4, abs=1e-5 * max(norms))
+    assert difference(packed.adapter, padded.adapter) < 1e-4
+    assert packed.heldout == pytest.approx(padded.heldout, rel=1e-4, abs=1e-4)
+    assert packed.heldout["accuracy"] == padded.heldout["accuracy"]
+    first, *_, last = history(packed.trainer, "rewards/margins")
     assert first == pytest.approx(0, abs=1e-5)
     if loss == "discopop":  # from a margin of 0 its slope leads to its local minimum at a negative one
         assert last < -0.05
     else:
         assert last > 0.05
-        assert 0.5 < shared.heldout["accuracy"] < 1
+        assert 0.5 < packed.heldout["accuracy"] < 1
 
 
-def test_engines_give_the_same_loss_and_gradients(layouts: tuple[str, Trained, Trained]) -> None:
+def test_layouts_give_the_same_loss_and_gradients(layouts: tuple[str, Trained, Trained]) -> None:
     results = []
     for trainer in (trained.trainer for trained in layouts[1:]):
         torch.manual_seed(0)
@@ -387,7 +405,7 @@ def test_engines_give_the_same_loss_and_gradients(layouts: tuple[str, Trained, T
 
 
 @pytest.mark.parametrize(("layout", "own"), [("packed", 14), ("padded", 0)])
-def test_engine_shared_alone_trains_with_its_own_lora_layer(fit: Fit, layout: str, own: int) -> None:
+def test_layout_packed_alone_trains_with_its_own_lora_layer(fit: Fit, layout: str, own: int) -> None:
     trainer, _, _ = fit("sigmoid", steps=1, layout=layout)
     layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
     assert len(layers) == 14  # seven matrices of two decoder layers
@@ -397,25 +415,27 @@ def test_engine_shared_alone_trains_with_its_own_lora_layer(fit: Fit, layout: st
 def test_weights_that_are_packed_or_parted_keep_pefts_layer(train: Train) -> None:
     accelerate = Accelerate(distributed_type="FSDP", num_processes=2, num_machines=1)
     assert lora_config(train)._custom_modules
-    for change in ({"quantization": "nf4"}, {"accelerate": accelerate}):
+    for change in ({"bnb_4bit_quant_type": "nf4"}, {"accelerate": accelerate}):
         assert not lora_config(train.model_copy(update=change))._custom_modules
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_activation_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
+def test_gradient_checkpointing_of_all_or_some_micro_batches_changes_no_bit(
     fit: Fit, train: Train, tiny_model: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda *arguments: (forwards.append(1), forward(*arguments))[1])
-    half = train.lora.model_copy(update={"dropout": 0.5})
+    half = train.lora.model_copy(update={"lora_dropout": 0.5})
     sizes: list[int] = []
-    layout = load_layout(layout)
-    positions = layout.positions
-    monkeypatch.setattr(layout, "positions", lambda batch: (sizes.append(positions(batch)), sizes[-1])[1])
+    module = load_layout(layout)
+    positions = module.positions
+    monkeypatch.setattr(module, "positions", lambda batch: (sizes.append(positions(batch)), sizes[-1])[1])
     # For `auto`: so much that the shortest micro-batch keeps its activations.
     config = load_model(tiny_model, "fp32").config
-    monkeypatch.setattr(train_stage, "free_bytes", lambda: 2 * activation_bytes(config, min(sizes, default=1), "fp32"))
+    monkeypatch.setattr(
+        trainer_module, "free_bytes", lambda: 2 * activation_bytes(config, min(sizes, default=1), "fp32")
+    )
     results, counts = [], []
     for checkpointing in (False, True, "auto"):
         forwards.clear()
@@ -455,8 +475,8 @@ def test_a_run_repeats_bit_by_bit_and_another_seed_differs(fit: Fit) -> None:
 
 
 def test_lora_dropout_acts_only_where_it_is_not_disabled(fit: Fit, train: Train) -> None:
-    half = train.lora.model_copy(update={"dropout": 0.5})
-    none = train.lora.model_copy(update={"dropout": 0.0})
+    half = train.lora.model_copy(update={"lora_dropout": 0.5})
+    none = train.lora.model_copy(update={"lora_dropout": 0.0})
     without = adapter(fit("sigmoid", lora=none)[0])
     disabled = adapter(fit("sigmoid", lora=half, disable_dropout=True)[0])
     active = adapter(fit("sigmoid", lora=half, disable_dropout=False)[0])
@@ -494,13 +514,16 @@ def test_dropout_within_a_layer_acts_only_where_it_is_not_disabled(
     [
         ("sigmoid", {}),
         ("ipo", {"layout": "padded"}),
-        ("kto_pair", {"batch_size": 3}),
-        ("sigmoid", {"disable_dropout": False, "lora": Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)}),
+        ("kto_pair", {"per_device_train_batch_size": 3}),
+        (
+            "sigmoid",
+            {"disable_dropout": False, "lora": Lora(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=TARGETS)},
+        ),
     ],
-    ids=["sigmoid", "ipo-trl", "kto_pair-uneven", "dropout"],
+    ids=["sigmoid", "ipo-padded", "kto_pair-uneven", "dropout"],
 )
 def test_held_out_metrics_equal_an_independent_computation(
-    fit: Fit, tiny_model: Path, train: Train, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
+    fit: Fit, tiny_model: Path, params: Any, heldout: list[dict[str, Any]], loss: str, changes: dict[str, Any]
 ) -> None:
     trainer, metrics, _ = fit(loss, 6, beta=0.2, **changes)
     policy, base = trainer.model.eval(), load_model(tiny_model, "fp32")
@@ -509,13 +532,13 @@ def test_held_out_metrics_equal_an_independent_computation(
         base_logps = torch.tensor([plain_logps(base, pair) for pair in heldout], dtype=torch.float64)
     tokens = torch.tensor([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in heldout])
     columns = [*policy_logps.T, *base_logps.T, *tokens.T]
-    size = changes.get("batch_size", 4)
+    size = changes.get("per_device_train_batch_size", 4)
     losses, base_losses = (
         [
             value
             for start in range(0, len(heldout), size)
             for value in LOSSES[loss](
-                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(losses, loss)
+                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(params.losses, loss)
             ).tolist()
         ]
         for found in (columns, [*base_logps.T, *base_logps.T, *tokens.T])
@@ -583,7 +606,8 @@ def four_bit_training(
     with pytest.MonkeyPatch.context() as patch:
         if not evaluate:
             patch.setattr(PairTrainer, "held_out", lambda *_: {})
-        trainer, _, _ = train_cell(cell, train, 0, rows, held, model, tokenizer, Path(mkdtemp(dir=".")))
+        settings = CellSettings(cell, train, NoOptions(), QUIET, seed=0)
+        trainer, _, _ = train_cell(settings, Sides(rows, held), model, tokenizer, Path(mkdtemp(dir=".")))
     trainer.model.train()
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, trainer.collate(rows[:4])).backward()
@@ -592,8 +616,8 @@ def four_bit_training(
 
 @pytest.fixture
 def four_bit(train: Train) -> Train:
-    lora = Lora(r=4, alpha=8, dropout=0.5, targets=TARGETS)
-    return train.model_copy(update={"quantization": "nf4", "disable_dropout": False, "lora": lora})
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=TARGETS)
+    return train.model_copy(update={"bnb_4bit_quant_type": "nf4", "disable_dropout": False, "lora": lora})
 
 
 COMPILER = """
@@ -721,13 +745,16 @@ def test_dropout_is_off_in_a_4_bit_bases_evaluation(
 def test_update_count(
     train: Train, steps: int | str, pairs: int, batch_size: int, accumulation: int, updates: int
 ) -> None:
-    section = train.model_copy(update={"batch_size": batch_size, "accumulation": accumulation})
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    section = train.model_copy(update=sizes)
     assert section.updates(steps, pairs) == updates
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "updates"), [(4, 1, 4), (5, 1, 4), (3, 2, 3)])
 def test_an_epoch_sees_every_pair_once(fit: Fit, batch_size: int, accumulation: int, updates: int) -> None:
-    trainer, metrics, _ = fit("sigmoid", "epoch", batch_size=batch_size, accumulation=accumulation)
+    trainer, metrics, _ = fit(
+        "sigmoid", "epoch", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
+    )
     assert metrics["updates"] == len(history(trainer, "loss")) == updates
     assert history(trainer, "epoch")[-1] == 1
 
@@ -740,7 +767,7 @@ def test_fewer_pairs_than_a_batch_train(fit: Fit) -> None:
 
 def test_the_speed_counts_the_pairs_that_were_trained(fit: Fit, pairs: list[Any]) -> None:
     """Ten passes over 5 pairs, in updates of 4 and of 1."""
-    _, metrics, cost = fit("sigmoid", 20, count=5, batch_size=4, accumulation=1)
+    _, metrics, cost = fit("sigmoid", 20, count=5, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     assert metrics["updates"] == 20
     once = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs[:5])
     # The product of two rounded numbers; by updates of 4 alone it would be 1.6 times as much.
@@ -778,12 +805,13 @@ def test_the_log_goes_where_report_to_says(
     train: Train, report_to: str, integrations: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {})
-    section = train.model_copy(update={"report_to": report_to})
+    runtime = QUIET.model_copy(update={"report_to": report_to})
     cell = Cell(loss="ipo", beta=0.3, steps=4)
-    arguments = training_arguments(section, cell, 4, seed=5, recompute=False, checkpoints=Path("checkpoints"))
+    settings = CellSettings(cell, train, NoOptions(), runtime, seed=5)
+    arguments = training_arguments(settings, 4, recompute=False, checkpoints=Path("checkpoints"))
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
-        assert train_stage.live_logging(section, cell) == []
+        assert trainer_module.live_logging(runtime, cell) == []
     places = {
         "tensorboard": {"TENSORBOARD_LOGGING_DIR": "runs/tensorboard/ipo-0.3-4"},
         "wandb": {"WANDB_DIR": str(in_tmp / "runs")},
@@ -795,11 +823,19 @@ def test_the_log_goes_where_report_to_says(
 # The stage.
 
 
-def lay_out(folder: Path, tiny_model: Path, pairs: list[Any], heldout: list[Any], params: Any, train: Train) -> None:
-    """What dvc has put in place before `prefscan.train` runs."""
+def lay_out(
+    folder: Path,
+    tiny_model: Path,
+    pairs: list[Any],
+    heldout: list[Any],
+    params: Any,
+    train: Train,
+    runtime: Runtime = QUIET,
+) -> None:
+    """What dvc has put in place before `prefscan train` runs."""
     grid = params.grid.model_copy(update={"loss": ["ipo"], "beta": [0.3], "steps": [3, 4]})
     recipe = {"loss": "ipo", "beta": 0.3, "steps": 3}
-    written = params.model_copy(update={"grid": grid, "train": train, "seed": 11, **recipe})
+    written = params.model_copy(update={"grid": grid, "train": train, "runtime": runtime, "seed": 11, **recipe})
     write_inputs(folder, tiny_model, pairs, heldout, written)
 
 
@@ -826,8 +862,8 @@ def two_runs(
     """The same cell trained by two processes, which order their sets differently, in two folders."""
     folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere")]
     for folder in folders:
-        section = train.model_copy(update={"report_to": "dvclive"})
-        lay_out(folder, tiny_model, pairs[:TRAINING], heldout, params, section)
+        runtime = QUIET.model_copy(update={"report_to": "dvclive"})
+        lay_out(folder, tiny_model, pairs[:TRAINING], heldout, params, train, runtime)
     return [(folder, run_stage(folder, "ipo-0.3-4", seed)) for seed, folder in enumerate(folders, start=1)]
 
 
@@ -897,7 +933,6 @@ def test_a_missing_reference_row_and_an_unknown_cell_are_refused(
     lay_out(in_tmp, tiny_model, pairs[:4], heldout, params, train)
     rows = paths.TRAIN_REFERENCE.read_text().splitlines(keepends=True)
     paths.TRAIN_REFERENCE.write_text("".join(rows[lost:]))
-    monkeypatch.setattr(sys, "argv", ["train", key])
     with pytest.raises(UserError, match=message):
-        train_stage.main()
+        train_stage.main(key)
     assert not paths.ADAPTERS.exists()

@@ -21,12 +21,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 import psutil
-from dvc.config import Config
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from prefscan.common.io import read_json
 from prefscan.common.paths import MTBENCH_METRICS
 from prefscan.launch import supervisor
+from prefscan.repo.config import configure_clone, dvc_command
 
 SHARED = (".prefscan", "runs")  # unfinished work and live logs, linked from every clone
 NOT_RUN = "not run"  # the error of a chain whose predecessor has failed
@@ -115,14 +115,7 @@ def new_clone(name: str, archive: bytes, place: Place) -> Iterator[Path]:
             # Not the data filter, which refuses links to absolute paths: a workspace may have them.
             tar.extraction_filter = getattr(tarfile, "tar_filter", None)
             tar.extractall(folder)  # noqa: S202 - git made the archive, of this repository's own files
-        with Config(str(folder / ".dvc")).edit("local") as config:
-            config["core"]["no_scm"] = True
-            config["core"]["site_cache_dir"] = str(folder / ".dvc/tmp/site")  # gone with the clone
-            config["cache"]["dir"] = str(place.cache)
-            if place.remote:
-                remote = dict(place.remote)
-                config["core"]["remote"] = default = remote.pop("name")
-                config["remote"][default] = remote
+        configure_clone(folder, place.cache, place.remote)
         for shared in SHARED:
             (place.state / shared).mkdir(parents=True, exist_ok=True)
             (folder / shared).symlink_to(place.state / shared)
@@ -222,8 +215,7 @@ def run_stages(
             report(progress)
 
     def dvc(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
-        return run_supervised(command, folder, place.environment(folder), log, seen)
+        return run_supervised(dvc_command("--wait-for-lock", *arguments), folder, place.environment(folder), log, seen)
 
     def reproduce(targets: tuple[str, ...]) -> str:
         nonlocal attempts

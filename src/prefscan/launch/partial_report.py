@@ -10,8 +10,6 @@ the cells are compared with the first that has.
 
 import argparse
 
-from dvc.exceptions import ReproductionError
-
 from prefscan.common.config import load
 from prefscan.common.errors import UserError
 from prefscan.common.paths import RUNS
@@ -29,13 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(pull: bool) -> None:
     params = load()
-    if stale := stale_stages(missing_data_is_stale=True):
-        try:
-            taken = take_over(stale, pull=pull)
-        except ReproductionError as error:
-            raise UserError(f"what has finished cannot be taken over: {error}: {error.__cause__}") from None
-        if taken:
-            stale = stale_stages(missing_data_is_stale=True)
+    if (stale := stale_stages(missing_data_is_stale=True)) and take_over(stale, pull=pull):
+        stale = stale_stages(missing_data_is_stale=True)
     of_cells = {f"{stage}@{cell.key}" for stage in CELL_STAGES for cell in params.grid.cells}
     if shared := sorted(set(stale) - of_cells - EXCUSED):
         raise UserError(f"nothing to report yet: what cells share is stale; `dvc repro {' '.join(shared)}`")

@@ -26,21 +26,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dvc.exceptions import ReproductionError
-from dvc.repo import Repo
 from filelock import FileLock, Timeout
 
-from prefscan.common.config import Params, load
+from prefscan.common.config import Params, check_logging, load
 from prefscan.common.errors import UserError
 from prefscan.common.paths import SPLITS
 from prefscan.launch.clone import BUSY, BUSY_WAIT, NOT_RUN, Chain, Outcome, Place, await_remote, run_supervised
 from prefscan.repo.cache import check_cache
+from prefscan.repo.config import dvc_command
 from prefscan.repo.git import changed_since, snapshot, uncommitted, workspace_tree
 from prefscan.repo.pipeline import (
     CELL_STAGES,
     cache_and_remote,
     compose,
-    forget,
+    forget_here,
     lost_stages,
     push_current,
     stale_stages,
@@ -167,16 +166,19 @@ def restore(made: list[str], targets: list[str], place: Place, patience: float) 
     if gone := await_remote(place, patience):
         raise UserError(f"{gone}, and run `dvc repro --pull`")
     if made:
-        with suppress(ReproductionError):  # the `dvc repro` that follows says what it was
+        with suppress(UserError):  # the `dvc repro` that follows says what it was
             take_over(made, pull=place.remote is not None)
     pull = ["--pull"] if place.remote else []
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *pull, *targets]
     log = Path(".prefscan/launch/workspace.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     while True:
         code, output = run_supervised(
-            command, Path(), dict(os.environ), log, lambda line: print(line, end="", flush=True)
+            dvc_command("--wait-for-lock", "repro", *pull, *targets),
+            Path(),
+            dict(os.environ),
+            log,
+            lambda line: print(line, end="", flush=True),
         )
         if code == 0 or not BUSY.search(output):
             return code
@@ -217,9 +219,7 @@ def launch_sweep(address: str | None, dirty: bool) -> int:
     outcomes = run_chains(chains, params, place, address, snapshot(tree, lost)) if chains else []
     ended = {outcome.name for outcome in outcomes if not outcome.error}
     made = [target for chain in chains if chain.name in ended for target in chain.targets]
-    if (forgotten := lost.intersection(made)) and Path("dvc.lock").exists():
-        with Repo(_wait_for_lock=True) as repo, repo.lock:
-            forget(Path("dvc.lock"), forgotten)
+    forget_here(lost.intersection(made))
     try:
         if changes := changed_since(tree):
             raise UserError(
@@ -255,8 +255,6 @@ def main(overrides: list[str], address: str | None, dirty: bool) -> None:
                     composed = Path(folder) / "params.yaml"
                     params = compose(overrides, composed)
                     if address is None:  # a cluster's nodes may have what this machine lacks
-                        from prefscan.common.config import check_logging  # which imports torch
-
                         check_logging(params.runtime.report_to)
                     shutil.copyfile(composed, "params.yaml")
             code = launch_sweep(address, dirty)

@@ -2,13 +2,12 @@
 
 import re
 import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, ReproductionError
 from dvc.repo import Repo
 from dvc.repo.graph import get_subgraph_of_nodes
 from dvc.stage import Stage
@@ -18,13 +17,14 @@ from dvc_data.hashfile.hash_info import HashInfo
 from prefscan.common.config import Params, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_text
+from prefscan.repo.config import dvc_command
 
 CELL_STAGES = ("train", "merge", "answer", "mtbench")  # of the matrix, each after the one before
 CHOICE = ("loss", "beta", "steps", "grid", "sweep", "launch")  # parameters that choose and place cells and change none
 
 
 def run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+    return subprocess.run(dvc_command(*arguments), capture_output=True, text=True)
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> UserError:
@@ -138,12 +138,31 @@ def forget(lock: Path, stages: Collection[str]) -> None:
             entries.get("stages", {}).pop(name, None)
 
 
+def forget_here(stages: Collection[str]) -> None:
+    """The same in the workspace, beside another DVC that may run."""
+    lock = Path("dvc.lock")
+    if stages and lock.exists():
+        with Repo(_wait_for_lock=True) as repo, repo.lock:
+            forget(lock, stages)
+
+
+def missing_results() -> dict[str, list[str]]:
+    """The files that git is to hold (`cache: false`) and the workspace lacks, by stage.
+
+    `dvc repro --dry --allow-missing` takes them for data that are elsewhere.
+    """
+    with Repo() as repo:
+        results = {s.addressing: [out.def_path for out in s.outs if not out.use_cache] for s in repo.index.stages}
+    missing = {stage: [path for path in paths if not Path(path).exists()] for stage, paths in results.items()}
+    return {stage: paths for stage, paths in missing.items() if paths}
+
+
 def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
     """Take into the workspace what stale stages have made elsewhere, from the run-cache or, by `pull`, the remote.
 
     `dvc repro` would do the same, but run what it does not find there, which is left alone here with all after it, and
     write dvc.lock anew after each stage: with 200 cells, seconds a stage. Here it is written once, what is taken before
-    an error included. Returns the stages taken; raises DVC's ReproductionError.
+    an error included. Returns the stages taken; raises UserError with DVC's words where one ends it.
     """
     taken: list[Stage] = []
     left: set[str] = set()
@@ -169,6 +188,8 @@ def take_over(stages: Collection[str], *, pull: bool) -> list[str]:
     with Repo(_wait_for_lock=True) as repo:
         try:
             repo.reproduce(pull=pull, repro_fn=take)
+        except ReproductionError as error:
+            raise UserError(f"what has finished cannot be taken over: {error}: {error.__cause__}") from None
         finally:
             if taken:
                 with repo.lock:

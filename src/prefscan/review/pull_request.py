@@ -9,14 +9,11 @@ Exit status 3 if dvc.lock is stale, and its numbers are not those of its paramet
 
 import argparse
 import sys
-from pathlib import Path
-
-from dvc.repo import Repo
 
 from prefscan.common.errors import UserError
 from prefscan.common.paths import REPORTS, SUMMARY
-from prefscan.repo.git import git
-from prefscan.repo.pipeline import dvc, stale_stages
+from prefscan.repo.git import commit_of, git
+from prefscan.repo.pipeline import dvc, missing_results, stale_stages
 from prefscan.reporting.findings import counted
 from prefscan.reporting.stats import paired_difference
 from prefscan.review.revisions import (
@@ -24,7 +21,6 @@ from prefscan.review.revisions import (
     VERSIONS_NOTE,
     Revision,
     changed,
-    commit_of,
     read_revision,
     refuse_scales,
     settings,
@@ -50,17 +46,6 @@ def merge_base(base: str) -> str:
         way_out = "this clone is shallow, so `git fetch --unshallow`" if shallow else "name the base that HEAD left"
         raise UserError(f"{base} and HEAD share no commit; {way_out}") from None
     return base if shared == tip else git("rev-parse", "--short", shared).decode().strip()
-
-
-def missing_results() -> dict[str, list[str]]:
-    """The files that git is to hold (`cache: false`) and the workspace lacks, by stage.
-
-    `dvc repro --dry --allow-missing` takes them for data that are elsewhere.
-    """
-    with Repo() as repo:
-        results = {s.addressing: [out.def_path for out in s.outs if not out.use_cache] for s in repo.index.stages}
-    missing = {stage: [path for path in paths if not Path(path).exists()] for stage, paths in results.items()}
-    return {stage: paths for stage, paths in missing.items() if paths}
 
 
 def lock_section(stale: list[str], missing: dict[str, list[str]]) -> str:

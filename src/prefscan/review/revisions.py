@@ -13,15 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from dvc.scm import map_scm_exception, resolve_rev
 
 from prefscan.common.errors import UserError
 from prefscan.common.io import BAD_JSON, read_text
 from prefscan.common.libraries import LIBRARIES
 from prefscan.common.paths import BASE, JUDGE_METRICS, SUMMARY
-from prefscan.repo.git import git
+from prefscan.repo.git import commit_of, read_at
 from prefscan.repo.pipeline import CHOICE
 from prefscan.reporting.tables import QUESTION_SCORES
 
@@ -68,35 +65,6 @@ class Revision(NamedTuple):
     @property
     def recipe(self) -> str:
         return str(self.summary["recipe"]["cell"])
-
-
-def commit_of(revision: str) -> str:
-    """The hash of the commit that git or DVC's experiments call `revision`.
-
-    Raises UserError for a name that no commit has, and elsewhere than in the repository's root.
-    """
-    if not Path(".git").exists():  # all paths are relative to it
-        raise UserError(f"{Path.cwd()} is not the root of a git repository; run it in the repository's root")
-    refused = UserError(f"{revision!r} names no commit; name a branch, tag, commit or DVC experiment")
-    if not revision:  # which DVC takes for HEAD
-        raise refused
-    try:
-        with Repo() as repo, map_scm_exception():
-            found = resolve_rev(repo.scm, revision)
-        # What has a hash may be a tree, and a tag points to its commit.
-        return git("rev-parse", "--verify", f"{found}^{{commit}}").decode().strip()
-    except (DvcException, UserError):
-        raise refused from None
-
-
-def read_at(path: Path, revision: str, commit: str) -> str:
-    """A file of a commit, which errors call `revision`; raises UserError where it has none, ValueError beside UTF-8."""
-    try:
-        return git("cat-file", "blob", f"{commit}:{path}").decode()
-    except UserError:
-        raise UserError(
-            f"{revision} has no {path} in git; run `dvc repro` there with this version and commit the reports"
-        ) from None
 
 
 def checked(value: Any, wanted: dict[str, type]) -> dict[str, Any]:

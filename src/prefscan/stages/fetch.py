@@ -11,6 +11,7 @@ half-written.
 """
 
 from prefscan.common.config import load
+from prefscan.common.errors import UserError
 from prefscan.data.sources import fetch_model, fetch_pairs, fetch_questions
 
 
@@ -23,3 +24,5 @@ def main(what: str) -> None:
             fetch_pairs(params.data.source)
         case "questions":
             fetch_questions(params.questions)
+        case _:
+            raise UserError(f"fetch what? got {what!r}; one of model, pairs, questions")

@@ -10,6 +10,7 @@ counts `chosen_tokens` and `rejected_tokens`. Every train cell reads it and make
 from rich.progress import track
 
 from prefscan.common.config import load
+from prefscan.common.errors import UserError
 from prefscan.common.io import read_jsonl, write_jsonl
 from prefscan.common.paths import BASE, SPLITS
 from prefscan.logprobs.layouts import load_layout
@@ -19,6 +20,8 @@ from prefscan.models.loading import load_tokenizer
 
 def main(split: str) -> None:
     train = load().train
+    if split not in SPLITS:
+        raise UserError(f"reference of what? got {split!r}; one of {', '.join(SPLITS)}")
     path, reference = SPLITS[split]
     pairs = read_jsonl(path)
     rows = reference_rows(
