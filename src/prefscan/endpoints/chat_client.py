@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from threading import Event, Lock
+from threading import Lock
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_e
 from prefscan.common.config import Connection
 from prefscan.common.errors import UserError
 from prefscan.common.io import BAD_JSON
+from prefscan.endpoints.workers import Breaker, NoReply
 
 PASSING_STATUS = (408, 409, 429)  # request timeout, conflict, rate limit; and all from 500
 STOPPING_STATUS = (401, 402, 404)  # a wrong key, an empty account, no such model or address: the same for every request
@@ -39,7 +40,6 @@ STOPPING_CODE = re.compile(
 LONGEST_WAIT = 600.0  # seconds that a server may ask for; a stage that sleeps for hours looks like one that hangs
 LIMITED = 900.0  # seconds from its first try in which a request that meets rate limits is tried again
 NEVER_SENT = ("ConnectError", "ConnectTimeout")  # by name: which HTTP library openai uses depends on its version
-STRIKES = 3  # requests in a row that fail in the same way, with no success between them, end the stage
 WORDS = 200  # characters of a server's own words in an error
 BYTES_A_TOKEN = 4  # of English text, to pace requests by tokens; servers estimate so too
 
@@ -70,18 +70,6 @@ class Reply:
         return without_thinking(self.text)
 
 
-class NoReply(Exception):
-    """A request without a reply to use: the text is the reason, without key or prompt.
-
-    `passing`: the same request may succeed in a later run. `stops`: no other request of this stage would do better.
-    """
-
-    def __init__(self, reason: str, passing: bool = False, stops: bool = False) -> None:
-        super().__init__(reason)
-        self.passing = passing
-        self.stops = stops
-
-
 class Fault(Exception):
     """One attempt that failed, and what follows: another attempt, none, or the end of the stage."""
 
@@ -100,46 +88,6 @@ class ErrorInReply(Exception):
     def __init__(self, error: Any) -> None:
         super().__init__()
         self.error = error
-
-
-class Breaker:
-    """Ends all requests of a stage: at a fault that each would meet, after several in a row, or with the stage."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.tripped = Event()
-        self.proven = Event()  # set by the first reply that can be used
-        self.lock = Lock()
-        self.strikes = 0
-
-    def trip(self, reason: str) -> None:
-        with self.lock:
-            self.reason = self.reason or reason
-        self.tripped.set()
-        self.proven.set()  # nobody is to wait for it
-
-    def strike(self, reason: str) -> None:
-        """One more request that failed in a way that others may share; the last one in a row ends the stage."""
-        with self.lock:
-            self.strikes += 1
-            enough = self.strikes >= STRIKES
-        if enough:
-            self.trip(f"{reason}, {STRIKES} times in a row")
-
-    def clear(self) -> None:
-        with self.lock:
-            self.strikes = 0
-        self.proven.set()
-
-    def check(self) -> None:
-        """Raises NoReply once no request is to be sent."""
-        if self.tripped.is_set():
-            raise NoReply(f"not asked after this: {self.reason}", passing=True)
-
-    def wait(self, seconds: float) -> None:
-        """Sleep; raises NoReply as soon as no request is to be sent."""
-        self.tripped.wait(seconds)
-        self.check()
 
 
 class Limits:
@@ -284,7 +232,7 @@ def counted(found: Any) -> tuple[int, int] | None:
 
 
 def without_thinking(text: str) -> str:
-    """What follows the last </think>, which a template may have opened in the prompt; nothing of thinking without end."""
+    """What follows the last </think>, which a template may have opened in the prompt; nothing of endless thinking."""
     _, end, rest = text.rpartition("</think>")
     if not end and text.lstrip().startswith("<think>"):
         return ""

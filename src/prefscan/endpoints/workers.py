@@ -1,4 +1,7 @@
-"""Ask many things of a server at once, in threads that end with the stage: on Ctrl-C and SIGTERM within two seconds."""
+"""Ask many things of a server at once, in threads that end with the stage: on Ctrl-C and SIGTERM within two seconds.
+
+One breaker stands between all of them and the server.
+"""
 
 import signal
 import time
@@ -6,16 +9,67 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Thread, current_thread, main_thread
+from threading import Event, Lock, Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar
 
-from prefscan.endpoints.chat_client import Breaker
-
+STRIKES = 3  # requests in a row that fail in the same way, with no success between them, end the stage
 GRACE = 1.0  # seconds in which replies under way at an interruption may still come, and be kept
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class NoReply(Exception):
+    """A request without a reply to use: the text is the reason, without key or prompt.
+
+    `passing`: the same request may succeed in a later run. `stops`: no other request of this stage would do better.
+    """
+
+    def __init__(self, reason: str, passing: bool = False, stops: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
+        self.stops = stops
+
+
+class Breaker:
+    """Ends all requests of a stage: at a fault that each would meet, after several in a row, or with the stage."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.tripped = Event()
+        self.proven = Event()  # set by the first reply that can be used
+        self.lock = Lock()
+        self.strikes = 0
+
+    def trip(self, reason: str) -> None:
+        with self.lock:
+            self.reason = self.reason or reason
+        self.tripped.set()
+        self.proven.set()  # nobody is to wait for it
+
+    def strike(self, reason: str) -> None:
+        """One more request that failed in a way that others may share; the last one in a row ends the stage."""
+        with self.lock:
+            self.strikes += 1
+            enough = self.strikes >= STRIKES
+        if enough:
+            self.trip(f"{reason}, {STRIKES} times in a row")
+
+    def clear(self) -> None:
+        with self.lock:
+            self.strikes = 0
+        self.proven.set()
+
+    def check(self) -> None:
+        """Raises NoReply once no request is to be sent."""
+        if self.tripped.is_set():
+            raise NoReply(f"not asked after this: {self.reason}", passing=True)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep; raises NoReply as soon as no request is to be sent."""
+        self.tripped.wait(seconds)
+        self.check()
 
 
 def _terminated(number: int, _: FrameType | None) -> None:

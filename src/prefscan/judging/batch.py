@@ -1,13 +1,14 @@
-"""OpenAI's Batch API: requests in a file, replies within a day, at half the price; what is under way outlives the stage.
+"""OpenAI's Batch API: requests in a file, replies within a day, at half the price; a batch outlives the stage.
 
-A record is written before a batch is created, with a mark that the batch carries, and removed when its replies are kept.
-So a stage that was killed at any moment finds its batch again, by the record or by the mark, and nothing is paid twice.
+A record is written before a batch is created, with a mark that the batch carries, and removed when its replies are
+kept. So a stage that was killed at any moment finds its batch again, by the record or by the mark, and nothing is paid
+twice.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 from openai.types.chat import ChatCompletion
@@ -15,11 +16,12 @@ from openai.types.chat import ChatCompletion
 from prefscan.common.config import Batch
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, write_json
-from prefscan.endpoints.chat_client import NoReply, Reply, Session, reply_of, words_in
+from prefscan.endpoints.chat_client import Reply, Session, reply_of, words_in
+from prefscan.endpoints.workers import NoReply
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_SECONDS = 60.0  # for a batch of an earlier run, where judge.batch is null now
-ENDPOINT = "/v1/chat/completions"
+ENDPOINT: Final = "/v1/chat/completions"
 
 # Gets a request's name, its reply or why there is none, and the purchase's name in the ledger.
 Receive = Callable[[str, Reply | NoReply, str], None]
@@ -69,7 +71,7 @@ class Batches:
         path = self.folder / f"{mark}.json"
         record = {"id": None, "address": self.session.address, "discount": self.settings.discount, "most": most}
         write_json(path, record)
-        tried = []
+        tried: list[bool] = []
 
         def create() -> str:
             # The answer to an attempt may have got lost, and its batch would be paid as well.
@@ -99,8 +101,8 @@ class Batches:
                     self._collect(number, record, receive)
             except NoReply as fault:
                 raise UserError(
-                    f"{path}: the batch {record['id'] or ''} cannot be looked up ({fault}); run again, or delete the file "
-                    "to submit its requests anew and pay for both"
+                    f"{path}: the batch {record['id'] or ''} cannot be looked up ({fault}); run again, or delete the "
+                    "file to submit its requests anew and pay for both"
                 ) from None
             path.unlink()  # also of a batch that the server never got
 
@@ -144,7 +146,9 @@ class Batches:
                     code = response.get("status_code") or (error or {}).get("code")
                     yield (
                         line["custom_id"],
-                        NoReply(f"the batch has {code} for it: {words}", passing=code in (429, 500, 503, "batch_expired")),
+                        NoReply(
+                            f"the batch has {code} for it: {words}", passing=code in (429, 500, 503, "batch_expired")
+                        ),
                     )
                     continue
                 try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from prefscan.common.config import Prices
 from prefscan.common.io import read_jsonl
-from prefscan.endpoints.chat_client import NoReply
+from prefscan.endpoints.workers import NoReply
 
 MESSAGE_TOKENS = 16  # for what a chat template puts around a message; OpenAI's is 3 or 4 tokens
 
@@ -31,7 +31,9 @@ def most_tokens(messages: Iterable[dict[str, str]]) -> int:
 
 def fewest_tokens(messages: Iterable[dict[str, str]]) -> int:
     """No more tokens than the messages have, runs of one character apart: a token of text has 4 to 5 bytes."""
-    return sum(len(re.sub(r"(.)\1+", r"\1", message["content"], flags=re.DOTALL).encode()) for message in messages) // 10
+    return (
+        sum(len(re.sub(r"(.)\1+", r"\1", message["content"], flags=re.DOTALL).encode()) for message in messages) // 10
+    )
 
 
 def price(prices: Prices | None, input_tokens: int, output_tokens: int) -> float:

@@ -95,7 +95,10 @@ def read_records(path: Path, schema: type[Record], unique: Sequence[str] = ()) -
 
 
 def select_questions(questions: list[Any], count: int) -> list[Any]:
-    """The first `count` / categories questions of each category, in order, or all; raises UserError for an uneven split."""
+    """The first `count` / categories questions of each category, in order, or all.
+
+    Raises UserError for an uneven split.
+    """
     if count == len(questions):
         return questions
     by_category: dict[str, list[Any]] = defaultdict(list)

@@ -1,8 +1,8 @@
 """A transformers model as judge: the probability of each verdict, without generating.
 
-The reply is prefilled up to the place where FastChat's prompts ask for the verdict, `Rating: [[`. Each verdict is scored
-by its own tokens, whatever the vocabulary makes of "10", and by the closing bracket that tells "1" from "10" and "7"
-from "7.5". The mode makes one verdict of these probabilities: the expected score, or the most probable letter.
+The reply is prefilled up to the place where FastChat's prompts ask for the verdict, `Rating: [[`. Each verdict is
+scored by its own tokens, whatever the vocabulary makes of "10", and by the closing bracket that tells "1" from "10" and
+"7" from "7.5". The mode makes one verdict of these probabilities: the expected score, or the most probable letter.
 
 With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
 what it shares with the one before it. Larger batches hold prompts of similar length, padded on the left, and share
@@ -12,7 +12,6 @@ nothing.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -67,12 +66,12 @@ class TokenJudge:
             encoded.append((end, [(token, span) for token, span in spans if span[0] < end]))
         shared = min(len(spans) - 1 for _, spans in encoded)
         first = encoded[0][1]
-        while any([token for token, _ in spans[:shared]] != [token for token, _ in first[:shared]] for _, spans in encoded):
+        while any(
+            [token for token, _ in spans[:shared]] != [token for token, _ in first[:shared]] for _, spans in encoded
+        ):
             shared -= 1
         text = opening[: first[shared - 1][1][1]] if shared else ""
-        options = [
-            ([token for token, _ in spans[shared:]], spans[-1][1][1] > end) for end, spans in encoded
-        ]
+        options = [([token for token, _ in spans[shared:]], spans[-1][1][1] > end) for end, spans in encoded]
         return text, options
 
     def _encode(self, text: str) -> list[int]:

@@ -160,8 +160,8 @@ def judge_turns(turns: Sequence[Turn], settings: LocalJudge | OpenAIJudge) -> li
         ]
         raise UserError(
             f"{len(failed)} of {len(turns)} turns have no score ({'; '.join(listed)}{'; …' * (len(reasons) > REASONS)})"
-            "; all replies of a paid judge are kept: run `dvc repro` again to judge the others, and delete a kept reply "
-            "without a verdict first to pay for another, or leave such turns out by judge.unscored: report"
+            "; all replies of a paid judge are kept: run `dvc repro` again to judge the others, and delete a kept "
+            "reply without a verdict first to pay for another, or leave such turns out by judge.unscored: report"
         )
     return [verdicts[i] for i in range(len(turns))]
 
@@ -245,9 +245,13 @@ def scores(judged: Judged, mode: Mode, report_unscored: bool = False) -> dict[st
         samples[row["question_id"], row["turn"]].append(row["score"])
     several = all(len(values) > 1 for values in samples.values())
     incomplete = {turn.question_id for turn in judged.unscored}
-    questions = {str(number): fmean(values) for number, values in sorted(by_question.items()) if number not in incomplete}
+    questions = {
+        str(number): fmean(values) for number, values in sorted(by_question.items()) if number not in incomplete
+    }
     if len(questions) < 2:
-        raise UserError(f"{len(questions)} questions have a score on all turns, and an interval needs two; add questions")
+        raise UserError(
+            f"{len(questions)} questions have a score on all turns, and an interval needs two; add questions"
+        )
     _, low, high = mean_interval(list(questions.values()))
     lowest, highest = mode.scale
     later = {f"turn_{turn}": fmean(values) for turn, values in sorted(by_turn.items()) if turn > 2}

@@ -21,14 +21,13 @@ from prefscan.common.io import BAD_JSON, read_json, write_json
 from prefscan.common.paths import judge_store
 from prefscan.endpoints.chat_client import (
     ErrorInReply,
-    NoReply,
     Reply,
     Session,
     check_errors,
     counted,
     may_be_billed,
 )
-from prefscan.endpoints.workers import at_once
+from prefscan.endpoints.workers import NoReply, at_once
 from prefscan.judging.batch import Batches
 from prefscan.judging.budget import Spending, fewest_tokens, most_tokens, price
 from prefscan.judging.judge import Prompt, Verdict, mode_of
@@ -94,7 +93,7 @@ class ChatJudge:
         }
 
     def reminded(self, prompt: Prompt, first: Reply) -> dict[str, Any]:
-        """The request for another reply after one without verdict; many servers refuse an empty turn of the assistant."""
+        """The request for another reply after one without verdict; many servers refuse an empty assistant turn."""
         if not first.said.strip():
             return self.request(replace(prompt, user=f"{prompt.user}\n\n{self.mode.reminder}"))
         return self.request(

@@ -1,12 +1,12 @@
-"""`judge.mode: pair`: each answer beside that of `judge.against`, in both orders; 1 for a win, ½ for a tie, 0 for a loss.
+"""`judge.mode: pair`: each answer beside that of `judge.against`, in both orders.
 
-As in FastChat, a win needs both orders.
+1 is a win, ½ a tie, 0 a loss. As in FastChat, a win needs both orders.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from prefscan.judging.judge import Turn, Verdict
 from prefscan.judging.single import BRACKETED, answer_fields
@@ -17,7 +17,11 @@ class Pairs:
     scale = (0.0, 1.0)
     orders = 2
     prefill = "My final verdict is: [["
-    options = {"A": 1.0, "B": 0.0, "C": 0.5}  # the verdicts that FastChat's prompts ask for, and A's score by each
+    options: ClassVar = {
+        "A": 1.0,
+        "B": 0.0,
+        "C": 0.5,
+    }  # the verdicts that FastChat's prompts ask for, and A's score by each
     reminder = (
         "Your reply has no verdict that can be read. Answer again with one verdict only, in exactly this format: "
         '"[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.'

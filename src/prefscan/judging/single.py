@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from prefscan.judging.judge import Turn, Verdict
 
@@ -15,7 +15,7 @@ class Single:
     scale = (1.0, 10.0)
     orders = 1
     prefill = "Rating: [["
-    options = {str(score): float(score) for score in range(1, 11)}
+    options: ClassVar = {str(score): float(score) for score in range(1, 11)}
     reminder = (
         "Your reply has no rating that can be read. Answer again with one rating only, a number from 1 to 10 in "
         'exactly this format: "[[rating]]", for example: "Rating: [[5]]".'

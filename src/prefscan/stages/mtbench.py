@@ -4,8 +4,8 @@
     prefscan mtbench ipo-0.5-16
 
 A turn that cannot be scored fails the cell with the reason, unless `judge.unscored: report` leaves it out and counts
-it. With `judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for a
-win, ½ for a tie and 0 for a loss.
+it. With `judge.mode: pair`, each turn is judged beside that of `judge.against`, in both orders, and its score is 1 for
+a win, ½ for a tie and 0 for a loss.
 """
 
 from typing import Any
