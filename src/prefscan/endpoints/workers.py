@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 STRIKES = 3  # requests in a row that fail in the same way, with no success between them, end the stage
-GRACE = 1.0  # seconds in which replies under way at an interruption may still come, and be kept
+GRACE = 0.3  # seconds in which replies under way at an interruption may still come, and be kept
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -93,8 +93,8 @@ def at_once(ask: Callable[[T], R], items: Iterable[T], concurrency: int, breaker
     """Each item and what `ask` gives for it, as they come; an exception of `ask` is raised here.
 
     One at a time until the breaker has seen a reply that can be used, so that a wrong key or setting costs one request,
-    not one a worker. When the caller stops or is interrupted, no further item is asked: replies that come within a
-    second are waited for, and the daemon threads that wait for others end with the process.
+    not one a worker. When the caller stops or is interrupted, no further item is asked: replies that come in a moment
+    are waited for, and the daemon threads that wait for others end with the process.
     """
     waiting = deque(items)
     results: SimpleQueue[tuple[T, Any, BaseException | None]] = SimpleQueue()
