@@ -114,10 +114,12 @@ def default_params() -> dict[str, Any]:
 
 
 def write_params(root: Path, **changes: Any) -> None:
-    """The default's params.yaml with changes: a mapping is merged, but for `judge`, whose keys depend on its kind."""
+    """The default's params.yaml with changes: a mapping is merged, but for `losses`, and `judge`, whose keys depend on
+    its kind.
+    """
     params = default_params()
     for key, value in changes.items():
-        merged = isinstance(value, dict) and isinstance(params[key], dict) and key != "judge"
+        merged = isinstance(value, dict) and isinstance(params[key], dict) and key not in ("judge", "losses")
         params[key] = params[key] | value if merged else value
     (root / "params.yaml").write_text(yaml.safe_dump(params))
 

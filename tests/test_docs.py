@@ -9,6 +9,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RELIABILITY = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", RELIABILITY)))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_and_configuration_that_a_document_names_exist(document: Path) -> None:
+    named = re.findall(
+        r"(?<![\w./-])((?:benchmarks|conf|docs|src|tests)/[\w./-]*\w)", document.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize(("file", "test"), NAMED)

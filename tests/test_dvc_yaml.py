@@ -1,68 +1,54 @@
-"""dvc.yaml declares what the code does: every stage's modules against its real imports.
+"""dvc.yaml declares what the code does: every stage's code against its real imports.
 
 Its parameters against the real reads: tests/pipeline/test_declared.py, which runs the stages.
 """
 
-import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src"
-STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+from house import PACKAGE, ROOT, closure
+from prefscan.__main__ import STAGES as COMMANDS
 
-
-def stage_module(name: str) -> str:
-    return {"answer-base": "answer", "judge-check": "judge_check", "mtbench-base": "mtbench"}.get(name, name)
+TEXT = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+STAGES: dict[str, Any] = yaml.safe_load(TEXT)["stages"]
 
 
 def body(name: str) -> dict[str, Any]:
     return STAGES[name].get("do", STAGES[name])
 
 
-def unit(path: Path) -> str:
-    """A file at the top of the package stands for itself, one in a subpackage for its folder, which loads by name."""
-    parts = path.relative_to(SOURCE).parts
-    return "/".join(("src", *parts[:2]))
+def module(name: str) -> Path:
+    """The module that a stage's command runs. `__main__.py` only finds it: no stage depends on that."""
+    found = re.fullmatch(r"(?:OMP_NUM_THREADS=\$\{threads\} )?\$\{prefscan\} ([\w-]+)(?: \S+)?", body(name)["cmd"])
+    assert found is not None, name
+    return (PACKAGE / COMMANDS[found[1]].module.replace(".", "/")).with_suffix(".py")
 
 
-def imports(path: Path) -> set[Path]:
-    """The prefscan files that a file imports, at the top or within functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] == "prefscan":
-                base = SOURCE / name.replace(".", "/")
-                found |= {p for p in (base.with_suffix(".py"), base / "__init__.py") if p.exists()}
-    return found
-
-
-def closure(path: Path) -> set[str]:
-    """The units of all files that running a module imports, itself included."""
-    todo, seen = {path, SOURCE / "prefscan/__init__.py"}, set()
-    while todo:
-        file = todo.pop()
-        seen.add(file)
-        package = file.parent
-        # A subpackage loads its modules by name, so all of them belong to the closure.
-        more = set(package.glob("*.py")) if package != SOURCE / "prefscan" else set()
-        todo |= (imports(file) | more) - seen
-    return {unit(file) for file in seen}
+def code(name: str) -> list[Path]:
+    """The files and folders of the code that a stage declares."""
+    return [ROOT / dep for dep in body(name)["deps"] if dep.startswith("src/")]
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_declared_modules_are_the_imported_ones(name: str) -> None:
-    declared = {dep for dep in body(name)["deps"] if dep.startswith("src/")}
-    templates = {"src/prefscan/templates"} if name == "report" else set()
-    assert declared == closure(SOURCE / f"prefscan/{stage_module(name)}.py") | templates
+def test_what_a_stage_runs_is_declared_and_all_that_is_declared_runs(name: str) -> None:
+    declared, runs = code(name), closure(module(name))
+    assert sorted(file for file in runs if not any(file.is_relative_to(dep) for dep in declared)) == []
+    assert [dep for dep in declared if not any(file.is_relative_to(dep) for file in runs)] == []
+
+
+def test_nothing_is_declared_twice() -> None:
+    for name in STAGES:
+        declared = code(name)
+        assert len(set(declared)) == len(declared), name
+        assert not [dep for dep in declared if any(dep.is_relative_to(other) for other in declared if other != dep)]
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(TEXT.splitlines()) <= 300
 
 
 def test_what_computes_has_the_threads_of_the_parameters_in_its_command() -> None:

@@ -42,7 +42,7 @@ def test_cells_go_to_the_worker_that_is_free_first(workers: int, hours: float) -
 def test_an_epoch_is_one_pass_over_the_training_pairs(in_tmp: Path, params: Params) -> None:
     write_json(Path("metrics/prepare.json"), {"train": 49})
     speed = Speed(1, update=2.0, answers=10.0, size=0)
-    train = params.train.model_copy(update={"batch_size": 2, "accumulation": 4})
+    train = params.train.model_copy(update={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
     assert cell_seconds(Cell(loss="ipo", beta=0.1, steps="epoch"), train, speed) == 7 * 2 + 10
     assert cell_seconds(Cell(loss="ipo", beta=0.1, steps=200), train, speed) == 200 * 2 + 10
 

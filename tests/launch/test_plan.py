@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ from mtbench_data import (
 )
 from prefscan.common.config import load
 from prefscan.common.errors import UserError
-from prefscan.judging import check as judge_check
-from prefscan.judging import mtbench
 from prefscan.judging.fastchat import select_questions
 from prefscan.launch import plan
 from prefscan.repo.pipeline import CELL_STAGES
+from prefscan.stages import judge_check, mtbench
 
 EVERY = make_questions(2)  # the judge check swaps answers within a category
 QUESTIONS = select_questions(EVERY, 8)  # those that are answered
@@ -48,8 +46,7 @@ def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, list[str]]:
     """The printed numbers by model."""
     capsys.readouterr()
-    sys.argv = ["plan", *overrides]
-    plan.main()
+    plan.main([*overrides], workers=None)
     rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     return {row[0].strip(): [cell.strip().replace(",", "") for cell in row[1:]] for row in rows}
 
@@ -60,8 +57,7 @@ def most_tokens(requests: list[dict[str, Any]]) -> int:
 
 @pytest.fixture(autouse=True)
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left to run needs a DVC repository: tests/test_effort.py and tests/pipeline/test_repro.py have that."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
+    """What is left to run needs a DVC repository: launch/test_estimate.py and pipeline/test_repro.py have that."""
     monkeypatch.setattr(plan, "stale_stages", lambda **_: [])
 
 
@@ -80,11 +76,9 @@ def test_what_is_judged_is_no_longer_planned(
         before = planned(capsys)
         assert before["base"][0] == str(calls)
         assert before[CELL][0] == str(0 if mode == "pair" else calls)
-        sys.argv = ["mtbench", "base"]
-        mtbench.main()
+        mtbench.main("base")
         sent = server.requests[:]
         assert len(sent) == calls
-        sys.argv = ["judge_check"]
         judge_check.main()
         of_check = server.requests[calls:]
     most = most_tokens(sent)
@@ -154,8 +148,7 @@ def test_a_local_judge_costs_nothing(
 ) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     assert planned(capsys) == {}
-    sys.argv = ["plan"]
-    plan.main()
+    plan.main([], workers=None)
     printed = capsys.readouterr().out
     assert "1 cells and the base, 8 questions: 32 replies to judge" in printed
     assert "costs nothing" in printed
@@ -168,22 +161,20 @@ def test_what_was_spent_is_shown(
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1", prices=prices, budget=2.5), monkeypatch)
     ledger = in_tmp / ".prefscan/judgements/spending.jsonl"
     write_lines(ledger, [{"judge": "a", "usd": 0.75}, {"judge": "b", "usd": 1}])
-    sys.argv = ["plan"]
-    plan.main()
+    plan.main([], workers=None)
     said = capsys.readouterr().out
     assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in said
     assert "on average" not in said
     write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.02}])
-    plan.main()
+    plan.main([], workers=None)
     assert "2 requests to gpt-4 cost 0.0150 USD on average; at that, 60 calls would cost about 0.90 USD." in " ".join(
         capsys.readouterr().out.split()
     )
 
 
-def test_no_workers_are_refused(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["plan", "--workers", "0"])
+def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="--workers 0: one at least"):
-        plan.main()
+        plan.main([], workers=0)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +195,8 @@ def test_a_wrong_override_is_a_sentence(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
 ) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
-    sys.argv = ["plan", override]
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        plan.main()
+        plan.main([override], workers=None)
     assert str(caught.value).startswith(f"{override}: ")
     assert "\n" not in str(caught.value)
 
@@ -217,18 +207,19 @@ def test_a_damaged_file_of_conf_is_a_sentence(in_tmp: Path, monkeypatch: pytest.
     (in_tmp / "conf").unlink()
     shutil.copytree(ROOT / "conf", in_tmp / "conf")
     (in_tmp / "conf/model/smollm2.yaml").write_bytes(content)
-    sys.argv = ["plan", "seed=1"]
     with pytest.raises(UserError, match=r"seed=1: .*; correct the override, or the file of conf/") as caught:
-        plan.main()
+        plan.main(["seed=1"], workers=None)
     assert "\n" not in str(caught.value)
 
 
 def test_the_cells_of_a_changed_hyperparameter_are_left_and_no_others(in_tmp: Path) -> None:
     write_params(in_tmp, steps=8, grid={"loss": ["sigmoid", "simpo"], "steps": [8]})
     workspace = load()
-    sections = default_params()["train"]["losses"] | {"simpo": {"gamma": 1.0}}
-    write_params(in_tmp, steps=8, grid={"loss": ["sigmoid", "simpo"], "steps": [8]}, train={"losses": sections})
+    grid = {"loss": ["sigmoid", "simpo"], "steps": [8]}
+    sections = default_params()["losses"] | {"simpo": {"gamma": 1.0}}
+    write_params(in_tmp, steps=8, grid=grid, losses=sections, runtime={"gradient_checkpointing": True})
     params = load()
+    assert params.runtime != workspace.runtime
     assert plan.models_settings(params) == plan.models_settings(workspace)
     keys = [cell.key for cell in params.grid.cells if cell.loss == "simpo"]
     assert plan.retrained(params, workspace) == [f"{stage}@{key}" for key in keys for stage in CELL_STAGES]

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefscan.launch import supervisor as leash
+from prefscan.launch import supervisor
 
-LEASH = [sys.executable, "-P", leash.__file__]
+LEASH = [sys.executable, "-P", supervisor.__file__]
 # A shell that starts a worker and waits, as DVC does, and passes no signal on; the worker saves when asked to end.
 WORKER = """
 import pathlib, signal, sys, time
@@ -67,8 +67,8 @@ def test_asked_to_end_it_lets_the_command_save_first(in_tmp: Path, sign: int) ->
 
 
 def test_what_does_not_end_is_killed(in_tmp: Path) -> None:
-    impatient = "import prefscan.leash as l; l.GRACE = 0.5; l.main()"
-    environment = os.environ | {"PYTHONPATH": str(Path(leash.__file__).parents[1])}
+    impatient = "import prefscan.launch.supervisor as l; l.GRACE = 0.5; l.main()"
+    environment = os.environ | {"PYTHONPATH": str(Path(supervisor.__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", impatient, *command("stays")], env=environment)
     wait_for(Path("started").exists)
     below = descendants(process)

@@ -18,13 +18,13 @@ import yaml
 
 from launch import make_sleeping
 from mtbench_data import openai_judge
+from prefscan.common import config
 from prefscan.common.config import Accelerate, Agreement, OpenAIJudge, Params
 from prefscan.common.errors import UserError
 from prefscan.launch import sweep as launch_stage
 from prefscan.launch.clone import NOT_RUN, Chain, Outcome
 from prefscan.launch.sweep import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
 from prefscan.repo.pipeline import CELL_STAGES
-from prefscan.training import settings as check
 
 ROOT = Path(__file__).parents[2]
 CELLS = ("sigmoid-0.1-24", "sigmoid-0.11-24", "sigmoid-0.12-24")
@@ -220,7 +220,7 @@ def test_why_a_chain_failed_is_said_where_the_workspace_has_changed_meanwhile(
 
 def test_importing_it_loads_no_torch() -> None:
     """The launcher, and each of Ray's workers that holds a chain, would take two seconds longer to begin."""
-    script = "import sys, prefscan.cluster, prefscan.launch; sys.exit('torch' in sys.modules)"
+    script = "import sys, prefscan.launch.runner, prefscan.launch.sweep; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -269,14 +269,13 @@ def damage(folder: Path, out: str) -> Path:
 def test_parameters_that_a_stage_would_refuse_replace_nothing(
     in_tmp: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
 ) -> None:
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["launch", "--dirty", override])
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     shutil.copytree(ROOT / "conf", in_tmp / "conf")
     (in_tmp / "params.yaml").write_text("as it was")
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(UserError, match=said):
-            launch_stage.main()
+            launch_stage.main([override], address=None, dirty=True)
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert (in_tmp / "params.yaml").read_text() == "as it was"

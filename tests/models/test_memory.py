@@ -12,30 +12,7 @@ from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens
 from tiny import heads_of_64, random_pairs
 from train_data import changed
 
-LENGTHS = [(9, 4, 5), (3, 2, 30), (7, 7, 7), (20, 1, 1), (5, 5, 5)]
 GIB = 2**30
-
-
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_the_most_positions_are_those_of_the_largest_batch_laid_out(layout: str, batch_size: int) -> None:
-    pairs = random_pairs(LENGTHS)
-    sizes = []
-    for first in range(len(pairs)):
-        # The longest pair with any others.
-        for others in ([*pairs[:first], *pairs[first + 1 :]], [*pairs[first + 1 :], *pairs[:first]]):
-            batch = load_layout(layout).collate([pairs[first], *others][:batch_size], 0)
-            sizes.append(load_layout(layout).positions(batch))
-    assert load_layout(layout).most_positions(pairs, batch_size) >= max(sizes)
-    if batch_size == 1 or layout == "padded":
-        assert load_layout(layout).most_positions(pairs, batch_size) == max(sizes)
-
-
-def test_the_largest_batch_of_each_layout() -> None:
-    assert load_layout("packed").most_positions(random_pairs(LENGTHS), 2) == (3 + 2 + 30) + (20 + 1 + 1)
-    assert load_layout("padded").most_positions(random_pairs(LENGTHS), 2) == 2 * 2 * (3 + 30)
-    assert load_layout("padded").most_positions(random_pairs([(9, 4, 5), (3, 31, 2)]), 2) == 2 * 2 * (3 + 31)
-    assert load_layout("packed").most_positions(random_pairs(LENGTHS), 99) == sum(map(sum, LENGTHS))
 
 
 @pytest.mark.parametrize(

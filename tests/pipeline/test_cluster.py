@@ -95,7 +95,8 @@ def stage_processes(scratch: Path, module: str, raylet: int | None = None) -> li
     found = []
     for process in psutil.process_iter():
         try:
-            in_clone = f"prefscan.{module}" in process.cmdline() and Path(process.cwd()).is_relative_to(scratch)
+            of_stage = process.cmdline()[1:4] == ["-m", "prefscan", module]
+            in_clone = of_stage and Path(process.cwd()).is_relative_to(scratch)
             if in_clone and (raylet is None or raylet in (parent.pid for parent in process.parents())):
                 found.append(process)
         except psutil.Error:

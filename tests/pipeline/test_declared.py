@@ -1,6 +1,5 @@
 """The parameters that dvc.yaml declares are the ones that the stages read: each stage is run and its reads recorded."""
 
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +10,8 @@ import yaml
 from huggingface_hub import constants
 
 from pipeline.workspace import Workspace
-from prefscan.common import config as params_module
-from prefscan.common.config import Params, Section
-from prefscan.training.checkpoints import NO_RESULT
+from prefscan.common import config
+from prefscan.common.config import Params, Runtime, Section
 
 CELL = "kto_pair-0.1-3"
 SERVER = {"answer.server"}  # read with `answer.engine: openai` alone
@@ -37,7 +35,7 @@ STAGES: dict[str, tuple[str, list[str], set[str]]] = {
 }
 # Read only to find a cell among the stages themselves: were it declared, a new β would make every cell stale.
 MEMBERSHIP = {"grid.loss", "grid.beta", "grid.steps"}
-UNDECLARED = MEMBERSHIP | {f"train.{name}" for name in NO_RESULT}
+UNDECLARED = MEMBERSHIP | {f"runtime.{name}" for name in Runtime.model_fields}
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[str]:
@@ -74,9 +72,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             found.add(f"{prefix}{name}")
         return value
 
-    original_load = params_module.load
+    original_load = config.load
     for module in {module for module, _, _ in STAGES.values()}:
-        monkeypatch.setattr(import_module(f"prefscan.{module}"), "load", load)
+        monkeypatch.setattr(import_module(f"prefscan.stages.{module}"), "load", load)
     monkeypatch.setattr(Section, "__getattribute__", getattribute)
     return found
 
@@ -115,8 +113,7 @@ def test_declared_parameters_are_the_read_ones(
         template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(work.folder.parent / "hub-cache"))
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    import_module(f"prefscan.{module}").main()
+    import_module(f"prefscan.stages.{module}").main(*arguments)
     # A source's kind is read as the class that the schema makes of it.
     expected = {
         leaf

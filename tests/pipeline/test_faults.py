@@ -82,7 +82,7 @@ def test_a_full_disk_and_read_only_folders(sweep: Workspace, tmp_path: Path) -> 
 
 def kill(work: Workspace, module: str, begun: Callable[[psutil.Process], bool]) -> str:
     """The output of a `dvc repro` whose stage process of the cell gets SIGKILL once it has begun."""
-    command = ["-m", f"prefscan.{module}", CELL]
+    command = ["-m", "prefscan", module, CELL]
     with tempfile.TemporaryFile("w+") as output:
         dvc = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro"], cwd=work.folder, env=work.environment, stdout=output, stderr=output

@@ -37,9 +37,9 @@ def test_what_has_finished_is_reported_and_nothing_of_the_sweep_is_touched(sweep
     assert (work.folder / "runs/interim/cells.csv").read_bytes() == (work.folder / "reports/cells.csv").read_bytes()
     assert work.git("status", "--short").split() == ["M", "params.yaml"]
 
-    (work.folder / "src/prefscan/merge.py").open("a").write("# touched\n")
+    (work.folder / "src/prefscan/merging/merge.py").open("a").write("# touched\n")
     assert "nothing to report yet: no cell has finished with these parameters" in interim(work, fails=True)
-    (work.folder / "src/prefscan/generation.py").open("a").write("# touched\n")
+    (work.folder / "src/prefscan/generation/sampling.py").open("a").write("# touched\n")
     assert "what cells share is stale; `dvc repro answer-base mtbench-base`" in interim(work, fails=True)
 
 

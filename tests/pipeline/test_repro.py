@@ -96,7 +96,10 @@ def test_another_clone_restores_everything_from_the_remote(sweep: Workspace, tmp
 
 @pytest.mark.parametrize(
     ("module", "first"),
-    [("charts.py", {"report"}), ("losses.py", {"check", "train@sigmoid-0.1-3", "train@kto_pair-0.1-3"})],
+    [
+        ("reporting/charts.py", {"report"}),
+        ("training/losses.py", {"check", "train@sigmoid-0.1-3", "train@kto_pair-0.1-3"}),
+    ],
 )
 def test_touched_code_makes_its_own_stages_stale(
     sweep: Workspace, tmp_path: Path, module: str, first: set[str]
@@ -108,7 +111,7 @@ def test_touched_code_makes_its_own_stages_stale(
     assert stale == first
     ran = set(stages_run(work.dvc("repro", "--dry")))
     assert first <= ran
-    assert ("train@kto_pair-0.1-3" in ran) == (module == "losses.py")
+    assert ("train@kto_pair-0.1-3" in ran) == (module == "training/losses.py")
 
 
 def test_a_hyperparameter_makes_the_cells_of_its_own_loss_stale(sweep: Workspace, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_branch_that_changes_beta_shows_the_recipes_difference(
 
 
 def test_a_stale_lock_fails_with_the_list_of_stale_stages(clone: Workspace) -> None:
-    code = clone.folder / "src/prefscan/losses.py"
+    code = clone.folder / "src/prefscan/training/losses.py"
     code.write_text(code.read_text() + "\n# touched\n")
     done = clone.run("sh", "-c", f"{sys.executable} -m prefscan review origin/main > review.md; echo $?")
     assert done.strip().endswith(str(STALE))

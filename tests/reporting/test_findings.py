@@ -12,9 +12,9 @@ from scipy import stats
 
 from mtbench_data import openai_judge
 from prefscan.common.io import read_json, write_json
-from prefscan.reporting import report
 from prefscan.reporting.findings import difference_sentences
 from prefscan.reporting.stats import selected_best
+from prefscan.stages import report
 from sweep_data import CELLS, expected_differences, judge_metrics, leads, metrics, write_sweep
 
 

@@ -14,8 +14,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from mtbench_data import CATEGORIES
-from prefscan.reporting import report
 from prefscan.reporting.pages import as_json, plain, printed
+from prefscan.stages import report
 from sweep_data import CATEGORY_OF, CELLS, write_sweep
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"' & {{ 7 * 7 }} </script> \u2028"

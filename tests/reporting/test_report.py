@@ -15,8 +15,8 @@ import pytest
 
 from mtbench_data import ROOT, local_judge, shown_by_fastchat
 from prefscan.common.errors import UserError
-from prefscan.reporting import report
 from prefscan.reporting.stats import LengthControlledDifference, length_controlled_difference
+from prefscan.stages import report
 from sweep_data import CATEGORY_OF, CELLS, Page, expected_differences, leads, metrics, write_sweep
 
 CHARTS = (

@@ -1,4 +1,4 @@
-"""The report's tables say what the stages' files hold; tests/test_report.py has those that every sweep has."""
+"""The report's tables say what the stages' files hold; test_report.py has those that every sweep has."""
 
 import numpy as np
 import pytest

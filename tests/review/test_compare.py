@@ -1,6 +1,5 @@
 """Sweeps of several branches in one report: what is in all is paired, and a seed's luck is set apart."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,8 @@ def revisions(*names: str) -> list[Revision]:
     return [read_revision(name) for name in names]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> Page:
-    monkeypatch.setattr(sys, "argv", ["compare", *names])
-    compare.main()
+def run(*names: str) -> Page:
+    compare.main([*names])
     return Page(Path("comparison/report.html").read_text())
 
 
@@ -106,10 +104,8 @@ def test_seeds_become_a_spread() -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_the_report_says_what_cannot_be_concluded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = run(monkeypatch, "main", "other")
+def test_the_report_says_what_cannot_be_concluded(capsys: pytest.CaptureFixture[str]) -> None:
+    page = run("main", "other")
     said = capsys.readouterr().out
     assert page.title == "other against main"
     assert page.leads == said.split("\n\n")[:-1]
@@ -135,10 +131,8 @@ def test_the_report_says_what_cannot_be_concluded(
 
 
 @pytest.mark.usefixtures("repository")
-def test_the_report_shows_the_scores_and_the_seeds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = run(monkeypatch, "main", "seed1", "seed2")
+def test_the_report_shows_the_scores_and_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    page = run("main", "seed1", "seed2")
     assert page.title == "3 revisions"
     said = capsys.readouterr().out
     known = revisions("main", "seed1", "seed2")
@@ -181,9 +175,7 @@ def test_the_report_shows_the_scores_and_the_seeds(
 
 
 @pytest.mark.usefixtures("repository")
-def test_what_the_questions_favour_is_no_lead_however_many_seeds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_questions_favour_is_no_lead_however_many_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     """The first cell gains on all questions alike; the second as much on average, by what one question favours."""
     everywhere, by_chance = CELLS[:2]
     for seed in range(3):
@@ -202,18 +194,18 @@ def test_what_the_questions_favour_is_no_lead_however_many_seeds(
     leads = {cell: [(sweep.scores[cell] - sweep.scores["base"]).to_numpy() for sweep in known] for cell in CELLS}
     p_values = [crossed_mean(np.stack(leads[cell], axis=1)).p_value for cell in spread.index]
     assert spread["p_holm"].tolist() == holm(p_values).tolist()
-    run(monkeypatch, "lead0", "lead1", "lead2")
+    run("lead0", "lead1", "lead2")
     said = capsys.readouterr().out
     assert f"with Holm's correction over 4 cells, the lead of {everywhere} is significant." in said
-    run(monkeypatch, "lead0", "lead1")
+    run("lead0", "lead1")
     assert "two seeds are too few to tell a lead from their luck." in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("repository")
-def test_two_sets_of_seeds_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_sets_of_seeds_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("larger", 0), ("larger1", 101)):
         branch(name, lambda params, seed=seed: params.update(seed=seed, model=params["model"] | {"name": "larger"}))
-    page = run(monkeypatch, "main", "seed1", "larger", "larger1")
+    page = run("main", "seed1", "larger", "larger1")
     said = capsys.readouterr().out
     for names in ("main, seed1", "larger, larger1"):
         assert f"Over the 2 seeds of {names}, the spread" in said
@@ -224,9 +216,7 @@ def test_two_sets_of_seeds_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.usefixtures("repository")
-def test_another_processors_rounding_is_no_difference(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_processors_rounding_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
     """All scores a little lower, by as much as would be significant; and the base's in another revision by a point."""
     rounding = -1e-5 - 1e-6 * np.arange(8) / 8
 
@@ -240,7 +230,7 @@ def test_another_processors_rounding_is_no_difference(
     branch("elsewhere", change_scores=move)
     branch("raised", change_scores=raise_base)
     assert stats.ttest_1samp(rounding, 0).pvalue < 1e-9
-    run(monkeypatch, "main", "elsewhere")
+    run("main", "elsewhere")
     said = capsys.readouterr().out
     assert "Every model has the same score for every question in all of them, to 2e-05 points." in said
     assert "significantly" not in said
@@ -248,21 +238,21 @@ def test_another_processors_rounding_is_no_difference(
     table = scores_of(known, known[0].models, shared_questions(known)).dropna(subset="difference").set_index("cell")
     assert table["ties"].to_dict() == {"base": 0} | dict.fromkeys(CELLS, 8)
     assert (table.loc[CELLS, ["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
-    run(monkeypatch, "main", "raised")
+    run("main", "raised")
     said = capsys.readouterr().out
     assert "with Holm's correction over 5 comparisons base in raised differs significantly." in said
     branch("noisy", change_scores=lambda scores: scores.assign(base=scores["base"] + [1, -1] * 4))
-    run(monkeypatch, "main", "noisy")
+    run("main", "noisy")
     said = capsys.readouterr().out
     assert "the models lie +0.00 to +0.00 from the same in main; with Holm's" in said
     assert "none differs significantly." in said
 
 
 @pytest.mark.usefixtures("repository")
-def test_a_file_in_the_reports_way_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_reports_way_is_left_alone() -> None:
     Path("comparison").write_text("notes")
     with pytest.raises(UserError, match=r"^comparison is a file, and the report goes into a folder of that name; move"):
-        run(monkeypatch, "main", "seed1")
+        run("main", "seed1")
     assert Path("comparison").read_text() == "notes"
 
 
@@ -277,9 +267,7 @@ def test_a_file_in_the_reports_way_is_left_alone(monkeypatch: pytest.MonkeyPatch
         (["main", "apart"], "main, apart: no cell is in all of them; compare sweeps that share losses, β and steps"),
     ],
 )
-def test_what_cannot_be_compared_ends_with_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, names: list[str], message: str
-) -> None:
+def test_what_cannot_be_compared_ends_with_a_sentence(names: list[str], message: str) -> None:
     branch("pairs", lambda params: params["judge"].update(mode="pair"))
     branch("few", change_scores=lambda scores: scores.head(1))
     summary, recipe = Path("metrics/summary.json"), "sigmoid-0.5-8"
@@ -289,5 +277,5 @@ def test_what_cannot_be_compared_ends_with_a_sentence(
         files={str(summary): summary.read_text().replace(recipe, "ipo-0.7-8")},
     )
     with pytest.raises(UserError, match=f"^{message}$"):
-        run(monkeypatch, *names)
+        run(*names)
     assert not Path("comparison").exists()

@@ -12,10 +12,10 @@ import yaml
 
 from git_data import branch, git, make_repository
 from prefscan.common.errors import UserError
-from prefscan.common.fingerprint import LIBRARIES
-from prefscan.launch import runner as cluster
-from prefscan.review.revisions import NEUTRAL, PINS, changed, commit_of, judge_of, leaves, read_revision, settings
-from prefscan.training.checkpoints import NO_RESULT
+from prefscan.common.libraries import LIBRARIES
+from prefscan.launch.runner import SAME
+from prefscan.repo.git import commit_of
+from prefscan.review.revisions import changed, judge_of, leaves, read_revision, settings
 from sweep_data import CATEGORY_OF, CELLS
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
     def change(params: Any) -> None:
         params["judge"] = OPENAI | {"budget": 50.0, "concurrency": 2}
         params["launch"] |= {"cells": 7}
-        params["train"] |= {"report_to": "wandb", "gradient_checkpointing": True}
+        params["runtime"] |= {"report_to": "wandb", "gradient_checkpointing": True}
         params["agreement"] = {"judgements": "people.jsonl", "answers": "answers.jsonl"}
 
     branch("first", lambda params: params.update(judge=OPENAI))
@@ -157,7 +157,7 @@ def test_how_a_result_is_reached_is_no_setting_of_it() -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_a_hyperparameter_is_a_setting_of_its_own_losss_cells_alone() -> None:
-    branch("gamma", lambda params: params["train"]["losses"]["simpo"].update(gamma=1.0))
+    branch("gamma", lambda params: params["losses"]["simpo"].update(gamma=1.0))
     main, gamma = read_revision("main"), read_revision("gamma")
     assert changed(settings(main, CELLS), settings(gamma, CELLS)) == {}
     simpo = [*CELLS, "simpo-0.1-8"]
@@ -190,6 +190,5 @@ def test_a_local_judge_is_its_weights_and_one_behind_an_api_its_name() -> None:
         assert list(changed(gpt4, judge_of(read_revision(f"other-{name}")))) == [f"judge.{name}"]
 
 
-def test_every_list_of_what_decides_a_result_has_the_same() -> None:
-    assert set(LIBRARIES) == set(PINS) < set(cluster.LIBRARIES)
-    assert {f"train.{name}" for name in NO_RESULT} <= NEUTRAL
+def test_what_decides_a_result_and_what_works_together_is_the_same_on_every_node() -> None:
+    assert {*LIBRARIES, "dvc", "ray"} == set(SAME)

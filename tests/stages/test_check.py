@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import mtbench_data
+from prefscan.common import config
 from prefscan.common.config import check_logging
 from prefscan.common.errors import UserError
 from prefscan.stages.check import main
-from prefscan.training import settings as check
 from prefscan.training.losses import LOSSES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,28 +57,30 @@ def test_a_recipe_with_an_unknown_loss_is_refused(in_tmp: Path) -> None:
 def test_every_loss_that_is_defined_is_known_and_has_a_section(in_tmp: Path) -> None:
     write_params(in_tmp, grid={"loss": list(LOSSES)})
     main()
-    sections = mtbench_data.default_params()["train"]["losses"]
+    sections = mtbench_data.default_params()["losses"]
     assert list(sections) == list(LOSSES)
     without = {loss: options for loss, options in sections.items() if loss != "orpo"}
-    write_params(in_tmp, grid={"loss": ["sigmoid", "orpo"]}, train={"losses": without})
-    with pytest.raises(UserError, match=r"train\.losses\.orpo: missing; add it to conf/train/losses/papers\.yaml"):
+    write_params(in_tmp, grid={"loss": ["sigmoid", "orpo"]}, losses=without)
+    with pytest.raises(UserError, match=r"^params\.yaml: losses\.orpo: missing; add it to conf/losses/papers\.yaml"):
         main()
-    write_params(in_tmp, train={"losses": without})
+    write_params(in_tmp, losses=without)
     main()
-    write_params(in_tmp, train={"losses": sections | {"sigmoids": {}}})
-    with pytest.raises(UserError, match=rf"train\.losses\.sigmoids: no known loss; {KNOWN}"):
+    write_params(in_tmp, losses=sections | {"sigmoids": {}})
+    with pytest.raises(UserError, match=rf"^params\.yaml: losses\.sigmoids: no known loss; {KNOWN}"):
         main()
 
 
 def test_a_new_loss_needs_a_class_for_its_hyperparameters(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSSES, "newloss", LOSSES["cpo"])
-    sections = mtbench_data.default_params()["train"]["losses"] | {"newloss": {}}
-    write_params(in_tmp, loss="newloss", grid={"loss": ["newloss"]}, train={"losses": sections})
+    sections = mtbench_data.default_params()["losses"] | {"newloss": {}}
+    write_params(in_tmp, loss="newloss", grid={"loss": ["newloss"]}, losses=sections)
     with pytest.raises(UserError, match=r"newloss: its section has nothing, its function takes alpha; give it a class"):
         main()
     monkeypatch.setitem(LOSSES, "cpo", LOSSES["sigmoid"])
     write_params(in_tmp)
-    with pytest.raises(UserError, match=r"train\.losses\.cpo: its section has alpha, its function takes nothing; take"):
+    with pytest.raises(
+        UserError, match=r"^params\.yaml: losses\.cpo: its section has alpha, its function takes nothing; take"
+    ):
         main()
 
 
@@ -87,8 +89,8 @@ def test_a_log_whose_package_is_not_installed_is_refused(
     package: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    monkeypatch.setattr(check, "find_spec", lambda name: None if name == package else find_spec(name))
-    write_params(in_tmp, train={"report_to": package})
+    monkeypatch.setattr(config, "find_spec", lambda name: None if name == package else find_spec(name))
+    write_params(in_tmp, runtime={"report_to": package})
     with pytest.raises(UserError, match=f"runtime.report_to: {package} is not installed; .*'.\\[{package}\\]'"):
         main()
     assert extras[package] == [package]
@@ -96,10 +98,10 @@ def test_a_log_whose_package_is_not_installed_is_refused(
 
 
 def test_a_log_that_needs_no_package_of_its_own_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     check_logging("dvclive")
     check_logging("none")
-    monkeypatch.setattr(check, "find_spec", find_spec)
+    monkeypatch.setattr(config, "find_spec", find_spec)
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     sys.modules["wandb"].__spec__ = ModuleSpec("wandb", None)
     check_logging("wandb")

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from prefscan.common.config import Runtime, Train
 
 # Bytes that a layer keeps for the backward pass, for each token and unit of width: of the hidden state 11 fp32 copies
-# (norms, LoRA's inputs, attention), of the MLP's inner state 4 copies. tests/test_memory.py measures them again.
+# (norms, LoRA's inputs, attention), of the MLP's inner state 4 copies. tests/models/test_memory.py measures them again.
 HIDDEN = 44
 INNER = {"fp32": 16, "bf16": 10, "fp16": 10}
 # Of the free memory. The rest is for gradients, the optimizer and what the allocator loses.

@@ -3,7 +3,7 @@
     prefscan train ipo-0.5-16
 
 The trainer is TRL's DPOTrainer: optimizer, schedule, accumulation and logging are its own. The loss comes from
-losses.py, the layout of a micro-batch from layouts/, the reference's log-probabilities from the reference stage. With
+losses.py, the layout of a micro-batch from logprobs/, the reference's log-probabilities from the reference stage. With
 `train.accelerate`, several processes train the cell: multi_gpu.py.
 """
 
