@@ -16,14 +16,14 @@ def status_error(header: str | None) -> openai.APIStatusError:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("3", 3), ("0.5", 0.5), ("0", 0), ("-4", 0), ("100000", 600), ("inf", 600)]
+    [("3", 3), ("0.5", 0.5), ("0", 0), ("-4", 0), ("100000", 100000), ("inf", float("inf"))]
     + [(header, 0) for header in (None, "", "nan", "soon", "Thu, 01 Jan 1970 00:00:00 GMT")],
 )
 def test_the_wait_that_a_server_asks_for(header: str | None, seconds: float) -> None:
     assert retry_after(status_error(header)) == seconds
 
 
-@pytest.mark.parametrize(("milliseconds", "seconds"), [("1500", 1.5), ("", 3), ("soon", 0), ("-1", 0), ("1e9", 600)])
+@pytest.mark.parametrize(("milliseconds", "seconds"), [("1500", 1.5), ("", 3), ("soon", 0), ("-1", 0), ("1e9", 1e6)])
 def test_milliseconds_go_before_seconds(milliseconds: str, seconds: float) -> None:
     found = status_error("3")
     found.response.headers["retry-after-ms"] = milliseconds

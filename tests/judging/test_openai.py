@@ -17,9 +17,12 @@ from mtbench_data import openai_judge
 from prefscan.common.config import OpenAIJudge
 from prefscan.common.errors import UserError
 from prefscan.endpoints import chat_client
+from prefscan.endpoints.workers import Breaker
 from prefscan.judging.budget import Spending
 from prefscan.judging.judge import Prompt, load_judge
-from prefscan.judging.openai import REMINDERS, Replies, parse_rating, parse_winner
+from prefscan.judging.openai import Replies
+from prefscan.judging.pairs import MODE as PAIRS
+from prefscan.judging.single import MODE as SINGLE
 
 KEY = "sk-test"
 
@@ -38,7 +41,7 @@ KEY = "sk-test"
     ],
 )
 def test_a_rating_is_read(text: str, score: float) -> None:
-    verdict = parse_rating(text)
+    verdict = SINGLE.parse(text)
     assert (verdict.score, verdict.text, verdict.reason) == (score, text, "")
 
 
@@ -53,7 +56,7 @@ def test_a_rating_is_read(text: str, score: float) -> None:
         ("[[7]] or [[8/10]]", "2 different ratings of the form [[n]] in the reply"),
         ("[[good]] and [[fine]]", "2 different ratings of the form [[n]] in the reply"),
         *(
-            (f"Rating: [[{rating}]]", f"rating {rating!r} is no number from 1 to 10")
+            (f"Rating: [[{rating}]]", f"rating {rating!r} is not a number from 1 to 10")
             for rating in (
                 "0",
                 "11",
@@ -74,7 +77,7 @@ def test_a_rating_is_read(text: str, score: float) -> None:
     ],
 )
 def test_a_doubtful_rating_is_refused(text: str, reason: str) -> None:
-    verdict = parse_rating(text)
+    verdict = SINGLE.parse(text)
     assert (verdict.score, verdict.text, verdict.reason) == (None, text, reason)
 
 
@@ -167,8 +170,8 @@ def test_a_passing_fault_is_tried_again(passing: Reply) -> None:
         ([completion([{"type": "text", "text": "[[7]]"}])], "the server sent a reply that is no text but list", 1),
         ([completion(7)], "the server sent a reply that is no text but int", 1),
         ([completion(""), completion(None)], "no rating of the form [[n]] in the reply", 2),
-        ([completion("Rating: [[12]]"), completion("[[0]]")], "rating '0' is no number from 1 to 10", 2),
-        ([completion("8/10"), completion("[[8/10]]")], "rating '8/10' is no number from 1 to 10", 2),
+        ([completion("Rating: [[12]]"), completion("[[0]]")], "rating '0' is not a number from 1 to 10", 2),
+        ([completion("8/10"), completion("[[8/10]]")], "rating '8/10' is not a number from 1 to 10", 2),
         ([completion("[[7]] or [[8]]"), completion("fine")], "no rating of the form [[n]] in the reply", 2),
         ([completion("fine"), error(400)], "the server answered 400 (BadRequestError: no)", 2),
     ],
@@ -187,9 +190,9 @@ def test_a_reply_without_one_rating_is_answered_once_with_a_reminder(bad: str) -
     assert second["messages"] == [
         *first["messages"],
         {"role": "assistant", "content": bad},
-        {"role": "user", "content": REMINDERS["single"]},
+        {"role": "user", "content": SINGLE.reminder},
     ]
-    assert verdict.text == f"{bad}\n\n[{REMINDERS['single']}]\n\nRating: [[6]]"
+    assert verdict.text == f"{bad}\n\n[{SINGLE.reminder}]\n\nRating: [[6]]"
     assert {key: first[key] for key in first if key != "messages"} == {
         key: second[key] for key in second if key != "messages"
     }
@@ -322,7 +325,7 @@ def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
     waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    monkeypatch.setattr(Breaker, "wait", lambda _, seconds: waits.append(seconds))
     for _ in range(20):
         ask([error(503)] * 8, attempts=8)
     by_attempt = [waits[i::7] for i in range(7)]
@@ -337,7 +340,7 @@ def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
     monkeypatch: pytest.MonkeyPatch, asked: str, waited: float
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    monkeypatch.setattr(Breaker, "wait", lambda _, seconds: waits.append(seconds))
     monkeypatch.setattr(chat_client, "wait_random_exponential", lambda **_: lambda _: 0.25)
     limited = Reply(429, error(429).body, headers={"Retry-After": asked})
     verdict, requests = ask([limited, GOOD])
@@ -347,7 +350,7 @@ def test_a_request_waits_for_the_longer_of_back_off_and_retry_after(
 def test_rate_limits_are_waited_for_by_time_and_not_by_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(Breaker, "wait", lambda _, seconds: clock.__setitem__(0, clock[0] + seconds))
     limited = Reply(429, error(429).body, headers={"Retry-After-Ms": "45000", "Retry-After": "7"})
     verdict, requests = ask([*[limited] * 9, GOOD], attempts=1)
     assert (verdict.score, len(requests), clock) == (6, 10, [9 * 45.0])
@@ -375,7 +378,7 @@ def test_the_server_may_send_more_than_openai_does() -> None:
     [("My verdict: [[A]]", 1), ("[[B]]", 0), ("[[C]]", 0.5), ("[[A]], yes, [[A]]", 1), ("[[x]] [[A]]", 1)],
 )
 def test_a_verdict_on_a_pair_is_read(text: str, score: float) -> None:
-    verdict = parse_winner(text)
+    verdict = PAIRS.parse(text)
     assert (verdict.score, verdict.text, verdict.reason) == (score, text, "")
 
 
@@ -385,7 +388,7 @@ def test_a_verdict_on_a_pair_is_read(text: str, score: float) -> None:
 )
 def test_a_doubtful_verdict_on_a_pair_is_refused(text: str, count: str) -> None:
     """FastChat takes the first of A, B and C that stands anywhere in the reply."""
-    verdict = parse_winner(text)
+    verdict = PAIRS.parse(text)
     assert verdict.score is None
     assert count in verdict.reason
 
@@ -393,7 +396,7 @@ def test_a_doubtful_verdict_on_a_pair_is_refused(text: str, count: str) -> None:
 def test_a_judge_of_pairs_is_reminded_of_its_own_format() -> None:
     verdict, (_, second) = ask([completion("[[7]]"), completion("[[C]]")], mode="pair")
     assert verdict.score == 0.5
-    assert second["messages"][-1]["content"] == REMINDERS["pair"]
+    assert second["messages"][-1]["content"] == PAIRS.reminder
 
 
 PRICES = {"input": 10.0, "output": 100.0}
@@ -513,7 +516,7 @@ def test_a_queued_experiment_shares_the_replies(in_tmp: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "gpt-5"},
+        {"model": "gpt-5"},
         {"host": "localhost"},
         {"max_tokens": 65},
         {"seed": 1},
@@ -560,7 +563,7 @@ PIECES = ["[[", "]]", "[", "]", "7", "10", "11", "0", ".", "-", "1e1", "٣", "A"
 @settings(max_examples=3000, deadline=None)
 @given(st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)))
 def test_any_reply_is_a_score_in_range_or_a_reason(text: str) -> None:
-    rating, winner = parse_rating(text), parse_winner(text)
+    rating, winner = SINGLE.parse(text), PAIRS.parse(text)
     for verdict, most in ((rating, 10), (winner, 1)):
         assert verdict.text == text
         assert (verdict.score is None) == bool(verdict.reason)

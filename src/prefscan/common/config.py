@@ -358,13 +358,36 @@ class Merge(Section):
         return dtype
 
 
-class Server(Section):
-    kind: Literal["vllm", "transformers", "other"]
+OWN_FIELDS = {  # of a request, which extra_body may not replace: several choices or a stream would be read wrongly
+    *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n", "stream")
+}
+
+
+class Connection(Section):
+    """How an OpenAI-compatible server is asked."""
+
     base_url: str | None
     key_variable: str | None
+    headers: dict[str, str]
+    query: dict[str, str]
+    extra_body: dict[str, Any]
     concurrency: Positive
+    requests_per_minute: Positive | None
+    tokens_per_minute: Positive | None
     timeout: Annotated[float, Field(gt=0)]
     attempts: Positive
+
+    @field_validator("extra_body")
+    @classmethod
+    def adds_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(OWN_FIELDS & set(fields)):
+            raise ValueError(f"{', '.join(taken)} of a request is set elsewhere in this section; take it out")
+        return fields
+
+
+class Server(Connection):
+    kind: Literal["vllm", "transformers", "other"]
+    thinking: Literal["keep", "off", "strip"]
 
     @model_validator(mode="after")
     def can_be_asked(self) -> "Server":
@@ -400,6 +423,7 @@ class Judge(Section):
     mode: Literal["single", "pair"]
     against: str
     references: Literal["stock", "corrected"]
+    unscored: Literal["fail", "report"]
 
 
 class LocalJudge(Judge):
@@ -415,18 +439,22 @@ class Prices(Section):
     output: Annotated[float, Field(ge=0)]
 
 
-class OpenAIJudge(Judge):
+class Batch(Section):
+    """OpenAI's Batch API: `discount` is the part of the price that it saves."""
+
+    poll_seconds: Annotated[float, Field(gt=0)]
+    discount: Share
+
+
+class OpenAIJudge(Judge, Connection):
     kind: Literal["openai"]
-    base_url: str | None
-    key_variable: str | None
+    model: Annotated[str, Field(min_length=1)]
     max_tokens: Positive
     limit_field: Literal["max_tokens", "max_completion_tokens"]
     temperature: Literal[0] | None
     seed: int | None
     samples: Positive
-    concurrency: Positive
-    timeout: Annotated[float, Field(gt=0)]
-    attempts: Positive
+    batch: Batch | None
     prices: Prices | None
     budget: Annotated[float, Field(gt=0)] | None
 
@@ -437,7 +465,15 @@ class OpenAIJudge(Judge):
         return self
 
 
+class JudgeCheck(Section):
+    """How many questions the judge check asks; it changes no score."""
+
+    questions: Positive
+
+
 class Questions(Section):
+    source: Literal["mt_bench", "own"]
+    folder: str
     mt_bench: PackageFolder
     corrected: PackageFile
 
@@ -554,6 +590,7 @@ class Params(Section):
     evaluate: Evaluate | None
     answer: Answer
     judge: Annotated[LocalJudge | OpenAIJudge, Field(discriminator="kind")]
+    judge_check: JudgeCheck
     agreement: Agreement | None
     questions: Questions
     stages: Stages

@@ -40,7 +40,7 @@ from prefscan.common.config import (
     SentimentReward,
 )
 from prefscan.common.errors import CANNOT_WRITE, UserError
-from prefscan.common.io import new_folder, read_jsonl
+from prefscan.common.io import new_folder, read_jsonl, write_text
 from prefscan.common.paths import BASE, QUESTIONS, RAW_PAIRS, RAW_REWARD
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
@@ -269,6 +269,21 @@ def copy_pairs(path: Path, destination: Path) -> None:
         shutil.copyfile(path, folder / "train" / path.name)
 
 
+def own_questions(source: Path, folder: Path) -> None:
+    """Put the user's own questions, and references where there are some, in the place of MT-Bench's."""
+    path = source / "question.jsonl"
+    if not path.exists():
+        raise UserError(f"questions.folder: {path} is missing; write it, or set questions.source: mt_bench")
+    shutil.copyfile(path, folder / "question.jsonl")
+    references = source / "reference_answer.jsonl"
+    for author in ("stock", "corrected"):
+        target = folder / f"reference_answer/{author}.jsonl"
+        if references.exists():
+            shutil.copyfile(references, target)
+        else:
+            write_text(target, "")
+
+
 def fetch_questions(questions: Questions, destination: Path = QUESTIONS) -> None:
     """Write MT-Bench in FastChat's formats: questions, judge prompts, GPT-4's references and the corrected ones."""
     with new_folder(destination) as folder:
@@ -279,6 +294,8 @@ def fetch_questions(questions: Questions, destination: Path = QUESTIONS) -> None
         (folder / "reference_answer/gpt-4.jsonl").rename(folder / "reference_answer/stock.jsonl")
         with package_archive(questions.corrected) as archive:
             extract(archive, questions.corrected.file, folder / "reference_answer/corrected.jsonl")
+        if questions.source == "own":
+            own_questions(Path(questions.folder), folder)
         for path in sorted(folder.rglob("*.jsonl")):
             print(f"{path.name}: {len(read_jsonl(path))} records")
 

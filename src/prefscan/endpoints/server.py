@@ -22,20 +22,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from prefscan.common.config import load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, sha256
 from prefscan.common.paths import BASE, MERGED, RUNS
+from prefscan.endpoints.workers import sigterm_exits
 from prefscan.models.loading import MANIFEST, parts_of_cell
 
 STARTUP = 1800.0  # seconds until healthy; vLLM compiles and captures graphs for a 7B model in minutes
 STOPPING = 20.0  # seconds from SIGTERM to SIGKILL
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 
 Kind = Literal["vllm", "transformers"]
 
@@ -66,24 +69,35 @@ def served_name(key: str) -> str:
     return f"{key}@{hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def command(kind: Kind, model: Path, adapters: dict[str, Path], dtype: str, port: int, name: str = "base") -> list[str]:
-    """The server's command line; vLLM serves the model as `name` and each adapter under its own name."""
-    common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPES[dtype]]
-    if kind == "transformers":
-        if adapters:
-            raise UserError(
-                "answer.server.kind: transformers serve has no adapters and merge.format is adapter; set merge.format: "
-                "model, or take vllm"
-            )
-        return [executable("transformers"), "serve", str(model), *common]
-    # Without --generation-config vllm, the model's own file would change the sampling that MT-Bench prescribes.
-    line = [executable("vllm"), "serve", str(model), *common, "--served-model-name", name]
-    line += ["--generation-config", "vllm"]
-    if adapters:
-        rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters.values())
-        line += ["--enable-lora", "--max-lora-rank", str(next(r for r in LORA_RANKS if r >= rank))]
-        line += ["--lora-modules", *(f"{adapter}={folder}" for adapter, folder in adapters.items())]
-    return line
+@dataclass(frozen=True)
+class Served:
+    """What a server is started with: vLLM serves the model as `name`, and each adapter under its own name."""
+
+    kind: Kind
+    model: Path
+    adapters: dict[str, Path]
+    dtype: str
+    name: str = "base"
+
+    def command(self, port: int) -> list[str]:
+        """The server's command line."""
+        common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", DTYPES[self.dtype]]
+        if self.kind == "transformers":
+            if self.adapters:
+                raise UserError(
+                    "answer.server.kind: transformers serve has no adapters and merge.format is adapter; set "
+                    "merge.format: model, or take vllm"
+                )
+            return [executable("transformers"), "serve", str(self.model), *common]
+        # Without --generation-config vllm, the model's own file would change the sampling that MT-Bench prescribes.
+        line = [executable("vllm"), "serve", str(self.model), *common, "--served-model-name", self.name]
+        line += ["--generation-config", "vllm"]
+        if self.adapters:
+            configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in self.adapters.values()]
+            rank = max(config["r"] for config in configs)
+            line += ["--enable-lora", "--max-lora-rank", str(next(r for r in LORA_RANKS if r >= rank))]
+            line += ["--lora-modules", *(f"{adapter}={folder}" for adapter, folder in self.adapters.items())]
+        return line
 
 
 def free_port() -> int:
@@ -94,7 +108,7 @@ def free_port() -> int:
 
 def healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+        with DIRECT.open(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -125,35 +139,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _terminated(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 @contextmanager
-def running_server(
-    kind: Kind,
-    model: Path,
-    adapters: dict[str, Path],
-    dtype: str,
-    log: Path,
-    startup: float = STARTUP,
-    port: int | None = None,
-    name: str = "base",
-) -> Iterator[str]:
-    """The base URL of a healthy server, which is stopped when the block ends; its output goes to `log`.
+def running_server(served: Served, log: Path, startup: float = STARTUP, port: int | None = None) -> Iterator[str]:
+    """The base URL of a healthy server at `port`, or a free one, which is stopped when the block ends.
 
-    It listens at `port`, or at a free one, and vLLM serves the model as `name`.
-
-    Raises UserError when the program is missing, when it ends before it is healthy, and when it is not after `startup`
-    seconds. To be used in the main thread, since SIGTERM becomes an exit that passes through the block's end.
+    Its output goes to `log`. Raises UserError when the program is missing, when it ends before it is healthy, and when
+    it is not after `startup` seconds. To be used in the main thread, since SIGTERM becomes an exit that passes through
+    the block's end.
     """
     port = port or free_port()
-    line = command(kind, model, adapters, dtype, port, name)
+    line = served.command(port)
     if setpriv := shutil.which("setpriv"):
         line = [setpriv, "--pdeathsig", "KILL", "--", *line]
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
+    with sigterm_exits():
         with log.open("wb") as file:
             process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -161,8 +160,6 @@ def running_server(
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             stop(process)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +178,8 @@ def main(port: int) -> None:
             )
         adapters[served_name(cell.key)] = adapter
     log = RUNS / "server/all.log"
-    with running_server("vllm", BASE, adapters, params.answer.dtype, log, port=port, name=served_name("base")) as url:
+    served = Served("vllm", BASE, adapters, params.answer.dtype, served_name("base"))
+    with running_server(served, log, port=port) as url:
         try:  # at once: Ctrl-C may come as soon as the address is read
             print(f"base and {len(adapters)} cells: dvc repro, with answer.server.base_url: {url}", flush=True)
             signal.pause()

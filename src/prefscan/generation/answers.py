@@ -193,9 +193,9 @@ def answers_of_server(
     A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
     """
     # Here, since the openai client takes seconds to import.
-    from prefscan.endpoints.chat_client import make_client
-    from prefscan.endpoints.server import running_server
-    from prefscan.generation.server_client import ask_questions, name_at_server
+    from prefscan.endpoints.chat_client import Session
+    from prefscan.endpoints.server import Served, running_server
+    from prefscan.generation.server_client import Generation, ask_questions, name_at_server
 
     answer, server = params.answer, params.answer.server
     assert server  # by the schema
@@ -211,14 +211,14 @@ def answers_of_server(
             assert server.kind != "other"  # by the schema
             adapters = {key: adapter} if adapter else {}
             log = RUNS / f"server/{key}.log"
-            url = stack.enter_context(running_server(server.kind, model, adapters, answer.dtype, log))
+            served = Served(server.kind, model, adapters, answer.dtype)
+            url = stack.enter_context(running_server(served, log))
             name = str(model) if server.kind == "transformers" else (key if adapter else "base")
-        client = stack.enter_context(make_client(url, server.key_variable, server.timeout, "answer.server"))
-        name = name or name_at_server(client, server, key)
+        session = stack.enter_context(Session(server, "answer.server", url))
+        name = name or name_at_server(session, server, key)
+        generation = Generation(name, tokenizer, answer.max_new_tokens, params.seed, ends)
         started = time.perf_counter()
-        for question, both in ask_questions(
-            client, server, name, tokenizer, missing, answer.max_new_tokens, params.seed, ends
-        ):
+        for question, both in ask_questions(session, server, generation, missing):
             yield row_of(answer_record(key, question, both), both, server.concurrency, started)
 
 

@@ -22,12 +22,12 @@ def encodable(text: str) -> str:
 
 def rating(score: float) -> float:
     if not 1 <= score <= 10:
-        raise ValueError("no number from 1 to 10; FastChat writes −1 where it found no rating")
+        raise ValueError("not a number from 1 to 10; FastChat writes −1 where it found no rating")
     return score
 
 
 Text = Annotated[str, AfterValidator(encodable)]
-BothTurns = Annotated[list[Text], Field(min_length=2, max_length=2)]
+Turns = Annotated[list[Text], Field(min_length=1)]
 
 
 class Record(BaseModel):
@@ -37,7 +37,7 @@ class Record(BaseModel):
 class Question(Record):
     question_id: int
     category: Text
-    turns: BothTurns
+    turns: Turns
 
 
 class JudgePrompt(Record):
@@ -47,7 +47,7 @@ class JudgePrompt(Record):
 
 
 class Choice(Record):
-    turns: BothTurns
+    turns: Turns
 
 
 class Answer(Record):
@@ -62,7 +62,7 @@ class ModelAnswer(Answer):
 class Judgement(Record):
     question_id: int
     model: Text
-    turn: Annotated[int, Field(ge=1, le=2)]
+    turn: Annotated[int, Field(ge=1)]
     score: Annotated[float, AfterValidator(rating)]
 
 
@@ -95,7 +95,12 @@ def read_records(path: Path, schema: type[Record], unique: Sequence[str] = ()) -
 
 
 def select_questions(questions: list[Any], count: int) -> list[Any]:
-    """The first `count` / categories questions of each category, in order; raises UserError for an uneven split."""
+    """The first `count` / categories questions of each category, in order, or all.
+
+    Raises UserError for an uneven split.
+    """
+    if count == len(questions):
+        return questions
     by_category: dict[str, list[Any]] = defaultdict(list)
     for question in questions:
         by_category[question["category"]].append(question)
@@ -104,7 +109,7 @@ def select_questions(questions: list[Any], count: int) -> list[Any]:
     if rest or each > most:
         raise UserError(
             f"answer.questions: {count} cannot be drawn evenly from {len(by_category)} categories of {most} questions; "
-            f"choose a multiple of {len(by_category)} up to {len(by_category) * most}"
+            f"choose a multiple of {len(by_category)} up to {len(by_category) * most}, or all {len(questions)}"
         )
     chosen = {id(q) for group in by_category.values() for q in group[:each]}
     return [q for q in questions if id(q) in chosen]

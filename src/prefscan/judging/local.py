@@ -1,31 +1,31 @@
-"""A transformers model as judge: the expected score from token probabilities, without generating.
+"""A transformers model as judge: the probability of each verdict, without generating.
 
-G-Eval (Liu et al., arXiv 2303.16634, equation 1): Σ p(s)·s over the scores s = 1 … 10. The reply is prefilled up to
-`Rating: [[`, the place where FastChat's prompts ask for the number, and one forward pass gives p(s). "1" is a score of
-its own and the first token of "10", so the pass reads a "1" as well, and what may follow it splits its probability.
+The reply is prefilled up to the place where FastChat's prompts ask for the verdict, `Rating: [[`. Each verdict is
+scored by its own tokens, whatever the vocabulary makes of "10", and by the closing bracket that tells "1" from "10" and
+"7" from "7.5". The mode makes one verdict of these probabilities: the expected score, or the most probable letter.
 
 With `judge.batch_size: 1`, prompts are judged in the order of their tokens, and each takes over the keys and values of
 what it shares with the one before it. Larger batches hold prompts of similar length, padded on the left, and share
 nothing.
-
-On a pair the reply is prefilled up to the verdict, and the most probable of A, B and C is taken.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefscan.common.config import LocalJudge
 from prefscan.common.errors import UserError
-from prefscan.judging.judge import WINNERS, Prompt, Verdict
+from prefscan.judging.judge import Mode, Prompt, Verdict, mode_of
 from prefscan.models.loading import load_model, load_tokenizer
 
-LEAST_MASS = 1e-3  # under this probability of any verdict, an expectation or a choice means nothing
+LEAST_MASS = 0.1  # under this probability of any verdict, an expectation or a choice means nothing
+CLOSING = "]"
+PROBE = "prefscan-system-probe"
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -34,37 +34,45 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
-class TokenJudge(ABC):
-    """Judges by the probabilities of the token after `prefill`, under a causal language model with a chat template."""
+class TokenJudge:
+    """Judges by the probabilities of a mode's options, under a causal language model with a chat template."""
 
-    prefill: str
-    further: Sequence[int] = ()  # tokens that are read after the prefill, for what may follow them
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: Mode, batch_size: int = 1
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.mode = mode
         self.batch_size = batch_size
+        self.prefill, self.options = self._options()
+        self.closing = [id for token, id in tokenizer.get_vocab().items() if token.startswith(CLOSING)]
+        # The places whose next token is read: after the prefill, (), and after each part of an option.
+        ends = {tuple(tokens[:i]) for tokens, closed in self.options for i in range(len(tokens) + (not closed))}
+        self.places = sorted(ends)
+        self.folded = not self._knows_system()
+        if self.folded:
+            print("judge.folder: the chat template has no system role; the system text opens the user's turn")
 
-    @abstractmethod
-    def _of_verdicts(self, following: Tensor) -> Tensor:
-        """Probabilities of the verdicts, shape `[rows, verdicts]`.
+    def _options(self) -> tuple[str, list[tuple[list[int], bool]]]:
+        """What all options share of the reply, and each one's own tokens, with whether these hold a closing bracket.
 
-        From those of the token after the prefill and after each of the `further` ones, shape
-        `[rows, 1 + len(further), vocabulary]`.
+        They share the prefill, or less of it where the vocabulary has a token of its end with what follows.
         """
-
-    @abstractmethod
-    def verdict(self, probabilities: Tensor) -> Verdict:
-        """The verdict from probabilities of shape `[verdicts]`."""
-
-    def _single_token(self, text: str) -> int:
-        prefix = self._encode(self.prefill)
-        tokens = self._encode(self.prefill + text)
-        if tokens[:-1] != prefix:
-            raise UserError(
-                f"judge.folder: the tokenizer merges {text!r} into {self.prefill!r}; choose another local judge"
-            )
-        return tokens[-1]
+        opening, encoded = self.mode.prefill, []
+        for option in self.mode.options:
+            found = self.tokenizer(f"{opening}{option}{CLOSING}", add_special_tokens=False, return_offsets_mapping=True)
+            end = len(opening) + len(option)
+            spans = [(token, span) for token, span in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+            encoded.append((end, [(token, span) for token, span in spans if span[0] < end]))
+        shared = min(len(spans) - 1 for _, spans in encoded)
+        first = encoded[0][1]
+        while any(
+            [token for token, _ in spans[:shared]] != [token for token, _ in first[:shared]] for _, spans in encoded
+        ):
+            shared -= 1
+        text = opening[: first[shared - 1][1][1]] if shared else ""
+        options = [([token for token, _ in spans[shared:]], spans[-1][1][1] > end) for end, spans in encoded]
+        return text, options
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -72,45 +80,81 @@ class TokenJudge(ABC):
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The chat with the prefilled reply; raises UserError where it does not fit the judge's context."""
-        ids = self._chat(prompt.system, prompt.user)
+        ids = self._encode(self._chat(prompt.system, prompt.user) + self.prefill)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) >= limit:
+        longest = max(map(len, self.places))
+        if limit is not None and len(ids) + longest > limit:
             raise UserError(
                 f"judge.folder: a prompt of {len(ids)} tokens exceeds the judge's context of {limit}; choose another "
                 "judge, or set answer.max_new_tokens lower"
             )
         return ids
 
-    def _chat(self, system: str, user: str) -> list[int]:
+    def _knows_system(self) -> bool:
+        """Whether the template takes a system text; some refuse it, some leave it out in silence."""
+        try:
+            return PROBE in self._rendered([{"role": "system", "content": PROBE}, {"role": "user", "content": "?"}])
+        except TemplateError:
+            return False
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def _chat(self, system: str, user: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        return self._encode(text + self.prefill)
+        if self.folded:
+            messages = [{"role": "user", "content": f"{system}\n\n{user}" if system else user}]
+        try:
+            return self._rendered(messages)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                f"judge.folder: its chat template cannot render a prompt ({error}); choose a chat model"
+            ) from None
 
     @torch.no_grad()
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
-        """Probability of each verdict, shape `[verdicts]`; they sum to the judge's probability of giving one.
+        """Probability of each option, shape `[options]`; they sum to the judge's probability of giving a verdict.
 
-        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids` and of the further
-        tokens.
+        `cache` holds the keys and values of a proper prefix of `ids`; afterwards those of `ids`.
         """
-        rest = torch.tensor([[*ids[cache.get_seq_length() :], *self.further]])
-        return self._of_verdicts(self._following(cache, rest))[0]
+        return self._of_options(cache, torch.tensor([ids[cache.get_seq_length() :]]))[0]
 
     @torch.no_grad()
     def batch_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The same of several prompts at once, shape `[len(rows), verdicts]`."""
+        """The same of several prompts at once, shape `[len(rows), options]`."""
         longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + [*row, *self.further] for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + len(self.further)) for row in rows])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return self._of_verdicts(self._following(DynamicCache(), ids, attention_mask=mask, position_ids=positions))
+        ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return self._of_options(DynamicCache(), ids, mask)
 
-    def _following(self, cache: DynamicCache, ids: Tensor, **layout: Tensor) -> Tensor:
-        """Probabilities of the token after each of the last places, shape `[rows, 1 + len(further), vocabulary]`."""
-        inputs = {name: tensor.to(self.model.device) for name, tensor in ({"input_ids": ids} | layout).items()}
-        kept = 1 + len(self.further)
-        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
-        return logits[:, -kept:].double().softmax(-1).cpu()
+    def _of_options(self, cache: DynamicCache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Probabilities of the options after `ids`, shape `[rows, options]`; leaves `cache` with those of `ids`."""
+        following = {}
+        for place in self.places:  # the first is (), after the prompt itself
+            fed = torch.tensor([place] * len(ids)) if place else ids
+            following[place] = self._following(cache, fed, mask)
+            if place:
+                cache.crop(-len(place))
+            elif mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(ids), max(map(len, self.places)))], 1)
+        found = []
+        for tokens, closed in self.options:
+            p = torch.ones(len(ids), dtype=torch.float64)
+            for i, token in enumerate(tokens):
+                p = p * following[tuple(tokens[:i])][:, token]
+            found.append(p if closed else p * following[tuple(tokens)][:, self.closing].sum(-1))
+        return torch.stack(found, 1)
+
+    def _following(self, cache: DynamicCache, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Probabilities of the next token after `cache` and `ids`, shape `[rows, vocabulary]`."""
+        inputs = {"input_ids": ids}
+        if mask is not None:
+            length = cache.get_seq_length() + ids.shape[1]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": mask[:, :length], "position_ids": positions[:, length - ids.shape[1] : length]}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].double().softmax(-1).cpu()
 
     def one_by_one(self, encoded: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """The place and the probabilities of each prompt, in the order of the prompts' tokens."""
@@ -119,7 +163,8 @@ class TokenJudge(ABC):
         for place in sorted(range(len(encoded)), key=encoded.__getitem__):
             ids = encoded[place]
             shared = common(previous, ids[:-1])  # at least the last token is left, to predict from
-            cache.crop(shared - cache.get_seq_length())  # by a negative number: that many tokens from the end
+            if surplus := cache.get_seq_length() - shared:
+                cache.crop(-surplus)  # that many tokens from the end
             yield place, self.probabilities(ids, cache)
             previous = ids
 
@@ -137,53 +182,12 @@ class TokenJudge(ABC):
         for place, probabilities in judged:
             mass = probabilities.sum().item()
             if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
-                yield place, Verdict(None, "", f"the judge gives any verdict with probability {mass:.1e} only")
+                reason = f"the judge gives any verdict with probability {mass:.1e} only, under {LEAST_MASS}"
+                yield place, Verdict(None, "", reason, mass=None if mass != mass else mass)
                 continue
-            yield place, self.verdict(probabilities)
-
-
-class ExpectedScore(TokenJudge):
-    """Σ p(s)·s over the scores s = 1 … 10."""
-
-    prefill = "Rating: [["
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.digits = [self._single_token(str(digit)) for digit in range(10)]
-        self.further = [self.digits[1]]
-
-    def _of_verdicts(self, following: Tensor) -> Tensor:
-        start, after_one = following.unbind(1)
-        ten = start[:, self.digits[1]] * after_one[:, self.digits[0]]
-        scores = torch.cat([start[:, self.digits[1:]], ten[:, None]], 1)
-        scores[:, 0] -= ten
-        return scores
-
-    def verdict(self, probabilities: Tensor) -> Verdict:
-        mass = probabilities.sum().item()
-        expected = (probabilities / mass @ torch.arange(1.0, 11.0, dtype=torch.float64)).item()
-        return Verdict(expected, f"{self.prefill}{expected:.4f}]] (expected score; P(any score) = {mass:.3f})")
-
-
-class LikeliestWinner(TokenJudge):
-    """The most probable of A, B and C, the first of equals."""
-
-    prefill = "My final verdict is: [["
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.letters = [self._single_token(letter) for letter in WINNERS]
-
-    def _of_verdicts(self, following: Tensor) -> Tensor:
-        return following[:, 0, self.letters]
-
-    def verdict(self, probabilities: Tensor) -> Verdict:
-        letter = list(WINNERS)[int(probabilities.argmax())]
-        shares = ", ".join(f"P({name}) = {p:.3f}" for name, p in zip(WINNERS, probabilities.tolist(), strict=True))
-        return Verdict(WINNERS[letter], f"{self.prefill}{letter}]] ({shares})")
+            yield place, replace(self.mode.choose(probabilities.tolist()), mass=mass)
 
 
 def make(judge: LocalJudge) -> TokenJudge:
     folder = Path(judge.folder)
-    kind = {"single": ExpectedScore, "pair": LikeliestWinner}[judge.mode]
-    return kind(load_model(folder, judge.dtype), load_tokenizer(folder), judge.batch_size)
+    return TokenJudge(load_model(folder, judge.dtype), load_tokenizer(folder), mode_of(judge), judge.batch_size)

@@ -33,7 +33,7 @@ from prefscan.repo.pipeline import CELL_STAGES, CHOICE, compose, stale_stages
 from prefscan.repo.workspace import check_root
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
-FREE = ("judge", "agreement", "runtime", *CHOICE)  # parameters that change no model's answers
+FREE = ("judge", "judge_check", "agreement", "runtime", *CHOICE)  # parameters that change no model's answers
 
 
 class Files(NamedTuple):
@@ -72,7 +72,7 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
     `folder` holds answers; None where those that are there will be made anew.
     """
     judge = asker.judge
-    pair = judge.mode == "pair"
+    pair = asker.mode.orders > 1
     if pair and key == judge.against:
         return 0, 0
     answers = read_answers(key, folder)
@@ -82,21 +82,22 @@ def calls_left(key: str, params: Params, asker: ChatJudge, files: Files, folder:
         text = " " * (BYTES_A_TOKEN * params.answer.max_new_tokens)
         chosen = select_questions(list(files.questions.values()), params.answer.questions)
         answers = {
-            q["question_id"]: {"question_id": q["question_id"], "choices": [{"turns": [text] * 2}]} for q in chosen
+            q["question_id"]: {"question_id": q["question_id"], "choices": [{"turns": [text] * len(q["turns"])}]}
+            for q in chosen
         }
         others = answers if pair else None
     assert answers is not None  # read or made up
-    turns = build_turns(files.questions, [*answers.values()], files.templates, files.references, others)
+    turns = build_turns(files.questions, [*answers.values()], files.templates, files.references, asker.mode, others)
     prompts = [replace(turn.prompt, sample=sample) for turn in turns for sample in range(judge.samples)]
     return not_kept(prompts, asker, look=known)
 
 
-def check_left(asker: ChatJudge, files: Files) -> tuple[int, int]:
+def check_left(asker: ChatJudge, files: Files, count: int) -> tuple[int, int]:
     """Judge calls that the judge check would still make, and the most input tokens that they have."""
     from prefscan.judging.check import check_turns, repeated, versions  # half a second of imports
 
-    answers = versions(files.questions, load_references("corrected"))
-    turns = check_turns(files.questions, answers, files.templates, files.references, asker.judge.mode)
+    answers = versions(files.questions, load_references("corrected"), count)
+    turns = [turn for turn, _ in check_turns(files.questions, answers, files.templates, files.references, asker.mode)]
     return not_kept([turn.prompt for turn in [*turns, *repeated(turns)]], asker)
 
 
@@ -150,13 +151,14 @@ def main(overrides: list[str], workers: int | None) -> None:
     table = Table(Column("judged", no_wrap=True), *numbers, title="Judging, at most")
     left = {}
     for key in keys:
-        read = (key, judge.against) if judge.mode == "pair" else (key,)
+        read = (key, judge.against) if asker.mode.orders > 1 else (key,)
         made = stale is not None and not any(answer_stage(model) in stale for model in read)
         left[key] = calls_left(key, params, asker, files, ANSWERS if made else None)
-    left["judge check"] = check_left(asker, files)
+    left["judge check"] = check_left(asker, files, params.judge_check.questions)
     total = [0, 0, 0, 0.0]
     for name, (calls, tokens) in left.items():
-        row = [calls, tokens, calls * judge.max_tokens, price(judge.prices, tokens, calls * judge.max_tokens)]
+        usd = price(judge.prices, tokens, calls * judge.max_tokens) * (1 - asker.discount)
+        row = [calls, tokens, calls * judge.max_tokens, usd]
         total = [a + b for a, b in zip(total, row, strict=True)]
         table.add_row(name, *_printed(row, judge))
     table.add_section()

@@ -67,25 +67,26 @@ def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[st
 
 
 def judge_sentence(judge: dict[str, Any]) -> str:
-    """Whether the judge can tell good answers from bad ones, from metrics/judge.json; the prompt without reference."""
-    bad = {
-        "another question's": judge["without_reference"]["swapped"],
-        "its own first quarter": judge["without_reference"]["truncated"],
+    """Whether the judge can tell good answers from bad ones, from metrics/judge.json, and what its check could show."""
+    names = {
+        "swapped": "another question's",
+        "truncated": "its own first quarter",
+        "padded": "itself padded",
+        "claims_rating": "a wrong one that claims a 10",
     }
-    ranks = [
-        f"{name} with probability {found['auc']:.2f} [{found['auc_low']:.2f}, {found['auc_high']:.2f}]"
-        for name, found in bad.items()
-    ]
-    told = [name for name, found in bad.items() if found["auc_low"] > 0.5]
-    if len(told) == len(bad):
+    found = {name: judge["all"][bad] for bad, name in names.items() if bad in judge["all"]}
+    ranks = [f"{name} {f['auc']:.2f} [{f['auc_low']:.2f}, {f['auc_high']:.2f}]" for name, f in found.items()]
+    told = [name for name, f in found.items() if f["auc_low"] > 0.5]
+    if len(told) == len(names):
         verdict = "it can tell them apart"
     elif told:
-        verdict = f"it can tell it from {told[0]} only, so no score below should be read as quality"
+        verdict = f"it can tell it from {' and '.join(told)} only, so no score below should be read as quality"
     else:
         verdict = "it cannot be shown to tell them apart, so no score below should be read as quality"
     return (
-        f"The judge {judge['judge']} ranks a question's reference answer above {', and above '.join(ranks)} (95 % "
-        f"intervals over {judge['questions']} questions; 0.5 is chance): {verdict}."
+        f"The judge {judge['judge']} ranks a good answer above a bad one with probability: {', '.join(ranks)} (95 % "
+        f"intervals over {judge['questions']} questions; 0.5 is chance, and a judge that is right "
+        f"{judge['true_auc']:.0%} of the time would pass each with probability {judge['all']['power']:.2f}): {verdict}."
     )
 
 

@@ -283,6 +283,12 @@ class Results(NamedTuple):
 
 def read_results(keys: tuple[str, ...]) -> Results:
     judged = {key: read_json(MTBENCH_METRICS / f"{key}.json") for key in keys}
+    # With judge.unscored: report, models are compared on the questions that all of them have scores for.
+    shared = set.intersection(*(set(metrics["questions"]) for metrics in judged.values()))
+    for metrics in judged.values():
+        metrics["questions"] = {
+            number: metrics["questions"][number] for number in metrics["questions"] if number in shared
+        }
     answers = {key: read_jsonl(ANSWERS / f"{key}.jsonl") for key in keys}
     judgements = {key: read_jsonl(CELL_JUDGEMENTS / f"{key}.jsonl") for key in keys}
     answered = {answer["question_id"] for answer in answers["base"]}

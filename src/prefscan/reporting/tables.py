@@ -285,18 +285,21 @@ def left_out(prepared: dict[str, Any]) -> Table:
 
 
 def judge_check(judge: dict[str, Any]) -> Table:
-    columns = {"prompt": ("prompt", "{}"), "bad": ("bad answer", "{}")}
+    columns = {"prompt": ("prompt, questions", "{}"), "bad": ("bad answer", "{}")}
     columns |= with_interval("auc", "ranked below the good one") | with_interval("margin", "margin, points")
-    kinds = {"without_reference": "without reference", "with_reference": "with reference"}
+    kinds = {"all": "all", "without_reference": "without reference", "with_reference": "with reference"}
     rows = [
-        {"prompt": prompt, "bad": bad} | judge[kind][bad]
+        {"prompt": f"{prompt}, {judge[kind]['questions']}", "bad": bad.replace("_", " ")} | judge[kind][bad]
         for kind, prompt in kinds.items()
         if kind in judge
-        for bad in ("swapped", "truncated")
+        for bad in ("swapped", "truncated", "padded", "claims_rating")
+        if bad in judge[kind]
     ]
     reading = (
-        "Good answers are the references; the bad ones are another question's reference (swapped) and a reference's "
-        "first quarter (truncated). 0.5 is chance."
+        "Good answers are references, or written for this project; the bad ones are another question's (swapped), the "
+        "first quarter (truncated), a longer one that says no more (padded), and another question's that claims a "
+        f"rating of 10. 0.5 is chance. With {judge['questions']} questions a judge that is right "
+        f"{judge['true_auc']:.0%} of the time passes one comparison with probability {judge['all']['power']:.2f}."
     )
     # A judge of pairs gives no margin.
     return Table("Judge check", reading, pd.DataFrame(rows, columns=list(columns)), columns)

@@ -51,6 +51,8 @@ def main(key: str) -> None:
         "share_truncated": fmean(reply.truncated for reply in replies),
         "repetition": fmean(reply.repetition for reply in replies),
     }
+    if params.answer.server is not None:
+        metrics["thinking"] = params.answer.server.thinking
     # Apart from what is the same in every run: later stages and a reviewer's diff see a change only where one is.
     cost = {
         "seconds": round(seconds, 1),
