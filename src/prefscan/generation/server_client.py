@@ -20,7 +20,8 @@ from prefscan.common.config import Server
 from prefscan.common.errors import UserError
 from prefscan.endpoints.chat_client import NoReply, complete
 from prefscan.endpoints.server import served_name
-from prefscan.generation.sampling import GREEDY_BELOW, Reply, prompt_ids
+from prefscan.generation.sampling import GREEDY_BELOW, Reply
+from prefscan.models.chat import prompt_ids, turn_end, without_control
 
 
 def request_seed(seed: int, question: int, turn: int) -> int:
@@ -109,10 +110,10 @@ def ask_question(
     """The replies of both turns; raises UserError where the server gives none, for no fault may become an answer."""
     conversation: list[dict[str, str]] = []
     replies = []
-    # A server does not say which end token it met. The tokenizer's is the one that its template ends a turn with.
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id in ends else ends[:1]
+    # A server does not say which end token it met: the one that the template ends a turn with.
+    end = [token for token in (turn_end(tokenizer), tokenizer.eos_token_id, *ends) if token in ends][:1]
     for turn, text in enumerate(question["turns"]):
-        conversation.append({"role": "user", "content": text})
+        conversation.append({"role": "user", "content": without_control(tokenizer, text)})
         number = request_seed(seed, question["question_id"], turn)
         body = request_body(server, model, conversation, temperature, max_new_tokens, number, ends)
         started = time.perf_counter()
@@ -133,7 +134,7 @@ def ask_question(
         prompt = prompt_ids(tokenizer, conversation)
         said = found.text.strip()
         replies.append(Reply(said, prompt, tokens or end, [], cut, time.perf_counter() - started))
-        conversation.append({"role": "assistant", "content": said})
+        conversation.append({"role": "assistant", "content": without_control(tokenizer, said)})
     return replies
 
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from prefscan.common.config import LocalJudge
 from prefscan.common.errors import UserError
 from prefscan.judging.judge import WINNERS, Prompt, Verdict
+from prefscan.models.chat import prompt_ids
 from prefscan.models.loading import load_model, load_tokenizer
 
 LEAST_MASS = 1e-3  # under this probability of any verdict, an expectation or a choice means nothing
@@ -83,8 +84,10 @@ class TokenJudge(ABC):
 
     def _chat(self, system: str, user: str) -> list[int]:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        return self._encode(text + self.prefill)
+        try:
+            return prompt_ids(self.tokenizer, messages, prefill=self.prefill)
+        except UserError as error:
+            raise UserError(f"judge.folder: {error}; choose another local judge") from None
 
     @torch.no_grad()
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
