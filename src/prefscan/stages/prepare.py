@@ -14,12 +14,12 @@ from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl
 from prefscan.common.paths import BASE, HELDOUT_PAIRS, PREPARE_METRICS, RAW_PAIRS, TRAIN_PAIRS
 from prefscan.data.pairs import prepare
-from prefscan.models.loading import load_tokenizer
+from prefscan.models.loading import load_tokenizer, positions
 
 
 def main() -> None:
     params = load()
-    train, heldout, metrics = prepare(params.data, load_tokenizer(BASE), RAW_PAIRS)
+    train, heldout, metrics = prepare(params.data, load_tokenizer(BASE), RAW_PAIRS, positions(BASE))
     write_jsonl(TRAIN_PAIRS, train)
     write_jsonl(HELDOUT_PAIRS, heldout)
     write_json(PREPARE_METRICS, metrics)
