@@ -116,6 +116,8 @@ def ask_question(
         conversation.append({"role": "user", "content": without_control(tokenizer, text)})
         number = request_seed(seed, question["question_id"], turn)
         body = request_body(server, model, conversation, temperature, max_new_tokens, number, ends)
+        if server.kind == "other":  # OpenAI's schema has no tokens, and at most 4 texts, at which to stop
+            body["stop"] = [str(tokenizer.convert_ids_to_tokens(token)) for token in dict.fromkeys([*end, *ends])][:4]
         started = time.perf_counter()
         try:
             found = complete(partial(client.chat.completions.create, **body), server.attempts, client.api_key)
