@@ -29,7 +29,7 @@ def orca(system: Any = SYSTEM, question: Any = QUESTION, chosen: Any = GOOD, rej
 def ultrafeedback(*prompt: tuple[str, str], chosen: str = GOOD, rejected: str = BAD) -> dict[str, Any]:
     messages = [{"role": role, "content": content} for role, content in prompt]
     return {
-        "prompt": QUESTION,
+        "prompt": next((content for role, content in reversed(prompt) if role == "user"), QUESTION),
         "chosen": [*messages, {"role": "assistant", "content": chosen}],
         "rejected": [*messages, {"role": "assistant", "content": rejected}],
     }
@@ -136,7 +136,7 @@ MALFORMED = {
     },
     "unknown shape (keys: 'chosen', 'instruction', 'rejected')": {"instruction": "", "chosen": GOOD, "rejected": BAD},
     "unknown shape (keys: 'chosen', 'prompt', 'rejected')": ultrafeedback(("user", QUESTION)) | {"rejected": BAD},
-    "malformed pair (KeyError: 'tool')": sharegpt(("tool", QUESTION)),
+    "malformed pair (KeyError: 'observation')": sharegpt(("observation", QUESTION)),
     "malformed pair (KeyError: 'from')": sharegpt(("human", QUESTION)) | {"conversations": [{"value": QUESTION}]},
     "malformed pair (TypeError: ": sharegpt(("human", QUESTION)) | {"conversations": QUESTION},
     "malformed pair (TypeError: 'NoneType'": sharegpt(("human", QUESTION)) | {"rejected": None},
@@ -399,7 +399,7 @@ PAIRS = [
         orca(),
         orca("", "\n\n?", "\n\nTwo lines", "\nOne line"),
         ultrafeedback(("system", SYSTEM), ("user", "Hi"), ("assistant", "Hello\n"), ("user", QUESTION)),
-        orca("", "é\u2028\N{GRINNING FACE}", "naïve <|im_end|> text", "<unk>"),
+        orca("", "é\u2028\N{GRINNING FACE}", "naïve <|im_ end|> text", "<unk >"),
         orca("", "Long? " * 900, "Long. " * 900, "\n" * 900),
     )
 ]

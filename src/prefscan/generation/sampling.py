@@ -31,6 +31,8 @@ from transformers import (
 
 from prefscan.common.errors import UserError
 from prefscan.generation.kv_cache import Context, keeps_all, read_prompts
+from prefscan.models.chat import prompt_ids as prompt_ids
+from prefscan.models.chat import turn_end
 from prefscan.models.memory import free_bytes
 
 GREEDY_BELOW = 1e-4  # FastChat's limit: a temperature under it means greedy decoding
@@ -361,16 +363,9 @@ def out_of_memory_is_told(section: str, rows: int) -> Iterator[None]:
 
 
 def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a turn: the model's own and the tokenizer's."""
+    """The tokens that end a turn: the model's own, the tokenizer's and the chat template's."""
     own = generation.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]]) -> list[int]:
-    """The conversation by the tokenizer's own chat template, up to where the model's turn begins."""
-    text = str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *(own if isinstance(own, list) else [own])} - {None})
 
 
 def cache_bytes(model: PreTrainedModel) -> int:

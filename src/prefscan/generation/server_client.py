@@ -22,6 +22,7 @@ from prefscan.endpoints.chat_client import Session
 from prefscan.endpoints.server import served_name
 from prefscan.endpoints.workers import NoReply, at_once
 from prefscan.generation.sampling import GREEDY_BELOW, Reply
+from prefscan.models.chat import turn_end, without_control
 
 TOLERANCE = 4  # tokens by which a server's count of a prompt may differ from ours: a second <bos>, an end of turn
 NO_THINKING = {"enable_thinking": False}  # the name that Qwen3's template has and others took over
@@ -48,9 +49,9 @@ class Generation:
 
     @cached_property
     def end(self) -> list[int]:
-        """A server does not say which end token it met; the tokenizer's is the one that ends a turn in its template."""
-        eos = self.tokenizer.eos_token_id
-        return [eos] if eos in self.ends else self.ends[:1]
+        """A server does not say which end token it met: the one that the template ends a turn with."""
+        likely = (turn_end(self.tokenizer), self.tokenizer.eos_token_id, *self.ends)
+        return [token for token in likely if token in self.ends][:1]
 
 
 def request_body(
@@ -82,6 +83,9 @@ def request_body(
         }
         plain |= {"do_sample": not greedy, "top_k": 0, "eos_token_id": ends, "pad_token_id": ends[0]}
         extra = {"generation_config": json.dumps(plain)}
+    elif server.kind == "other":  # OpenAI's schema has no tokens, and at most 4 texts, at which to stop
+        names = generation.tokenizer.convert_ids_to_tokens(list(dict.fromkeys([*generation.end, *ends])))
+        body["stop"] = [str(name) for name in names][:4]
     extra |= server.extra_body
     if server.thinking == "off":
         extra["chat_template_kwargs"] = extra.get("chat_template_kwargs", {}) | NO_THINKING
@@ -163,7 +167,7 @@ def ask_question(
     replies = []
     tokenizer = generation.tokenizer
     for turn, text in enumerate(question["turns"]):
-        conversation.append({"role": "user", "content": text})
+        conversation.append({"role": "user", "content": without_control(tokenizer, text)})
         number = request_seed(generation.seed, question["question_id"], turn)
         prompt = our_prompt(server, tokenizer, conversation)
         started = time.perf_counter()
@@ -181,7 +185,7 @@ def ask_question(
         tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] + ([] if truncated else generation.end)
         said = answer.strip()
         replies.append(Reply(said, prompt, tokens or generation.end, [], truncated, time.perf_counter() - started))
-        conversation.append({"role": "assistant", "content": said})
+        conversation.append({"role": "assistant", "content": without_control(tokenizer, said)})
     return replies
 
 

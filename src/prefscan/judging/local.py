@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from prefscan.common.config import LocalJudge
 from prefscan.common.errors import UserError
 from prefscan.judging.judge import Mode, Prompt, Verdict, mode_of
+from prefscan.models.chat import prompt_ids
 from prefscan.models.loading import load_model, load_tokenizer
 
 LEAST_MASS = 0.1  # under this probability of any verdict, an expectation or a choice means nothing
@@ -80,7 +81,7 @@ class TokenJudge:
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The chat with the prefilled reply; raises UserError where it does not fit the judge's context."""
-        ids = self._encode(self._chat(prompt.system, prompt.user) + self.prefill)
+        ids = self._chat(prompt.system, prompt.user)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self.places))
         if limit is not None and len(ids) + longest > limit:
@@ -100,16 +101,14 @@ class TokenJudge:
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def _chat(self, system: str, user: str) -> str:
+    def _chat(self, system: str, user: str) -> list[int]:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         if self.folded:
             messages = [{"role": "user", "content": f"{system}\n\n{user}" if system else user}]
         try:
-            return self._rendered(messages)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(
-                f"judge.folder: its chat template cannot render a prompt ({error}); choose a chat model"
-            ) from None
+            return prompt_ids(self.tokenizer, messages, prefill=self.prefill)
+        except UserError as error:
+            raise UserError(f"judge.folder: {error}; choose another local judge") from None
 
     @torch.no_grad()
     def probabilities(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:

@@ -118,8 +118,7 @@ def packed_attention(
     others |= {"attention_mask": attention_mask}
     if changes := [name for name in ATTENTION_CHANGES if others.get(name) is not None]:
         raise UserError(
-            f"train.layout: 'packed' does not compute the {' and '.join(changes)} of {type(module).__name__}; "
-            "set it to padded for this model"
+            f"train.layout: 'packed' does not compute the {' and '.join(changes)} of {type(module).__name__}"
         )
     refuse_beyond(sliding_window, pair_lengths)
     if pair_mask is not None and not dropout:  # FlexAttention has no dropout
@@ -164,10 +163,7 @@ def refuse_beyond(
     """Raises UserError where a prompt and a response are longer than the window, which this layout does not apply."""
     longest = max(p + max(c, r) for p, c, r in lengths)
     if window is not None and longest > window:
-        raise UserError(
-            f"{what} has {longest} tokens, more than the model's sliding window of {window}; "
-            f"lower {lower}, or set train.layout: padded"
-        )
+        raise UserError(f"{what} has {longest} tokens, more than the model's sliding window of {window}; lower {lower}")
 
 
 def sliding_window(model: Any) -> int | None:
@@ -259,7 +255,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad or scaled:
         raise UserError(
             f"train.layout: 'packed' needs a frozen, plain LM head, and {type(base).__name__} has "
-            f"{' and '.join(scaled) or 'another'}; set it to padded for this model"
+            f"{' and '.join(scaled) or 'another'}"
         )
     if not head.weight.numel():
         raise UserError(
@@ -270,11 +266,18 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     if base._is_stateful or not base._supports_attention_backend or not layers <= LAYERS:
         raise UserError(
             "train.layout: 'packed' needs a model that is attention throughout, through transformers' "
-            f"AttentionInterface, and {type(base).__name__} is not; set it to padded for this model"
+            f"AttentionInterface, and {type(base).__name__} is not"
         )
     if base.config._attn_implementation != ATTENTION:
+        base.prefscan_attention = base.config._attn_implementation
         base.set_attn_implementation(ATTENTION)
     return base
+
+
+def own_attention(model: Any) -> None:
+    """Give a model back the attention that it was loaded with."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation(model.prefscan_attention)
 
 
 def pair_logps(model: nn.Module, batch: PackedPairs) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def with_reference(pairs: list[dict[str, Any]], reference: list[dict[str, Any]])
     return with_rows(pairs, reference, TRAIN_REFERENCE.parent)
 
 
-def load_base(train: Train) -> torch.nn.Module:
+def load_base(train: Train) -> Any:
     """The frozen base model in the dtype and quantisation that training uses."""
     model = load_model(BASE, train.dtype, train.bnb_4bit_quant_type, train.bnb_4bit_use_double_quant)
     return model.requires_grad_(False)

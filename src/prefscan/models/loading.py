@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, sha256
+from prefscan.models.chat import freeze_date
 
 if TYPE_CHECKING:  # it takes seconds to import, and the prepare stage loads no model
     from transformers import PreTrainedModel
@@ -37,7 +38,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: the tokenizer has no pad token; set model.pad_token, for instance to its end token")
+    freeze_date(tokenizer)  # of a judge's template; the fetch stage has settled that of the base
     return tokenizer
+
+
+def positions(folder: Path) -> int | None:
+    """How many tokens the model was made for, by its configuration; None where that says nothing."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no configuration that loads ({' '.join(str(error).split())[:150]}); fetch the model again"
+        ) from None
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_model(

@@ -24,6 +24,7 @@ from prefscan.common.paths import (
     MERGED,
 )
 from prefscan.logprobs.layouts import load_layout
+from prefscan.logprobs.packed import own_attention
 from prefscan.logprobs.reference import with_reference, with_rows
 from prefscan.merging.merge import margin_answering, merge_cell
 from prefscan.models.loading import DTYPES, MANIFEST, load_tokenizer, manifest
@@ -41,8 +42,8 @@ def main(key: str) -> None:
         if merge.format == "adapter":
             write_json(folder / MANIFEST, manifest(BASE, ADAPTERS / key))
         else:
-            merged.to(DTYPES[merge.dtype]).set_attn_implementation("sdpa")
-            merged.save_pretrained(folder)
+            own_attention(merged)
+            merged.to(DTYPES[merge.dtype]).save_pretrained(folder)
             load_tokenizer(BASE).save_pretrained(folder)
     del merged
     if params.answers_otherwise:

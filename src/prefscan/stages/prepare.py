@@ -19,7 +19,7 @@ from prefscan.common.io import read_jsonl, write_json, write_jsonl
 from prefscan.common.paths import BASE, HELDOUT_PAIRS, PREPARE_METRICS, TRAIN_PAIRS
 from prefscan.data.pairs import prepare
 from prefscan.data.preferences import sampled_pairs
-from prefscan.models.loading import load_tokenizer
+from prefscan.models.loading import load_tokenizer, positions
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     if isinstance(data.source, SampledPairs):
         train, heldout, metrics = sampled_pairs(read_jsonl(Path(data.folder)), data)
     else:
-        train, heldout, metrics = prepare(data, load_tokenizer(BASE), Path(data.folder))
+        train, heldout, metrics = prepare(data, load_tokenizer(BASE), Path(data.folder), positions(BASE))
     write_jsonl(TRAIN_PAIRS, train)
     write_jsonl(HELDOUT_PAIRS, heldout)
     write_json(PREPARE_METRICS, metrics)

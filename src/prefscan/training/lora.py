@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -95,6 +96,27 @@ def beside_text(model: Any, targets: list[str]) -> list[str]:
     text = set(model.get_decoder().modules())
     found = {name: module in text for name, module in model.named_modules() if is_target(name, targets)}
     return [name for name, within in found.items() if not within] if any(found.values()) else []
+
+
+def refuse_unmergeable(policy: nn.Module) -> None:
+    """Raises UserError for an adapted layer whose adapter cannot become a change of its weight, as a merge makes it."""
+    for name, layer in policy.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        try:
+            with torch.no_grad():
+                deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
+            packed = type(base).__name__ == "Linear4bit"  # is merged in full precision, where its weight has its shape
+            fits = packed or all(delta.shape == base.weight.shape for delta in deltas)
+            reason = "" if fits else "its change has another shape than the weight"
+        except Exception as error:  # whatever PEFT raises for a kind of layer
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        if reason:
+            raise UserError(
+                f"train.lora.target_modules: the adapter of {name}, a {type(base).__name__}, could not be merged "
+                f"({reason}); leave {name.split('.')[-1]} out"
+            )
 
 
 def lora_config(train: Train, leave_out: list[str] | None = None) -> LoraConfig:

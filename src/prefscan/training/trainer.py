@@ -39,7 +39,7 @@ from prefscan.models.loading import set_evaluation
 from prefscan.models.memory import activation_bytes, free_bytes, kept_tokens
 from prefscan.training.checkpoints import Saving, last_checkpoint
 from prefscan.training.kto import MISMATCHED, mismatched, with_mismatched
-from prefscan.training.lora import beside_text, lora_config, refuse_targets
+from prefscan.training.lora import beside_text, lora_config, refuse_targets, refuse_unmergeable
 from prefscan.training.losses import LOSSES, PairLogps
 from prefscan.training.multi_gpu import WholeRounds, from_main, world
 
@@ -384,6 +384,15 @@ def training_cost(train: Train, pairs: list[dict[str, Any]], updates: int, secon
     }
 
 
+def refuse_long_warmup(cell: Cell, train: Train, updates: int) -> None:
+    """Raises UserError for a warm-up longer than the run: no update would have the learning rate that is set."""
+    if train.warmup_steps > updates:
+        raise UserError(
+            f"train.warmup_steps: {train.warmup_steps}, but {cell.key} has {updates} updates and would never reach "
+            f"train.learning_rate {train.learning_rate:g}; set it to less than {updates}"
+        )
+
+
 def train_cell(
     settings: CellSettings, sides: Sides, model: Any, tokenizer: PreTrainedTokenizerBase, checkpoints: Path
 ) -> tuple[PairTrainer, dict[str, Any], dict[str, float]]:
@@ -398,6 +407,7 @@ def train_cell(
     refuse_targets(model, train.lora.target_modules)
     (pairs, heldout), columns = with_mismatched_columns(settings, model, sides)
     updates = train.updates(cell.steps, len(pairs))
+    refuse_long_warmup(cell, train, updates)
     layout = load_layout(train.layout)
     longest = layout.most_positions(pairs, train.per_device_train_batch_size)
     activations = activation_bytes(model.config, longest, train.dtype)
@@ -419,6 +429,8 @@ def train_cell(
         peft_config=lora_config(train, beside_text(model, train.lora.target_modules)),
         callbacks=[*live_logging(settings.runtime, cell), saving],
     )
+    if not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled:  # there a process has parts of weights
+        refuse_unmergeable(trainer.model)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds += time.perf_counter() - started
