@@ -142,7 +142,7 @@ def shrink(folder: Path, packages: Path) -> None:
         config, replaced = re.subn(rf"- {group}: \w+\n", f"- {group}: {name}\n", config)
         assert replaced == 1
     config = config[: config.index("questions:")]
-    config = config.replace("steps: 40 ", "steps: 3 ")
+    config = config.replace("steps: 32 ", "steps: 3 ")
     questions = {
         "mt_bench": mt_bench | {"folder": "bench"},
         "corrected": corrected | {"file": "corrected/reference.jsonl"},
