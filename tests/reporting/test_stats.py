@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy import integrate, stats
+from scipy import stats
 
 from prefscan.reporting.stats import (
     cluster_bootstrap,
@@ -13,10 +13,8 @@ from prefscan.reporting.stats import (
     crossed_mean,
     holm,
     length_controlled_difference,
-    minimum_detectable_difference,
     paired_difference,
     pairwise_agreement,
-    probability_best,
     selected_best,
     variance_components,
 )
@@ -210,63 +208,6 @@ def test_selected_best_refuses() -> None:
         selected_best(skewed_scores(2, 8), resamples=1)
     with pytest.raises(ValueError, match=r"an array \[cells, questions\]"):
         selected_best([1.0, 2.0])
-
-
-def test_probability_best_counts_every_resample() -> None:
-    """All 3³ resamples of three questions, by hand: equally likely, so that shares converge to their count."""
-    grids = {"dpo": np.array([[1.0, 5, 6], [4, 4, 4]]), "ipo": np.array([[3.0, 5, 4]]), "kto": np.array([[4.0, 4, 4]])}
-    expected = dict.fromkeys(grids, 0.0)
-    for draw in itertools.product(range(3), repeat=3):
-        best = {loss: max(sum(cell[q] for q in draw) for cell in grid) for loss, grid in grids.items()}
-        highest = [loss for loss in best if best[loss] == max(best.values())]
-        for loss in highest:
-            expected[loss] += 1 / 27 / len(highest)
-    shares = probability_best(grids, resamples=40000)
-    assert shares == pytest.approx(expected, abs=0.01)
-    assert sum(shares.values()) == pytest.approx(1)
-    assert min(expected.values()) > 0.05
-
-
-def test_probability_best_splits_ties_that_rounding_would_break() -> None:
-    scores = skewed_scores(80) / 3
-    shares = probability_best({"dpo": [scores, scores - 1], "ipo": [scores], "kto": [scores - 0.5]})
-    assert shares == pytest.approx({"dpo": 0.5, "ipo": 0.5, "kto": 0})
-
-
-def test_probability_best_refuses_other_questions() -> None:
-    with pytest.raises(ValueError, match=r"the same questions, got \[2, 3\]"):
-        probability_best({"dpo": [[1, 2]], "ipo": [[1, 2, 3]]})
-    with pytest.raises(ValueError, match="the same questions"):
-        probability_best({})
-
-
-def test_minimum_detectable_difference_matches_published_sample_size() -> None:
-    """G*Power's table for the paired t test: 34 pairs find half a standard deviation with a power of 0.8078."""
-    assert minimum_detectable_difference(2, 34, power=0.8077775) == pytest.approx(1, abs=1e-6)
-    assert minimum_detectable_difference(2, 33) > 1 > minimum_detectable_difference(2, 34)
-
-
-@pytest.mark.parametrize("questions", [2, 8, 80])
-@pytest.mark.parametrize(("power", "alpha"), [(0.8, 0.05), (0.95, 0.01), (0.1, 0.05)])
-def test_minimum_detectable_difference_is_found_with_the_power(questions: int, power: float, alpha: float) -> None:
-    """The power by integrating the normal over the chi distribution of the standard deviation."""
-    noncentrality = minimum_detectable_difference(1.3, questions, power, alpha) / 1.3 * questions**0.5
-    freedom = questions - 1
-    critical = stats.t.ppf(1 - alpha / 2, freedom)
-
-    def found(sd: float) -> float:
-        tails = stats.norm.sf(critical * sd - noncentrality) + stats.norm.cdf(-critical * sd - noncentrality)
-        return float(tails * stats.chi.pdf(sd * freedom**0.5, freedom) * freedom**0.5)
-
-    total = sum(integrate.quad(found, low, low + 0.25, epsabs=1e-12)[0] for low in np.arange(0, 8, 0.25))
-    assert total == pytest.approx(power, abs=1e-8)
-
-
-def test_minimum_detectable_difference_refuses() -> None:
-    assert minimum_detectable_difference(0, 80) == 0
-    for arguments in [(-1, 80), (math.nan, 80), (1, 1), (1, 80, 0.04), (1, 80, 1)]:
-        with pytest.raises(ValueError, match=r"not negative|at least 2|alpha < power"):
-            minimum_detectable_difference(*arguments)
 
 
 def mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float, float, float]:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from prefscan.common.config import LocalJudge, OpenAIJudge, Params
 from prefscan.common.paths import BASE
-from prefscan.reporting.stats import TIE, minimum_detectable_difference, probability_best, selected_best
+from prefscan.reporting.stats import selected_best
 
 
 def question_scores(mtbench: dict[str, Any]) -> list[float]:
@@ -35,20 +35,11 @@ def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[st
     """Which cells differ from the base, what could have been seen, and the highest cells corrected for the picking."""
     significant = cells.loc[cells["p_holm"] <= 0.05, "cell"]
     verdict = f"{', '.join(significant)} differ{'s' * (len(significant) == 1)}" if len(significant) else "none differs"
-    questions = len(judged["base"]["questions"])
-    spread = cells["standard_error"].median() * questions**0.5
-    detectable = minimum_detectable_difference(spread, questions) if spread > TIE else None
     subject = "cell lies" if len(cells) == 1 else "cells lie"
     lines = [
         f"Paired by question, the {subject} {span(cells['difference'], '+.2f')} from the base; with Holm's correction "
         f"over {counted(len(cells), 'cell')} {verdict} significantly (smallest corrected p "
-        f"{cells['p_holm'].min():.2f}). "
-        + (
-            "Of most cells every question lies equally far from the base: that says nothing of what could be detected."
-            if detectable is None
-            else f"This many questions and this spread detect a difference of {detectable:.2f} or more with 80 % "
-            "power, before the correction."
-        )
+        f"{cells['p_holm'].min():.2f})."
     ]
     picks = []
     for loss, group in cells.groupby("loss", sort=False):
@@ -60,8 +51,7 @@ def difference_sentences(cells: pd.DataFrame, judged: dict[str, Any]) -> list[st
             )
     if picks:
         lines.append(
-            "The highest cell of a loss is a pick that favours chance; corrected for the picking by bootstrap: "
-            f"{'; '.join(picks)}."
+            f"The highest cell of a loss is subject to selection bias; corrected by bootstrap: {'; '.join(picks)}."
         )
     return lines
 
@@ -112,27 +102,15 @@ def sentences(
     lines.append(
         f"The base scores {base['average']:.2f} [{base['average_low']:.2f}, {base['average_high']:.2f}], the "
         f"{'cell' if len(cells) == 1 else 'cells'} {span(cells['score'], '.2f')}: {score_name(params.judge)}; 95 % "
-        f"intervals over {questions} questions. One seed was trained, so nothing here tells a loss from the luck of a "
-        "seed."
+        f"intervals over {questions} questions, without the variance between trainings."
     )
     lines += difference_sentences(cells, judged)
-    grids = {
-        str(loss): [question_scores(judged[key]) for key in group["cell"]]
-        for loss, group in cells.groupby("loss", sort=False)
-    }
-    if len(grids) > 1:
-        shares = ", ".join(f"{loss} in {share:.0%}" for loss, share in probability_best(grids).items())
+    if "shorter_accuracy" in cells:
         lines.append(
-            f"Drawn anew, the questions put the highest cell with {shares} of the draws: how stable the order is, no "
-            "probability that a loss is better."
+            f"Held-out reward accuracy is {span(cells['accuracy'], '.2f')} over {prepared['heldout']} pairs, where the "
+            f"rule that the shorter response is the chosen one has {cells['shorter_accuracy'].iloc[0]:.2f}. "
+            "β means something else in each loss: equal β is not equal strength."
         )
-    moved = (cells["margin_low"] > 0).sum()
-    lines.append(
-        f"Held-out reward accuracy is {span(cells['accuracy'], '.2f')} beside the base's "
-        f"0.5, over all {prepared['heldout']} held-out pairs; the held-out margin, a sum over tokens for every loss, "
-        f"is above zero beyond its 95 % interval, before any correction, in {moved} of {counted(len(cells), 'cell')}. "
-        "β means something else in each loss: equal β is not equal strength."
-    )
     lines.append(own_loss_sentence(cells))
     kept = cells["margin_kept"].dropna()
     share = f"{span(kept, '.1%')} of the held-out margin" if len(kept) else "no held-out margin"

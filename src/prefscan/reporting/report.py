@@ -128,10 +128,20 @@ def summarise(table: pd.DataFrame, recipe: Cell) -> dict[str, Any]:
 
 
 TRAINING_READING = (
-    "The held-out margin and the shifts are in nats against the base, summed over tokens; the held-out loss is the "
-    "cell's own, on a scale of its own, and lower is better. Intervals are 95 %, over pairs."
+    "Of held-out pairs. Accuracy stands beside that of the rule that the shorter response is the chosen one. The "
+    "margin is in nats against the base, summed over tokens. Intervals are 95 %, over pairs of this one training: the "
+    "variance between trainings is not in them."
 )
-TRAINING_COLUMNS = ("cell", "accuracy", "margin", "margin_low", "margin_high", "loss_change", "margin_kept")
+TRAINING_COLUMNS = (
+    "cell",
+    "accuracy",
+    "shorter_accuracy",
+    "balanced_accuracy",
+    "margin",
+    "margin_low",
+    "margin_high",
+    "margin_kept",
+)
 MTBENCH_COLUMNS = (
     "cell",
     "score",
@@ -429,6 +439,7 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
     for part in parts:
         new = ["cell", *(name for name in part.cells if name not in table)]
         table = table.merge(part.cells[new], on="cell", how="left", validate="one_to_one")
+    of_training = {name: COLUMNS[name] for name in TRAINING_COLUMNS if name in training}
     further = [
         line if number else f"MT-Bench: {line}"
         for part in rest
@@ -446,7 +457,12 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
             details=[
                 *first.details,
                 *(more for part in rest for more in (*part.tables, *part.details)),
-                Table("Training", TRAINING_READING, training, {name: COLUMNS[name] for name in TRAINING_COLUMNS}),
+                Table(
+                    "Training",
+                    TRAINING_READING,
+                    training,
+                    {name: COLUMNS[name] for name in TRAINING_COLUMNS if name in training},
+                ),
                 costs(keys, results.judged),
                 left_out(read_json(PREPARE_METRICS)),
             ],

@@ -6,7 +6,7 @@ question. An axis `[cells]` before it holds the models of a grid. docs/statistic
 how often its intervals contain the truth.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ from scipy import stats
 from prefscan.common.intervals import mean_interval
 from prefscan.reporting.estimates import LEVEL, Part, Spread, finite
 from prefscan.reporting.estimates import TIE as TIE
-from prefscan.reporting.power import noncentrality
 
 
 def cluster_bootstrap(
@@ -222,43 +221,6 @@ def selected_best(scores: ArrayLike, resamples: int = 2000) -> SelectedBest:
     apparent, low, high = mean_interval(array[cell].tolist())
     optimism = apparent - corrected
     return SelectedBest(cell, apparent, optimism, corrected, low - optimism, high - optimism)
-
-
-def probability_best(scores: Mapping[str, ArrayLike], resamples: int = 2000) -> dict[str, float]:
-    """Share of bootstrap resamples of the questions (Efron 1979, seed 0) in which each loss has the highest best cell.
-
-    `scores` holds a grid `[cells, questions]` for each loss, over the same questions in the same order. Each loss's
-    best cell is chosen on the resample, so that the choice is repeated too; a tie is split equally, and shares sum to
-    1. It says how stable the ranking is, is no posterior probability, and favours a loss with more cells.
-    Raises ValueError for no loss, for different numbers of questions and for fewer than two.
-    """
-    grids = {loss: finite(grid, "[cells, questions]") for loss, grid in scores.items()}
-    sizes = {grid.shape[1] for grid in grids.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"needs grids over the same questions, got {sorted(sizes)} of them")
-    questions = sizes.pop()
-    _at_least(2, questions)
-    counts = _draw_questions(questions, resamples)
-    best = np.array([(counts @ grid.T / questions).max(axis=1) for grid in grids.values()])
-    highest = best >= best.max(axis=0) - TIE
-    return dict(zip(grids, (highest / highest.sum(axis=0)).mean(axis=1).tolist(), strict=True))
-
-
-def minimum_detectable_difference(
-    sd_of_differences: float, questions: int, power: float = 0.8, alpha: float = 0.05
-) -> float:
-    """The true mean difference, in points, that a two-sided paired t test finds with probability `power`.
-
-    `sd_of_differences` is the standard deviation of the per-question differences. By the noncentral t distribution
-    (Cohen 1988; Miller 2024 has the normal approximation).
-    Raises ValueError for a negative deviation, fewer than two questions, or not 0 < alpha < power < 1.
-    """
-    _at_least(2, questions)
-    if not (np.isfinite(sd_of_differences) and sd_of_differences >= 0):
-        raise ValueError(f"a standard deviation is finite and not negative, got {sd_of_differences}")
-    if not 0 < alpha < power < 1:
-        raise ValueError(f"needs 0 < alpha < power < 1, got alpha {alpha} and power {power}")
-    return noncentrality(questions - 1, power, alpha) * sd_of_differences / questions**0.5
 
 
 def _mean_squares(scores: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -51,6 +51,9 @@ def with_interval(name: str, heading: str, form: str = "{:.2f}") -> dict[str, tu
     return {column: (text, form) for column, text in zip(span(name), (heading, "95 % low", "95 % high"), strict=True)}
 
 
+HELDOUT = ("shorter_accuracy", "balanced_accuracy", "margin_per_token", "chosen_shift", "rejected_shift")
+
+
 def training_row(cell: Cell) -> dict[str, Any]:
     """One row of the table of cells: parameters, held-out metrics, what the merge kept."""
     key = cell.key
@@ -62,7 +65,7 @@ def training_row(cell: Cell) -> dict[str, Any]:
         "beta": cell.beta,
         "steps": str(cell.steps),
         **{name: held[name] for value in ("accuracy", "margin", "loss_change") for name in span(value)},
-        **{name: held[name] for name in ("chosen_shift", "rejected_shift")},
+        **{name: held[name] for name in HELDOUT if name in held},
         "margin_kept": merge["margin_kept"],
         "merge_pairs": merge["pairs"],
         "weights_changed": merge["weights_changed"],
@@ -168,7 +171,7 @@ def base_row(judged: dict[str, Any]) -> dict[str, Any]:
     """The base's row above the cells': no training moved it."""
     answered = read_json(ANSWER_METRICS / "base.json")
     return (
-        {"cell": "base", **score_columns(judged["base"]), "accuracy": 0.5}
+        {"cell": "base", **score_columns(judged["base"])}
         | dict.fromkeys(("margin", "loss_change", "chosen_shift", "rejected_shift"), 0.0)
         | {name: answered[name] for name in ("share_truncated", "mean_tokens", "repetition")}
     )
@@ -231,6 +234,9 @@ COLUMNS = {
     "first_turn": ("first turn", "{:.2f}"),
     "second_turn": ("second turn", "{:.2f}"),
     "accuracy": ("held-out accuracy", "{:.2f}"),
+    "shorter_accuracy": ("the shorter is chosen", "{:.2f}"),
+    "balanced_accuracy": ("balanced by length", "{:.2f}"),
+    "margin_per_token": ("margin a token, nats", "{:.3f}"),
     **with_interval("margin", "held-out margin, nats"),
     **with_interval("loss_change", "held-out loss, minus base", "{:+.3f}"),
     "chosen_shift": ("chosen shift, nats", "{:.2f}"),

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -222,7 +223,7 @@ class PairTrainer(TokenisedTrainer):
             "accuracy": share,
             "accuracy_low": share_low,
             "accuracy_high": share_high,
-            "base_accuracy": 0.5,  # by definition: policy and reference tie, and a tie counts one half
+            **beside_length(pairs, accuracies.tolist(), chosen.tolist(), rejected.tolist()),
             "margin": margin,
             "margin_low": low,
             "margin_high": high,
@@ -230,6 +231,28 @@ class PairTrainer(TokenisedTrainer):
             "chosen_shift": chosen.mean().item(),
             "rejected_shift": rejected.mean().item(),
         }
+
+
+def beside_length(
+    pairs: list[dict[str, Any]], right: list[float], chosen: list[float], rejected: list[float]
+) -> dict[str, float | None]:
+    """What length alone explains: lists `[pairs]` of right (a tie counts ½) and of the log-ratios, in nats.
+
+    `shorter_accuracy` is that of the rule "the shorter response is the chosen one"; `balanced_accuracy` the mean of the
+    accuracies on pairs with the longer and with the shorter response chosen, None where one kind is missing;
+    `margin_per_token` divides each log-ratio by its own response's tokens.
+    """
+    longer = [len(pair["chosen_ids"]) - len(pair["rejected_ids"]) for pair in pairs]
+    kinds = [[r for r, more in zip(right, longer, strict=True) if more * sign > 0] for sign in (1, -1)]
+    per_token = [
+        c / len(pair["chosen_ids"]) - r / len(pair["rejected_ids"])
+        for pair, c, r in zip(pairs, chosen, rejected, strict=True)
+    ]
+    return {
+        "shorter_accuracy": fmean(0.5 if not more else float(more < 0) for more in longer),
+        "balanced_accuracy": fmean(map(fmean, kinds)) if all(kinds) else None,
+        "margin_per_token": fmean(per_token),
+    }
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
