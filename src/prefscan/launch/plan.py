@@ -16,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
 from prefscan.common.config import OpenAIJudge, Params, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_jsonl
-from prefscan.common.paths import ANSWERS, QUESTIONS, judge_store
+from prefscan.common.paths import ANSWERS, QUESTIONS, REPLIES, judge_store
 from prefscan.judging.budget import Spending, most_tokens, price
 from prefscan.judging.fastchat import select_questions
 from prefscan.judging.judge import Prompt
@@ -31,6 +32,7 @@ from prefscan.judging.openai import ChatJudge
 from prefscan.launch.estimate import cells_left, measured_speed, sentences
 from prefscan.repo.pipeline import CELL_STAGES, CHOICE, compose, stale_stages
 from prefscan.repo.workspace import check_root
+from prefscan.reporting.power import Design, Variances, detectable, measured_variances
 
 BYTES_A_TOKEN = 8  # of an answer not yet there; English text has 4 to 5
 FREE = ("judge", "judge_check", "agreement", "runtime", *CHOICE)  # parameters that change no model's answers
@@ -118,6 +120,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="cells at once; default: launch.cells")
 
 
+# Standard deviations of P(positive), rounded up from the pilot of the default: between trainings, of a loss on a prompt,
+# of a training on a prompt, of a reply (docs/statistics.md).
+ASSUMED = Variances(training=0.01, prompt=0.04, training_prompt=0.03, reply=0.17)
+
+
+def power_sentences(params: Params, workspace: Params) -> list[str]:
+    """What difference between two losses the design detects with 80 % power, and what a larger one would."""
+    grid, sample, evaluate = params.grid, params.sample, params.evaluate
+    losses = len(set(grid.loss))
+    if not (sample and evaluate):
+        return []
+    if losses < 2:
+        return ["One loss: there is nothing to compare it with."]
+    if params.seeding == "shared":
+        return ["seeding: shared, so no difference between losses can be told from a difference between trainings."]
+    variances, source = measured(workspace) or (ASSUMED, "assumed standard deviations, of the embedded default")
+    design = Design(losses, len(set(grid.beta)), len(set(grid.steps)), 1, sample.eval_prompts, evaluate.replies)
+    if design.trainings < 2:
+        return ["One training a loss: the variance between trainings cannot be known; add values of β to sweep.beta."]
+    found = detectable(design, variances)
+    return [
+        f"Two losses whose mean reward over the grid differs by {found.difference:.3f} or more are told apart with 80 % "
+        f"power ({source}). One more seed would make it {found.one_more_seed:.3f}, one more β {found.one_more_beta:.3f}, "
+        f"a quarter more prompts {found.quarter_more_prompts:.3f}, one more reply a prompt {found.one_more_reply:.3f}."
+    ]
+
+
+def measured(workspace: Params) -> tuple[Variances, str] | None:
+    """The variances of the workspace's own sweep, where its replies are there."""
+    files = {cell: REPLIES / f"{cell.key}.jsonl" for cell in workspace.grid.cells}
+    if workspace.seeding == "shared" or not workspace.reward or not all(path.exists() for path in files.values()):
+        return None
+    by_loss: dict[str, list[Any]] = {}
+    for cell, path in files.items():
+        scores = [[reply["score"] for reply in row["replies"]] for row in read_jsonl(path)]
+        by_loss.setdefault(cell.loss, []).append(scores)
+    rewards = np.array(list(by_loss.values()))
+    return (measured_variances(rewards), "as this sweep's replies vary") if min(rewards.shape[:3]) > 1 else None
+
+
 def main(overrides: list[str], workers: int | None) -> None:
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: one at least")
@@ -126,13 +168,15 @@ def main(overrides: list[str], workers: int | None) -> None:
     with TemporaryDirectory() as folder:
         params = compose(overrides, Path(folder) / "params.yaml") if overrides else workspace
     judge = params.judge
-    keys = ["base", *(cell.key for cell in params.grid.cells)]
+    keys = ["base", *(cell.key for cell in params.stages.mtbench.cells)]
     console = Console()
+    console.print(f"Cells: {', '.join(cell.key for cell in params.grid.cells)}", highlight=False, soft_wrap=True)
     replies = 2 * params.answer.questions * len(keys)
     console.print(
-        f"{len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
+        f"MT-Bench: {len(keys) - 1} cells and the base, {params.answer.questions} questions: {replies} replies to judge"
     )
-    console.print(f"Cells: {', '.join(keys[1:])}", highlight=False, soft_wrap=True)
+    for sentence in power_sentences(params, workspace):
+        console.print(sentence, highlight=False, soft_wrap=True)
     same = models_settings(params) == models_settings(workspace)
     stale = [*stale_stages(missing_data_is_stale=True), *retrained(params, workspace)] if same else None
     cells = cells_left(params, workspace, stale)
