@@ -150,3 +150,14 @@ def test_this_repository_has_the_same_bytes_in_every_clone(tmp_path: Path) -> No
 def test_a_folder_without_git_is_refused(in_tmp: Path) -> None:
     with pytest.raises(UserError, match="is in no git repository"):
         uncommitted()
+
+
+def test_a_file_that_dvc_add_tracks_is_in_the_clone(repository: Path) -> None:
+    """Git has its .dvc file alone, and `dvc repro` makes stages' outputs, not these."""
+    Path("mine.jsonl").write_text("mine\n")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", "mine.jsonl"], check=True)
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("- code.txt", "- mine.jsonl"))
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("cat code.txt", "cat mine.jsonl"))
+    outcome = run_chain(Chain("a", ("train",)), snapshot(), place_at(repository), 1, 0, lambda _: None)
+    assert outcome.error == ""
+    assert (repository / "ran").read_text() == "ran\n"
