@@ -189,7 +189,12 @@ def test_a_connection_error_names_the_address_and_the_proxy(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("url", "here"),
-    [("http://127.0.0.1:1/v1", True), ("http://localhost/", True), ("http://[::1]:8/", True), ("http://10.0.0.1/", False)],
+    [
+        ("http://127.0.0.1:1/v1", True),
+        ("http://localhost/", True),
+        ("http://[::1]:8/", True),
+        ("http://10.0.0.1/", False),
+    ],
 )
 def test_what_is_loopback(url: str, here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")

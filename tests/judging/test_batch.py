@@ -176,7 +176,9 @@ def test_a_batch_stays_within_the_budget_and_what_fits_later_follows() -> None:
 def test_a_batch_that_cannot_be_looked_up_is_an_error_and_its_record_stays() -> None:
     with batch_server(rate) as server:
         server.fail = lambda method, path: error(403, "no") if path.startswith("/batches/") else None
-        with pytest.raises(UserError, match=r"batches/[0-9a-f]+\.json: the batch batch_0+ cannot be looked up \(the server "):
+        with pytest.raises(
+            UserError, match=r"batches/[0-9a-f]+\.json: the batch batch_0+ cannot be looked up \(the server "
+        ):
             judged(server, 2)
         server.fail = lambda *_: None
         assert judged(server, 2)[0].score == 1

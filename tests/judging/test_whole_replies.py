@@ -47,7 +47,10 @@ def booked() -> float:
     ("reply", "reason"),
     [
         (changed("It says [[5]], and", "length"), "cut at judge.max_tokens (64); raise it"),
-        (changed("[[10]]", "content_filter", refusal="I cannot\nsay."), "ended the reply with 'content_filter': I cannot say."),
+        (
+            changed("[[10]]", "content_filter", refusal="I cannot\nsay."),
+            "ended the reply with 'content_filter': I cannot say.",
+        ),
         (changed("[[10]]", "stop", refusal="I will not."), "ended the reply with 'stop': I will not."),
         (changed("[[10]]", "tool_calls"), "ended the reply with 'tool_calls'"),
         (changed("[[10]]", None), "gave no finish_reason"),
@@ -90,7 +93,9 @@ def test_a_model_that_thinks_until_the_limit_stops_the_stage() -> None:
     assert booked() == pytest.approx(3 * (0.01 + 0.0064))
     reasons = [verdict.reason for verdict in verdicts.values()]
     assert all(verdict.score is None for verdict in verdicts.values())
-    assert sum("judge.max_tokens (64) was used up by reasoning before any verdict" in reason for reason in reasons) == 16
+    assert (
+        sum("judge.max_tokens (64) was used up by reasoning before any verdict" in reason for reason in reasons) == 16
+    )
     assert sum(reason.startswith("not asked after this") for reason in reasons) == 13
 
 

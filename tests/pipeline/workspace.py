@@ -132,9 +132,13 @@ def shrink(folder: Path, packages: Path) -> None:
     for group, name in (("model", "smollm2"), ("data", "demo_pairs"), ("sweep", "laptop"), ("answer", "laptop")):
         assert f"- {group}: {name}\n" in config
         config = config.replace(f"- {group}: {name}\n", f"- {group}: tiny\n")
-    config = config[: config.index("questions:")]
+    config = config[: config.index("\nquestions:") + 1]
     config = config.replace("steps: 16 ", "steps: 3 ")
+    local = (conf / "judge/local.yaml").read_text()
+    (conf / "judge/local.yaml").write_text(local.replace("least_mass: 0.1 ", "least_mass: 0.0 "))  # of random weights
     questions = {
+        "source": "mt_bench",
+        "folder": "conf/questions",
         "mt_bench": mt_bench | {"folder": "bench"},
         "corrected": corrected | {"file": "corrected/reference.jsonl"},
     }
