@@ -196,7 +196,7 @@ def test_ten_as_one_token_keeps_its_probability(tiny_model: Path) -> None:
         bracket, nine, close = (tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in "[9]")
         embeddings[bracket, 0] = embeddings[nine, 1] = embeddings[ten[0], 1] = 1
         # 89 % of 10 and 11 % of 9, each followed by the bracket.
-        head[ten[0], 0], head[nine, 0], head[close, 1] = 20 + math.log(8), 20, 20
+        head[ten[0], 0], head[nine, 0], head[close, 1] = 20 + math.log(8) / 32**0.5, 20, 20
     ((_, verdict),) = judge.verdicts([PROMPT])
     assert verdict.score == pytest.approx(10 * 8 / 9 + 1, abs=1e-3)
 

@@ -182,7 +182,10 @@ class TokenJudge:
         for place, probabilities in judged:
             mass = probabilities.sum().item()
             if not mass >= self.least_mass:  # NaN, of a model that overflows, as well
-                reason = f"the judge gives any verdict with probability {mass:.1e} only, under judge.least_mass ({self.least_mass})"
+                reason = (
+                    f"the judge gives any verdict with probability {mass:.1e} only, under judge.least_mass "
+                    f"({self.least_mass})"
+                )
                 yield place, Verdict(None, "", reason, mass=None if mass != mass else mass)
                 continue
             yield place, replace(self.mode.choose(probabilities.tolist()), mass=mass)
