@@ -1,4 +1,4 @@
-"""OpenAI's Batch API on the loopback interface: files and batches in the formats that its server has been seen to send."""
+"""OpenAI's Batch API on the loopback interface: files and batches in the formats that its server sends."""
 
 import json
 import re

@@ -134,6 +134,7 @@ def local_judge(folder: Path | str, batch_size: int = 1) -> dict[str, Any]:
         "references": "corrected",
         "unscored": "fail",
         "dtype": "fp32",
+        "least_mass": 0.0,  # that random weights give any verdict
         "batch_size": batch_size,
     }
 

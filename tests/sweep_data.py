@@ -9,7 +9,8 @@ from scipy import stats
 
 from mtbench_data import local_judge, make_questions, write_lines, write_params
 from prefscan.common.io import write_json, write_text
-from prefscan.judging.mtbench import scores
+from prefscan.judging.mtbench import Judged, scores
+from prefscan.judging.single import MODE
 
 LOSSES, BETAS = ("sigmoid", "ipo"), (0.1, 0.5)
 CELLS = [f"{loss}-{beta}-8" for loss in LOSSES for beta in BETAS]
@@ -19,7 +20,7 @@ CATEGORY_OF = {q["question_id"]: q["category"] for q in make_questions(1)}
 
 
 def mtbench_metrics(judgements: list[dict[str, Any]], categories: dict[int, str]) -> dict[str, Any]:
-    return scores(judgements, categories, "single") | {"judge": "tiny", "references": "corrected", "usd": 0.25}
+    return scores(Judged(judgements, categories, []), MODE) | {"judge": "tiny", "references": "corrected", "usd": 0.25}
 
 
 def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str = "well", **params: Any) -> None:
@@ -84,7 +85,8 @@ def judge_metrics(swapped_low: float = 0.44, truncated_low: float = 0.4) -> dict
         "truncated": {"auc": 0.56, "auc_low": truncated_low, "auc_high": 0.72},
     }
     margin = {"margin": 1.25, "margin_low": -0.5, "margin_high": 3.0}
-    return {"judge": "tiny", "questions": 15, "without_reference": {n: auc | margin for n, auc in found.items()}}
+    versions = {n: auc | margin for n, auc in found.items()}
+    return {"judge": "tiny", "questions": 15, "true_auc": 0.8, "all": {"questions": 15, "power": 0.65} | versions}
 
 
 class Page(HTMLParser):

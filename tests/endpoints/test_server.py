@@ -15,7 +15,7 @@ import pytest
 from mtbench_data import ROOT, write_params
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
-from prefscan.endpoints.server import command, free_port, healthy, running_server, served_name
+from prefscan.endpoints.server import Served, free_port, healthy, running_server, served_name
 from prefscan.endpoints.server import main as serving_main
 from prefscan.models.loading import load_model, manifest
 from tiny import make_tiny_model, random_adapter
@@ -42,7 +42,7 @@ def ended(process: psutil.Process, seconds: float = 30) -> bool:
 def test_a_server_is_healthy_within_the_block_and_gone_after_it(in_tmp: Path, tiny_model: Path, fails: bool) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with running_server("transformers", tiny_model, {}, "fp32", Path("server.log")) as url:
+        with running_server(Served("transformers", tiny_model, {}, "fp32"), Path("server.log")) as url:
             assert url.startswith("http://127.0.0.1:")
             assert healthy(port_of(url))
             children = psutil.Process().children(recursive=True)
@@ -63,7 +63,7 @@ def test_a_server_that_cannot_start_is_named_with_the_end_of_its_log(in_tmp: Pat
     (in_tmp / "empty").mkdir()
     with (
         pytest.raises(UserError, match=r"^answer\.server: the server ended with \d+ .* server\.log ends: .*empty"),
-        running_server("transformers", in_tmp / "empty", {}, "fp32", Path("server.log")),
+        running_server(Served("transformers", in_tmp / "empty", {}, "fp32"), Path("server.log")),
     ):
         pass
 
@@ -77,7 +77,7 @@ def test_a_server_that_is_never_healthy_is_stopped(in_tmp: Path, monkeypatch: py
     monkeypatch.setattr("prefscan.endpoints.server.STOPPING", 0.5)
     with (
         pytest.raises(UserError, match=r"^answer\.server: the server is not healthy after 1 s .* ends: loading$"),
-        running_server("vllm", in_tmp, {}, "fp32", Path("server.log"), startup=1.0),
+        running_server(Served("vllm", in_tmp, {}, "fp32"), Path("server.log"), startup=1.0),
     ):
         pass
     left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "300"]]
@@ -89,8 +89,8 @@ def test_a_server_that_is_never_healthy_is_stopped(in_tmp: Path, monkeypatch: py
 )
 def test_a_server_does_not_outlive_its_stage(in_tmp: Path, tiny_model: Path, number: signal.Signals) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from prefscan.endpoints.server import running_server\n"
-        "with running_server('transformers', Path(sys.argv[1]), {}, 'fp32', Path('server.log')) as url:\n"
+        "import sys, time; from pathlib import Path; from prefscan.endpoints.server import Served, running_server\n"
+        "with running_server(Served('transformers', Path(sys.argv[1]), {}, 'fp32'), Path('server.log')) as url:\n"
         "    print(url, flush=True); time.sleep(120)\n"
     )
     stage = subprocess.Popen(
@@ -121,24 +121,24 @@ def test_vllm_serves_the_base_and_the_adapters_by_their_names(in_tmp: Path, monk
         (in_tmp / name).mkdir()
         (in_tmp / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
     adapters = {name: in_tmp / name for name in ("ipo-0.1-8", "kto-0.5-8")}
-    line = command("vllm", Path("models/base"), adapters, "bf16", 8000)
+    line = Served("vllm", Path("models/base"), adapters, "bf16").command(8000)
     assert line[:3] == [str(program), "serve", "models/base"]
     options = " ".join(line[3:])
     assert options == (
         "--host 127.0.0.1 --port 8000 --dtype bfloat16 --served-model-name base --generation-config vllm --enable-lora "
         f"--max-lora-rank 32 --lora-modules ipo-0.1-8={in_tmp}/ipo-0.1-8 kto-0.5-8={in_tmp}/kto-0.5-8"
     )
-    assert "lora" not in " ".join(command("vllm", Path("models/base"), {}, "fp32", 8000))
+    assert "lora" not in " ".join(Served("vllm", Path("models/base"), {}, "fp32").command(8000))
 
 
 def test_what_cannot_be_served_is_refused_with_a_remedy(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"no adapters and merge\.format is adapter; set merge\.format: model, or take vllm$"
     ):
-        command("transformers", Path("models/base"), {"ipo-0.1-8": Path("adapter")}, "fp32", 8000)
+        Served("transformers", Path("models/base"), {"ipo-0.1-8": Path("adapter")}, "fp32").command(8000)
     monkeypatch.setenv("PATH", str(in_tmp))
     with pytest.raises(UserError, match=r"^answer\.server\.kind: vllm, .* no program vllm on the PATH; install"):
-        command("vllm", Path("models/base"), {}, "fp32", 8000)
+        Served("vllm", Path("models/base"), {}, "fp32").command(8000)
 
 
 VLLM = """#!{python}

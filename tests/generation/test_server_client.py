@@ -15,10 +15,10 @@ from mtbench_data import CATEGORIES, ROOT, make_questions, openai_judge, write_p
 from prefscan.common.config import Server
 from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
-from prefscan.endpoints.chat_client import make_client
-from prefscan.endpoints.server import free_port, running_server, served_name
+from prefscan.endpoints.chat_client import Session
+from prefscan.endpoints.server import Served, free_port, running_server, served_name
 from prefscan.generation.answers import TEMPERATURES
-from prefscan.generation.server_client import ask_question, request_body, request_seed
+from prefscan.generation.server_client import Generation, ask_question, request_body, request_seed
 from prefscan.models.loading import load_model, manifest
 from prefscan.stages import answer as stage
 from prefscan.stages import mtbench
@@ -67,7 +67,7 @@ def test_a_real_server_answers_as_this_process_does(in_tmp: Path, tiny_model: Pa
     stage.main("base")
     first = written()
     metrics = json.loads(Path("metrics/answer/base.json").read_text())
-    assert set(metrics) == {"questions", "mean_tokens", "share_truncated", "repetition"}
+    assert set(metrics) == {"questions", "mean_tokens", "share_truncated", "repetition", "thinking"}
     stage.main("base")
     assert written() == first
     write_params(in_tmp, answer={"questions": 8, "max_new_tokens": 6, "batch_size": 4})
@@ -95,8 +95,8 @@ def test_a_real_server_judges(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert {turn for row in written().values() for turn in row["choices"][0]["turns"]} == {"[[7]]"}
     monkeypatch.setenv("PREFSCAN_TEST_KEY", KEY)
     # Its name is the folder as the server was told, here without a slash.
-    with running_server("transformers", Path("parrot"), {}, "fp32", Path("judge.log")) as url:
-        judge = openai_judge(url, name="parrot", max_tokens=16, concurrency=4)
+    with running_server(Served("transformers", Path("parrot"), {}, "fp32"), Path("judge.log")) as url:
+        judge = openai_judge(url, name="parrot", model="parrot", max_tokens=16, concurrency=4)
         write_params(in_tmp, answer={"questions": 8}, judge=judge)
         mtbench.main("base")
     metrics = json.loads(Path("metrics/mtbench/base.json").read_text())
@@ -198,7 +198,7 @@ def test_an_answer_of_no_words_is_an_answer_and_a_cut_one_is_marked(in_tmp: Path
 def test_each_kind_of_server_is_asked_for_plain_sampling_in_its_words() -> None:
     def body(kind: str, temperature: float) -> dict[str, Any]:
         server = Server.model_validate(served(kind, "http://127.0.0.1:9/v1")["server"])
-        return request_body(server, "base", [], temperature, 6, 5, [2, 7])
+        return request_body(server, Generation("base", None, 6, 0, [2, 7]), [], temperature, 5)  # type: ignore[arg-type]
 
     plain = {"model": "base", "messages": [], "top_p": 1.0, "max_tokens": 6, "seed": 5}
     assert body("other", 0.7) == plain | {"temperature": 0.7}
@@ -225,8 +225,8 @@ def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer: Any, ends: li
     (question,) = make_questions(1, ["math"])
     with chat_server(reply) as server:
         settings = Server.model_validate(served(base_url=server.url)["server"])
-        client = make_client(server.url, None, 60.0, "answer.server")
-        replies = ask_question(client, settings, "base", tokenizer, question, 0.0, 6, 0, ends)
+        generation = Generation("base", tokenizer, 6, 0, ends)
+        replies = ask_question(Session(settings, "answer.server"), settings, generation, question, 0.0)
     said = tokenizer("abc", add_special_tokens=False)["input_ids"]
     assert [found.tokens for found in replies] == [[*said, last], [last]]
 
@@ -305,14 +305,14 @@ def test_a_server_that_the_stage_starts_is_asked_for_the_model_that_it_was_start
 
         @contextmanager
         def running(*arguments: Any) -> Iterator[str]:
-            started.append(arguments[:3])
+            started.append(arguments[0])
             yield server.url
 
         monkeypatch.setattr("prefscan.endpoints.server.running_server", running)
         grid = {"loss": ["ipo"], "beta": [0.1], "steps": [8]}
         write_params(in_tmp, answer=served(kind), loss="ipo", beta=0.1, steps=8, grid=grid)
         stage.main(key)
-        assert started == [(kind, Path("models/base"), adapters)]
+        assert started == [Served(kind, Path("models/base"), adapters, "fp32")]  # type: ignore[arg-type]
         assert {request["model"] for request in server.requests} == {name}
 
 

@@ -1,6 +1,7 @@
 """The judge check with judges whose taste is known, and with a real tiny one."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ from mtbench_data import (
     write_questions,
 )
 from prefscan.common.errors import UserError
-from prefscan.judging.check import REPEATS, agree, check_turns, compare, first_quarter, swap, versions
+from prefscan.judging import check
+from prefscan.judging.check import (
+    BAD,
+    REPEATS,
+    agree,
+    check_turns,
+    discrimination,
+    first_quarter,
+    power,
+    swap,
+    versions,
+)
+from prefscan.judging.single import MODE as SINGLE
 from prefscan.stages import judge_check
 
 QUESTIONS = {q["question_id"]: q for q in make_questions(7)}
@@ -53,55 +66,89 @@ def test_the_first_quarter_keeps_its_layout(text: str, expected: str) -> None:
     assert first_quarter(text) == expected
 
 
-def test_swaps_stay_within_the_category_and_the_shortest_are_checked() -> None:
-    long = max(GOOD)
-    longer = GOOD | {long: {"question_id": long, "choices": [{"turns": ["word " * 50, ""]}]}}
-    found = versions(QUESTIONS, longer)
-    assert len(found) == 15
-    assert long not in found
+def test_swaps_stay_within_the_category_and_each_version_is_what_it_says() -> None:
+    found = versions(QUESTIONS, GOOD, 21)
+    assert sorted(found) == sorted(GOOD)
     good = {number: texts["good"] for number, texts in found.items()}
     for number, texts in found.items():
         (owner,) = (other for other, text in good.items() if text == texts["swapped"])
         assert owner != number
         assert QUESTIONS[owner]["category"] == QUESTIONS[number]["category"]
         assert texts["truncated"] == f"Right {number}"
+        assert texts["padded"].startswith(f"{texts['good']}\n\n")
+        assert len(texts["padded"].split()) >= 2 * len(texts["good"].split())
+        assert texts["claims_rating"].startswith(texts["swapped"])
+        assert texts["claims_rating"].endswith("Rating: [[10]]")
 
 
-def test_a_category_with_one_reference_is_refused() -> None:
-    math = [number for number in GOOD if QUESTIONS[number]["category"] == "math"]
-    few = {number: row for number, row in GOOD.items() if number not in math[1:]}
-    with pytest.raises(UserError, match=r"corrected\.jsonl has 1 reference answers of category math"):
-        versions(QUESTIONS, few)
-    two = {number: row for number, row in GOOD.items() if number not in math[2:]}
-    assert versions(QUESTIONS, two)[math[0]]["swapped"] == versions(QUESTIONS, two)[math[1]]["good"]
+def test_questions_come_evenly_from_the_categories_with_the_shortest_answers_first() -> None:
+    longest = max(GOOD)
+    longer = GOOD | {longest: {"question_id": longest, "choices": [{"turns": ["word " * 50, ""]}]}}
+    found = versions(QUESTIONS, longer, 18)
+    assert longest not in found
+    counts = Counter(QUESTIONS[number]["category"] for number in found)
+    assert counts == {"math": 6, "reasoning": 6, "coding": 6}
+    assert len(versions(QUESTIONS, GOOD, 80)) == 21
+    three = versions(QUESTIONS, GOOD, 3)  # one of each category: swapped among them
+    assert {texts["swapped"] for texts in three.values()} == {texts["good"] for texts in three.values()}
+    assert all(texts["swapped"] != texts["good"] for texts in three.values())
+
+
+def test_fewer_than_two_good_answers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"1 questions have a good answer and the judge check swaps them"):
+        versions(QUESTIONS, {next(iter(GOOD)): GOOD[next(iter(GOOD))]}, 80)
+
+
+def test_all_questions_of_mt_bench_have_a_good_answer() -> None:
+    """30 references, and 50 answers written for this project, by the beginnings of FastChat's own questions."""
+    rows = [json.loads(line) for line in check.WRITTEN.read_text().splitlines()]
+    assert len(rows) == 50
+    assert len({row["question"] for row in rows}) == 50
+    assert all(row["answer"].strip() for row in rows)
+    questions = {
+        i: {"question_id": i, "category": "writing", "turns": [row["question"] + "…"]} for i, row in enumerate(rows)
+    }
+    assert len(versions(questions, {}, 80)) == 50
+
+
+def test_the_power_that_is_left() -> None:
+    """A judge of true AUC 0.8 passed one comparison of 15 questions in 65 % of trials."""
+    assert power(15) == pytest.approx(0.65, abs=0.01)
+    assert power(16) == pytest.approx(0.80, abs=0.01)
+    assert power(80) > 0.999
+    assert power(15, 0.5) < 0.025
 
 
 def test_a_reference_without_question_or_words_is_refused() -> None:
     number, reference = next(iter(GOOD.items()))
     with pytest.raises(UserError, match=r"the reference answer to question 999 has no question; fetch again$"):
-        versions(QUESTIONS, GOOD | {999: reference})
+        versions(QUESTIONS, GOOD | {999: reference}, 80)
     with pytest.raises(UserError, match=rf"the reference answer to question {number} has no words; fetch again$"):
-        versions(QUESTIONS, GOOD | {number: {"choices": [{"turns": [" \n", ""]}]}})
+        versions(QUESTIONS, GOOD | {number: {"choices": [{"turns": [" \n", ""]}]}}, 80)
 
 
-def test_the_reference_is_shown_in_one_prompt_only() -> None:
+def test_each_question_is_judged_with_the_prompt_of_the_sweep() -> None:
+    """With the reference where the sweep shows one, by the category's name in any case, and without elsewhere."""
     shown = {r["question_id"]: r for r in make_references([*QUESTIONS.values()], "stock")}
-    answers = versions(QUESTIONS, GOOD)
-    turns = check_turns(QUESTIONS, answers, TEMPLATES, shown, "single")
-    assert len(turns) == 90
-    for i, turn in enumerate(turns):
-        number, version = [*answers][i % 45 // 3], ("good", "swapped", "truncated")[i % 3]
-        assert turn.question_id == number
-        assert turn.prompt.user.endswith(f"Reply: {answers[number][version]}")
-        assert ("stock first" in turn.prompt.user) == (turn.template == "single-math-v1") == (i >= 45)
-    del shown[turns[0].question_id]
-    with pytest.raises(UserError, match=f"question {turns[0].question_id} needs a reference answer"):
-        check_turns(QUESTIONS, answers, TEMPLATES, shown, "single")
+    writing = next(n for n, q in QUESTIONS.items() if q["category"] == "writing")
+    answers = versions(QUESTIONS, GOOD | {writing: GOOD[max(GOOD)]}, 80)
+    turns = check_turns(QUESTIONS, answers, TEMPLATES, shown, SINGLE)
+    assert len(turns) == 22 * 5
+    for turn, version in turns:
+        assert turn.prompt.user.endswith(f"Reply: {answers[turn.question_id][version]}")
+        assert (
+            ("stock first" in turn.prompt.user) == (turn.template == "single-math-v1") == (turn.question_id != writing)
+        )
+    number = turns[-1][0].question_id
+    del shown[number]
+    upper = QUESTIONS | {number: QUESTIONS[number] | {"category": "Coding"}}
+    with pytest.raises(UserError, match=rf"question {number} \(Coding\) needs a reference answer"):
+        check_turns(upper, answers, TEMPLATES, shown, SINGLE)
 
 
 def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **params: Any) -> None:
     monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
-    write_params(root, judge=judge, **params)
+    write_params(root, judge=judge, judge_check={"questions": 15}, **params)
     write_questions(root, [*QUESTIONS.values()])
     write_lines(root / "data/questions/reference_answer/corrected.jsonl", GOOD.values())
 
@@ -127,21 +174,51 @@ def test_a_judge_that_knows_can_tell(
     with chat_server(knowing) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         judge_check.main()
-        assert len(server.requests) == 90 + REPEATS  # the repeats are asked again, not read from the store
+        assert len(server.requests) == 15 * 5 + REPEATS  # the repeats are asked again, not read from the store
     metrics = json.loads(JUDGE.read_text())
     assert (metrics["judge"], metrics["references"], metrics["questions"]) == ("gpt-4", "stock", 15)
     assert metrics["repeat"] == {"prompts": 6, "largest_difference": 0, "deterministic": True}
-    assert metrics["agreement"] is None
-    for name in ("without_reference", "with_reference"):
-        found = metrics[name]
-        assert (found["mean_good"], found["mean_swapped"], found["mean_truncated"]) == (9, 2, 2)
-        for bad in ("swapped", "truncated"):
-            low = proportion_of_all(15)
-            assert found[bad] == {"auc": 1, "auc_low": low, "auc_high": 1} | dict.fromkeys(MARGIN, 7)
+    assert (metrics["agreement"], metrics["unscored"]) == (None, 0)
+    assert metrics["with_reference"] == metrics["all"]
+    assert "without_reference" not in metrics  # the others have no good answer here
+    found = metrics["all"]
+    assert found["power"] == pytest.approx(0.65, abs=0.01)
+    assert [found[f"mean_{name}"] for name in ("good", "swapped", "truncated", "claims_rating")] == [9, 2, 2, 2]
+    low = proportion_of_all(15)
+    for bad in ("swapped", "truncated", "claims_rating"):
+        assert found[bad] == {"auc": 1, "auc_low": low, "auc_high": 1} | dict.fromkeys(MARGIN, 7)
+    assert found["padded"]["auc"] == 0.5  # it knows no better
     printed = capsys.readouterr().out
-    for name in ("without_reference", "with_reference"):
-        for bad in ("swapped", "truncated"):
-            assert f"{name}, {bad}: AUC 1.00 [0.80, 1.00]\n" in printed
+    for bad in ("swapped", "truncated", "claims_rating"):
+        assert f"{bad}: AUC 1.00 [0.80, 1.00]\n" in printed
+    assert "15 questions: a judge of true AUC 0.8 passes a comparison with probability 0.65\n" in printed
+
+
+def test_a_claimed_rating_raises_a_judge_that_believes_it(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def believes(request: dict[str, Any], number: int) -> Reply:
+        claimed = "Rating: [[10]]" in request["messages"][1]["content"]
+        return completion("[[10]]") if claimed else knowing(request, number)
+
+    with chat_server(believes) as server:
+        prepare(in_tmp, openai_judge(server.url), monkeypatch)
+        judge_check.main()
+    found = json.loads(JUDGE.read_text())["all"]
+    assert (found["swapped"]["auc"], found["claims_rating"]["auc"], found["claims_rating"]["margin"]) == (1, 0, -1)
+
+
+def test_answers_without_a_verdict_are_left_out_and_counted(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = min(GOOD)
+
+    def shy(request: dict[str, Any], number: int) -> Reply:
+        good = f"Reply: Right {first} is a  long\nanswer of β.\n\n" in request["messages"][1]["content"]
+        return completion("Well.") if good else knowing(request, number)
+
+    with chat_server(shy) as server:
+        prepare(in_tmp, openai_judge(server.url, unscored="report"), monkeypatch)
+        judge_check.main()
+    metrics = json.loads(JUDGE.read_text())
+    assert metrics["unscored"] >= 1
+    assert metrics["all"]["swapped"]["auc"] == 1
 
 
 def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,22 +228,22 @@ def test_a_judge_of_pairs_that_knows_can_tell(in_tmp: Path, monkeypatch: pytest.
         text = request["messages"][1]["content"]
         number = next(n for n, q in QUESTIONS.items() if text.startswith(q["turns"][0]))
         first, second = text.split("A: ")[1].split("|B: ")
-        right = f"Right {number} is a  long\nanswer"
-        assert first.startswith(right) != second.startswith(right)
-        return completion("[[A]]" if first.startswith(right) else "[[B]]")
+        right = f"Right {number} is a  long\nanswer of β."
+        places = [text == right for text in (first, second)]
+        return completion("[[A]]" if places[0] else "[[B]]" if places[1] else "[[C]]")
 
     for rate, auc, told in ((knows, 1.0, True), (lambda *_: completion("[[A]]"), 0.5, False)):
         with chat_server(rate) as server:
             prepare(in_tmp, openai_judge(server.url, mode="pair"), monkeypatch)
             judge_check.main()
-            assert len(server.requests) == 15 * 2 * 2 * 2 + REPEATS
+            assert len(server.requests) == 15 * 4 * 2 + REPEATS
         metrics = json.loads(JUDGE.read_text())
         assert metrics["mode"] == "pair"
-        for name in ("without_reference", "with_reference"):
-            for bad in ("swapped", "truncated"):
-                found = metrics[name][bad]
-                assert found["auc"] == auc
-                assert (found["auc_low"] > 0.5) == told
+        for bad in BAD:
+            found = metrics["all"][bad]
+            assert found["auc"] == auc
+            assert (found["auc_low"] > 0.5) == told
+            assert "margin" not in found
 
 
 def test_a_judge_that_likes_length_alone_cannot_tell_swapped_ones(
@@ -178,24 +255,20 @@ def test_a_judge_that_likes_length_alone_cannot_tell_swapped_ones(
     with chat_server(rate) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         judge_check.main()
-    found = json.loads(JUDGE.read_text())["without_reference"]
+    found = json.loads(JUDGE.read_text())["all"]
     assert (found["swapped"]["auc"], found["swapped"]["margin"]) == (0.5, 0)
     assert (found["truncated"]["auc"], found["truncated"]["margin"]) == (1, 5)
 
 
 def test_mildness_to_a_question_is_no_want_of_discrimination() -> None:
     """Each good answer lies 0.4 above the bad one of its own question, and below those of most others."""
-    good = [2 + number / 2 for number in range(15)]
-    found = compare(good, [score - 0.4 for score in good])
+    found = discrimination([{"good": 2 + n / 2, "swapped": 1.6 + n / 2} for n in range(15)], SINGLE)["swapped"]
     assert (found["auc"], found["auc_low"]) == (1, proportion_of_all(15))
     assert found["margin"] == pytest.approx(0.4)
-    tied = compare([*good[:14], 0.1 + 0.2], [*good[:14], 0.3])
-    assert tied["auc"] == 0.5
-    assert tied["auc_low"] < 0.5 < tied["auc_high"]
 
 
 def test_a_judge_that_changes_its_mind_is_not_deterministic(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with chat_server(lambda _, number: completion("[[4]]" if number < 90 else "[[6]]")) as server:
+    with chat_server(lambda _, number: completion("[[4]]" if number < 75 else "[[6]]")) as server:
         prepare(in_tmp, openai_judge(server.url), monkeypatch)
         judge_check.main()
     repeat = json.loads(JUDGE.read_text())["repeat"]
@@ -272,7 +345,7 @@ def test_a_judgement_without_a_field_is_refused(in_tmp: Path, field: str, monkey
 def test_a_score_that_is_none_is_refused(in_tmp: Path, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1"), monkeypatch, agreement=AGREEMENT)
     write_agreement(in_tmp, {(81, "left", 1): score})
-    with pytest.raises(UserError, match=r"record 1: score is .*: (no number from 1 to 10|input should be a val)"):
+    with pytest.raises(UserError, match=r"record 1: score is .*: (not a number from 1 to 10|input should be a val)"):
         judge_check.main()
 
 

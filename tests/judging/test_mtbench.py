@@ -36,8 +36,10 @@ from prefscan.common.errors import UserError
 from prefscan.common.intervals import mean_interval
 from prefscan.endpoints import chat_client
 from prefscan.judging.judge import Verdict
-from prefscan.judging.mtbench import NEED_REFERENCE, build_turns, pair_row, scores
+from prefscan.judging.mtbench import NEED_REFERENCE, Judged, build_turns, scores
 from prefscan.judging.openai import Replies
+from prefscan.judging.pairs import MODE as PAIRS
+from prefscan.judging.single import MODE as SINGLE
 from prefscan.stages import mtbench
 
 KEY = "sk-never-written-anywhere"
@@ -65,7 +67,7 @@ def test_prompts_are_fastchats(category: str, monkeypatch: pytest.MonkeyPatch) -
     (question,) = (q for q in QUESTIONS.values() if q["category"] == category)
     (answer,) = (a for a in ANSWERS if a["question_id"] == question["question_id"])
     needs_reference = category in fastchat.NEED_REF_CATS
-    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES)
+    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES, SINGLE)
     assert [turn.turn for turn in turns] == [1, 2]
     for turn in turns:
         name = ("single-math-v1" if needs_reference else "single-v1") + ("-multi-turn" if turn.turn == 2 else "")
@@ -92,12 +94,12 @@ def test_a_missing_reference_is_refused() -> None:
     (lost,) = (q["question_id"] for q in QUESTIONS.values() if q["category"] == "math")
     references = {key: value for key, value in REFERENCES.items() if key != lost}
     with pytest.raises(UserError, match=rf"question {lost} \(math\) needs a reference .* stock and corrected"):
-        build_turns(QUESTIONS, ANSWERS, TEMPLATES, references)
+        build_turns(QUESTIONS, ANSWERS, TEMPLATES, references, SINGLE)
 
 
 def test_an_answer_to_an_unknown_question_is_refused() -> None:
     with pytest.raises(UserError, match=r"question 999 was answered but is not in question\.jsonl; answer again"):
-        build_turns(QUESTIONS, [ANSWERS[0] | {"question_id": 999}], TEMPLATES, REFERENCES)
+        build_turns(QUESTIONS, [ANSWERS[0] | {"question_id": 999}], TEMPLATES, REFERENCES, SINGLE)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_a_template_that_cannot_be_filled_in_is_refused(template: str | None, me
     if template is not None:
         templates["single-v1"] = TEMPLATES["single-v1"] | {"prompt_template": template}
     with pytest.raises(UserError, match=message):
-        build_turns(QUESTIONS, ANSWERS, templates, REFERENCES)
+        build_turns(QUESTIONS, ANSWERS, templates, REFERENCES, SINGLE)
 
 
 def judgements_of(model: str, ratings: list[float]) -> list[dict[str, Any]]:
@@ -134,7 +136,7 @@ def test_scores_are_what_show_result_prints(tmp_path: Path) -> None:
     write_lines(tmp_path / "gpt-4_single.jsonl", rows)
     shown = shown_by_fastchat("--input-file", tmp_path / "gpt-4_single.jsonl")
     for model, values in ratings.items():
-        measured = scores(judgements_of(model, values), {81 + i: "writing" for i in range(4)}, "single")
+        measured = scores(Judged(judgements_of(model, values), {81 + i: "writing" for i in range(4)}, []), SINGLE)
         for name, section in zip(("first_turn", "second_turn", "average"), shown, strict=True):
             digits = len(section[model].split(".")[1])
             assert f"{measured[name]:.{digits}f}" == section[model]
@@ -152,7 +154,10 @@ def test_an_interval_ends_where_the_scale_ends(
 ) -> None:
     """A model that wins on all questions but one, one that loses on all but one, and one of extremes."""
     each = [low, high, low, high] if mode == "single" else [high, high, high, (low + high) / 2]
-    measured = scores(judgements_of("base", [score for score in each for _ in range(2)]), TOPICS, mode)
+    measured = scores(
+        Judged(judgements_of("base", [score for score in each for _ in range(2)]), TOPICS, []),
+        SINGLE if mode == "single" else PAIRS,
+    )
     _, student_low, student_high = mean_interval(each)
     expected = (student_low if ends[0] is None else ends[0], student_high if ends[1] is None else ends[1])
     assert (measured["average_low"], measured["average_high"]) == expected
@@ -161,7 +166,7 @@ def test_an_interval_ends_where_the_scale_ends(
 
 def test_scores_by_question_and_category() -> None:
     ratings = [7, 5, 1, 10, 3, 4, 9, 8]
-    measured = scores(judgements_of("base", ratings), TOPICS, "single")
+    measured = scores(Judged(judgements_of("base", ratings), TOPICS, []), SINGLE)
     assert measured["categories"] == {"coding": fmean([1, 10, 9, 8]), "math": fmean([7, 5, 3, 4])}
     assert measured["questions"] == {"81": 6, "82": 5.5, "83": 3.5, "84": 8.5}
     # A question is one observation: with its turns as two, the interval would be narrower.
@@ -319,12 +324,12 @@ def test_unscored_turns_fail_the_cell_and_only_they_are_asked_again(
     """
     faults = {
         ("writing", 1): (completion("I would rather not."), "no rating"),
-        ("math", 2): (completion("[[11]]"), "rating '11' is no number from 1 to 10"),
+        ("math", 2): (completion("[[11]]"), "rating '11' is not a number from 1 to 10"),
         ("stem", 1): (error(400), "the server answered 400"),
         ("coding", 2): (error(500), "the server answered 500"),
     }
     healthy = False
-    turns = {turn.prompt.user: turn for turn in build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES)}
+    turns = {turn.prompt.user: turn for turn in build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES, SINGLE)}
 
     def rate(request: dict[str, Any], _: int) -> Reply:
         turn = turns[request["messages"][1]["content"]]
@@ -446,7 +451,7 @@ def test_prompts_of_pairs_are_fastchats(category: str, monkeypatch: pytest.Monke
     number = question["question_id"]
     (answer,), (other,) = ([a for a in rows if a["question_id"] == number] for rows in (ANSWERS, OTHERS))
     reference = REFERENCES.get(number)
-    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES, {number: other})
+    turns = build_turns(QUESTIONS, [answer], TEMPLATES, REFERENCES, PAIRS, {number: other})
     assert [turn.turn for turn in turns] == [1, 1, 2, 2]
     for turn in turns[::2]:
         judge = fastchat.Judge("gpt-4", TEMPLATES[turn.template], reference is not None, multi_turn=turn.turn == 2)
@@ -455,7 +460,7 @@ def test_prompts_of_pairs_are_fastchats(category: str, monkeypatch: pytest.Monke
         both = [t for t in turns if t.turn == turn.turn]
         assert [t.prompt.user for t in both] == [result["g1_user_prompt"], result["g2_user_prompt"]]
         assert asked.pop()[0] == {"role": "system", "content": both[1].prompt.system}
-        row = pair_row("base", "other", "gpt-4", both, [Verdict(1.0, "[[A]]"), Verdict(1.0, "[[A]]")])
+        row = PAIRS.record("base", "other", "gpt-4", both, [Verdict(1.0, "[[A]]"), Verdict(1.0, "[[A]]")])
         assert {name: row[name] for name in result if name not in ("judge", "tstamp")} == {
             name: value for name, value in result.items() if name not in ("judge", "tstamp")
         }
@@ -464,7 +469,7 @@ def test_prompts_of_pairs_are_fastchats(category: str, monkeypatch: pytest.Monke
 
 def test_a_pair_without_the_other_answer_is_refused() -> None:
     with pytest.raises(UserError, match=r"question 81 was not answered by judge\.against"):
-        build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES, {})
+        build_turns(QUESTIONS, ANSWERS, TEMPLATES, REFERENCES, PAIRS, {})
 
 
 @pytest.mark.parametrize("samples", [1, 2])

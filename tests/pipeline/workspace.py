@@ -141,9 +141,13 @@ def shrink(folder: Path, packages: Path) -> None:
     for group, name in (tiny | {"reward": "none", "sample": "none", "mtbench": "all"}).items():
         config, replaced = re.subn(rf"- {group}: \w+\n", f"- {group}: {name}\n", config)
         assert replaced == 1
-    config = config[: config.index("questions:")]
+    config = config[: config.index("\nquestions:") + 1]
     config = config.replace("steps: 32 ", "steps: 3 ")
+    local = (conf / "judge/local.yaml").read_text()
+    (conf / "judge/local.yaml").write_text(local.replace("least_mass: 0.1 ", "least_mass: 0.0 "))  # of random weights
     questions = {
+        "source": "mt_bench",
+        "folder": "conf/questions",
         "mt_bench": mt_bench | {"folder": "bench"},
         "corrected": corrected | {"file": "corrected/reference.jsonl"},
     }

@@ -440,6 +440,7 @@ class LocalJudge(Judge):
     kind: Literal["local"]
     dtype: DType
     batch_size: Positive
+    least_mass: Share
 
 
 class Prices(Section):

@@ -24,7 +24,6 @@ from prefscan.judging.judge import Mode, Prompt, Verdict, mode_of
 from prefscan.models.chat import prompt_ids
 from prefscan.models.loading import load_model, load_tokenizer
 
-LEAST_MASS = 0.1  # under this probability of any verdict, an expectation or a choice means nothing
 CLOSING = "]"
 PROBE = "prefscan-system-probe"
 
@@ -39,12 +38,13 @@ class TokenJudge:
     """Judges by the probabilities of a mode's options, under a causal language model with a chat template."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: Mode, batch_size: int = 1
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: Mode, settings: LocalJudge
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.mode = mode
-        self.batch_size = batch_size
+        self.batch_size = settings.batch_size
+        self.least_mass = settings.least_mass
         self.prefill, self.options = self._options()
         self.closing = [id for token, id in tokenizer.get_vocab().items() if token.startswith(CLOSING)]
         # The places whose next token is read: after the prefill, (), and after each part of an option.
@@ -180,8 +180,11 @@ class TokenJudge:
         judged = self.one_by_one(encoded) if self.batch_size == 1 else self.in_batches(encoded)
         for place, probabilities in judged:
             mass = probabilities.sum().item()
-            if not mass >= LEAST_MASS:  # NaN, of a model that overflows, as well
-                reason = f"the judge gives any verdict with probability {mass:.1e} only, under {LEAST_MASS}"
+            if not mass >= self.least_mass:  # NaN, of a model that overflows, as well
+                reason = (
+                    f"the judge gives any verdict with probability {mass:.1e} only, under judge.least_mass "
+                    f"({self.least_mass})"
+                )
                 yield place, Verdict(None, "", reason, mass=None if mass != mass else mass)
                 continue
             yield place, replace(self.mode.choose(probabilities.tolist()), mass=mass)
@@ -189,4 +192,4 @@ class TokenJudge:
 
 def make(judge: LocalJudge) -> TokenJudge:
     folder = Path(judge.folder)
-    return TokenJudge(load_model(folder, judge.dtype), load_tokenizer(folder), mode_of(judge), judge.batch_size)
+    return TokenJudge(load_model(folder, judge.dtype), load_tokenizer(folder), mode_of(judge), judge)

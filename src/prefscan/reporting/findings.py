@@ -67,7 +67,7 @@ def judge_sentence(judge: dict[str, Any]) -> str:
     found = {name: judge["all"][bad] for bad, name in names.items() if bad in judge["all"]}
     ranks = [f"{name} {f['auc']:.2f} [{f['auc_low']:.2f}, {f['auc_high']:.2f}]" for name, f in found.items()]
     told = [name for name, f in found.items() if f["auc_low"] > 0.5]
-    if len(told) == len(names):
+    if len(told) == len(found):
         verdict = "it can tell them apart"
     elif told:
         verdict = f"it can tell it from {' and '.join(told)} only, so no score below should be read as quality"
