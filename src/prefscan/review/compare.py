@@ -32,6 +32,7 @@ from prefscan.review.revisions import (
     shared_questions,
     tied,
 )
+from prefscan.review.rewards import lines_of as reward_lines
 
 COMPARISON = Path("comparison")
 FEWEST_SEEDS = 3  # of two, no method tells a lead from their luck (docs/statistics.md)
@@ -245,8 +246,11 @@ def main(revisions: list[str]) -> None:
     except FileExistsError:
         raise UserError(f"{COMPARISON} is a file, and the report goes into a folder of that name; move it") from None
     table = scores_of(sweeps, models, questions)
-    seeds = [spread_of_seeds(known, models, questions) for known in sets_of_seeds(sweeps, models)]
-    lines = sentences(sweeps, models, questions, table, seeds)
+    sets = sets_of_seeds(sweeps, models)
+    seeds = [spread_of_seeds(known, models, questions) for known in sets]
+    lines = reward_lines(sweeps, list(sweeps[0].rewards.columns), sets) + sentences(
+        sweeps, models, questions, table, seeds
+    )
     tables = tables_of(what_differs(sweeps, models), table, seeds, sweeps)
     title = " against ".join(reversed(names)) if len(names) == 2 else f"{len(names)} revisions"
     figures = figures_of(table, names[0])

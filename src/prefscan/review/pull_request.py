@@ -29,9 +29,10 @@ from prefscan.review.revisions import (
     shared_questions,
     tied,
 )
+from prefscan.review.rewards import recipe_line
 
 STALE = 3
-CHARTS = ("score", "differences", "divergence", "margin")
+CHARTS = ("reward", "score", "differences", "margin")
 
 
 def merge_base(base: str) -> str:
@@ -137,7 +138,8 @@ def rows_or(table: str, none: str) -> str:
 def review(base: str, left: str, charts: str, stale: list[str], missing: dict[str, list[str]]) -> str:
     """The whole text; `left` is the merge base with `base`, `missing` what `missing_results` found."""
     try:
-        recipe = difference_section(read_revision(left), read_revision(None))
+        before, after = read_revision(left), read_revision(None)
+        recipe = "\n\n".join(filter(None, (recipe_line(before, after), difference_section(before, after))))
     except UserError as error:
         recipe = f"No paired difference: {error}."
     sections = {
@@ -145,7 +147,9 @@ def review(base: str, left: str, charts: str, stale: list[str], missing: dict[st
         "Parameters": rows_or(dvc("params", "diff", "--md", left), "No parameter changed."),
         "The recipe": recipe,
         "Metrics": rows_or(dvc("metrics", "diff", "--md", left, "--targets", str(SUMMARY)), "No metric changed."),
-        "Charts": "\n\n".join(f"![{name}]({charts}/{name}.png)" for name in CHARTS),
+        "Charts": "\n\n".join(
+            f"![{name}]({charts}/{name}.png)" for name in CHARTS if (REPORTS / f"charts/{name}.png").exists()
+        ),
     }
     against = base if left == base else f"{left}, the merge base with {base}"
     return f"# This sweep against {against}\n\n" + "\n\n".join(f"## {n}\n\n{text}" for n, text in sections.items())

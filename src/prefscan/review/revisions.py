@@ -22,6 +22,7 @@ from prefscan.common.paths import BASE, JUDGE_METRICS, SUMMARY
 from prefscan.repo.git import commit_of, read_at
 from prefscan.repo.pipeline import CHOICE
 from prefscan.repo.recorded import refuse_stale
+from prefscan.reporting.evaluation import PROMPT_REWARDS
 from prefscan.reporting.tables import QUESTION_SCORES
 
 PARAMS = Path("params.yaml")
@@ -52,7 +53,10 @@ JUDGE = (
 
 
 class Revision(NamedTuple):
-    """`scores` has a row a question, its number the index, and a column a model beside `category`."""
+    """`scores` has a row a question, its number the index, and a column a model beside `category`.
+
+    `rewards` has a row an evaluation prompt and a column a model; it is empty where no reward is known.
+    """
 
     name: str
     params: dict[str, Any]
@@ -60,6 +64,7 @@ class Revision(NamedTuple):
     judge: dict[str, Any]
     scores: pd.DataFrame
     pins: dict[str, str]
+    rewards: pd.DataFrame
 
     @property
     def models(self) -> list[str]:
@@ -105,6 +110,18 @@ def parse_scores(text: str) -> pd.DataFrame:
     return scores
 
 
+def parse_rewards(text: str) -> pd.DataFrame:
+    """The rewards of reports/prompts.csv, a row a prompt; raises ValueError for what is missing or no number."""
+    table = pd.read_csv(StringIO(text), float_precision="round_trip")
+    for column in ("prompt", "base"):
+        if column not in table:
+            raise ValueError(f"column {column} is missing")
+    rewards = table.set_index("prompt")
+    if rewards.index.has_duplicates or not np.isfinite(rewards.to_numpy(dtype=float)).all():
+        raise ValueError("a prompt stands twice, or a reward is no finite number")
+    return rewards
+
+
 def read_revision(revision: str | None) -> Revision:
     """A revision by what git or DVC's experiments call it; None is the workspace.
 
@@ -127,7 +144,10 @@ def read_revision(revision: str | None) -> Revision:
     summary = read(SUMMARY, lambda text: checked(json.loads(text), READ[SUMMARY]))
     judge = read(JUDGE_METRICS, lambda text: checked(json.loads(text), READ[JUDGE_METRICS]))
     scores = read(QUESTION_SCORES, parse_scores)
-    found = Revision(name, params, summary, judge, scores, read(Path("constraints.txt"), lambda text: dict(pins(text))))
+    known = params.get("reward") is not None
+    rewards = read(PROMPT_REWARDS, parse_rewards) if known else pd.DataFrame()
+    versions = read(Path("constraints.txt"), lambda text: dict(pins(text)))
+    found = Revision(name, params, summary, judge, scores, versions, rewards)
     if found.recipe not in found.models:
         raise UserError(
             f"{name}: {QUESTION_SCORES}: column {found.recipe} is missing, the recipe of {SUMMARY}; run `dvc repro` "
