@@ -457,12 +457,7 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
             details=[
                 *first.details,
                 *(more for part in rest for more in (*part.tables, *part.details)),
-                Table(
-                    "Training",
-                    TRAINING_READING,
-                    training,
-                    {name: COLUMNS[name] for name in TRAINING_COLUMNS if name in training},
-                ),
+                Table("Training", TRAINING_READING, training, of_training),
                 costs(keys, results.judged),
                 left_out(read_json(PREPARE_METRICS)),
             ],

@@ -142,6 +142,7 @@ def review(base: str, left: str, charts: str, stale: list[str], missing: dict[st
         recipe = "\n\n".join(filter(None, (recipe_line(before, after), difference_section(before, after))))
     except UserError as error:
         recipe = f"No paired difference: {error}."
+    drawn = [name for name in CHARTS if (REPORTS / f"charts/{name}.png").exists()]
     sections = {
         "Stages": lock_section(stale, missing) + base_section(left),
         "Parameters": rows_or(dvc("params", "diff", "--md", left), "No parameter changed."),

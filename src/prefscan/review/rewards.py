@@ -1,4 +1,4 @@
-"""Known rewards of two or more sweeps that git holds: the recipe's before and after, and loss against loss over seeds."""
+"""Known rewards of sweeps that git holds: the recipe's before and after, and loss against loss over seeds."""
 
 from collections.abc import Sequence
 
@@ -48,7 +48,7 @@ def by_loss(
 
 
 def lines_of(revisions: Sequence[Revision], models: Sequence[str], seeds: Sequence[Sequence[Revision]]) -> list[str]:
-    """What the known reward says of the sweeps: losses over the seeds, or the cells of the second against the first's."""
+    """What the known reward says: losses over the seeds, or the last sweep's cells against the first's."""
     prompts = shared_prompts(revisions)
     cells = [model for model in models if model != "base" and all(model in r.rewards for r in revisions)]
     if len(prompts) < 2 or not cells:
