@@ -266,7 +266,7 @@ def test_a_server_with_weights_of_before_is_not_asked(in_tmp: Path, trained: Cal
         trained(1)
         Path(f"data/mt_bench/model_answer/{CELL}.jsonl").unlink()  # as DVC does before a stage
         with pytest.raises(
-            UserError, match=rf"^answer\.server\.base_url: .* does not serve {CELL}@.*; restart `python -m pref"
+            UserError, match=rf"^answer\.server\.base_url: .* does not serve {CELL}@.*; restart `prefscan serve`$"
         ):
             ask_cell(in_tmp, server.url)
         assert not server.requests
