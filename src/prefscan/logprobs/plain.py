@@ -18,7 +18,7 @@ from prefscan.logprobs.packed import own_attention
 Pair = Mapping[str, Any]
 # Nats by which rounding may move a token's log-probability, as a standard deviation: bf16 leaves a logit of 20 steps of
 # an eighth, fp16 of a sixty-fourth. A sum over n tokens may be off by √n times as much.
-ROUNDING = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
+ROUNDING = {"fp32": 3e-4, "fp16": 0.05, "bf16": 0.3}
 LAYOUTS = ("packed", "padded")
 CHUNK = 256  # positions whose full logits are in fp32 at once
 
@@ -50,6 +50,18 @@ def probes(pairs: Sequence[Pair], batch_size: int) -> list[list[Pair]]:
     return [list(pairs[:batch_size]), [by_length[-1], *by_length[:-1][: batch_size - 1]], [uneven]]
 
 
+def plain_values(model: Any, batches: Sequence[Sequence[Pair]]) -> dict[str, dict[str, float]]:
+    """`response_logp` of the chosen and of the rejected response, by the pair's id."""
+    own_attention(model)
+    return {
+        pair["id"]: {
+            side: response_logp(model, pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")
+        }
+        for batch in batches
+        for pair in batch
+    }
+
+
 def deviation(
     model: Any, layout: Layout, batches: Sequence[Sequence[Pair]], plain: Mapping[str, Any], pad_token_id: int
 ) -> tuple[float, str]:
@@ -79,14 +91,7 @@ def refuse_deviation(
     The sentence advises a way out that passed the same check, or none.
     """
     batches = probes(pairs, batch_size)
-    own_attention(model)
-    plain = {
-        pair["id"]: {
-            side: response_logp(model, pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")
-        }
-        for batch in batches
-        for pair in batch
-    }
+    plain = plain_values(model, batches)
     kind = getattr(model.config, "model_type", type(model).__name__)
 
     def fault(name: str, batches: Sequence[Sequence[Pair]]) -> tuple[float, str]:
