@@ -37,9 +37,10 @@ def test_the_first_sentence_says_whether_the_judge_can_tell(
     report.main()
     first = leads()[0]
     assert first.startswith(
-        "The judge tiny ranks a question's reference answer above another question's with probability "
-        f"0.53 [{swapped_low:.2f}, 0.61], and above its own first quarter with probability "
-        f"0.56 [{truncated_low:.2f}, 0.72] (95 % intervals over 15 questions; 0.5 is chance): {verdict}"
+        "The judge tiny ranks a good answer above a bad one with probability: another question's "
+        f"0.53 [{swapped_low:.2f}, 0.61], its own first quarter 0.56 [{truncated_low:.2f}, 0.72] (95 % intervals over "
+        "15 questions; 0.5 is chance, and a judge that is right 80% of the time would pass each with probability "
+        f"0.65): {verdict}"
     )
     paragraphs = Path("reports/report.md").read_text().split("\n\n")
     assert paragraphs[1].strip() == first
