@@ -12,7 +12,7 @@ from prefscan.common.config import LocalJudge, OpenAIJudge, Train
 
 SHARED = {"common", "models", "logprobs", "endpoints"}
 DOMAINS = SHARED | {"data", "generation", "judging", "merging", "reporting", "rewards", "training"}
-ABOVE = {"", "launch", "repo", "review", "stages"}
+ABOVE = {"", "docs", "launch", "repo", "review", "stages"}
 # A module that breaks a rule, and the folder that it may not import: to be emptied.
 EXCEPTIONS = {
     ("judging/check.py", "reporting"),  # its statistics
@@ -37,12 +37,16 @@ def allowed(path: Path) -> set[str]:
             return {own}
         case "stages":
             return DOMAINS
+        case "docs":
+            return DOMAINS | {own}
         case "launch" | "review":
             return DOMAINS | {own, "repo"}
         case "repo":
             return {own, "common"}
         case "":
             return {"common"}  # __main__ imports the command's module by its name
+        case "rewards":
+            return SHARED | {own, "data"}  # whose rows and sources they read
         case _:
             return SHARED | {own}
 

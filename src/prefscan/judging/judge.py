@@ -95,6 +95,7 @@ def load_judge(judge: Any) -> Judge:
 
 def mode_of(judge: Any) -> Mode:
     """What `judge.mode` stands for."""
-    module = {"single": "prefscan.judging.single", "pair": "prefscan.judging.pairs"}[judge.mode]
-    made: Mode = import_module(module).MODE
-    return made
+    from prefscan.judging import pairs, single  # which import this module
+
+    modes: dict[str, Mode] = {"single": single.MODE, "pair": pairs.MODE}
+    return modes[judge.mode]

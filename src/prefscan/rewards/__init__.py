@@ -1,1 +1,0 @@
-"""One module a kind of known reward: texts with their prompts in, a number each out."""
