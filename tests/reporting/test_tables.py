@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from prefscan.judging.check import pair_discrimination
+from prefscan.judging.check import discrimination
+from prefscan.judging.pairs import MODE
 from prefscan.reporting.tables import judge_check, spread
 
 
@@ -40,8 +41,9 @@ def test_the_model_that_pairs_are_judged_against_has_no_spread() -> None:
 
 def test_the_check_of_a_judge_of_pairs_has_no_margin() -> None:
     """It is drawn all the same: in every cell of the table there is a value or a dash."""
-    scores = [1.0, 0.0, 0.5, 0.5] * 3  # of three questions: a win over the swapped answer, a tie with the truncated
-    table = judge_check({"without_reference": pair_discrimination(scores)})
+    # Of three questions: a win over the swapped answer, a tie with the truncated one.
+    scores = {"swapped/A": 1.0, "swapped/B": 0.0, "truncated/A": 0.5, "truncated/B": 0.5}
+    table = judge_check({"questions": 3, "true_auc": 0.8, "all": discrimination([scores] * 3, MODE)})
     assert list(table.data.columns) == list(table.columns)
     assert list(table.data["auc"]) == [1.0, 0.5]
     assert table.data["margin"].isna().all()

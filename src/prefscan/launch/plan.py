@@ -120,8 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="cells at once; default: launch.cells")
 
 
-# Standard deviations of P(positive), rounded up from the pilot of the default: between trainings, of a loss on a prompt,
-# of a training on a prompt, of a reply (docs/statistics.md).
+# Standard deviations of P(positive), rounded up from the pilot of the default: between trainings, of a loss on a
+# prompt, of a training on a prompt, of a reply (docs/statistics.md).
 ASSUMED = Variances(training=0.01, prompt=0.04, training_prompt=0.03, reply=0.17)
 
 
@@ -141,9 +141,9 @@ def power_sentences(params: Params, workspace: Params) -> list[str]:
         return ["One training a loss: the variance between trainings cannot be known; add values of β to sweep.beta."]
     found = detectable(design, variances)
     return [
-        f"Two losses whose mean reward over the grid differs by {found.difference:.3f} or more are told apart with 80 % "
-        f"power ({source}). One more seed would make it {found.one_more_seed:.3f}, one more β {found.one_more_beta:.3f}, "
-        f"a quarter more prompts {found.quarter_more_prompts:.3f}, one more reply a prompt {found.one_more_reply:.3f}."
+        f"Two losses whose mean reward over the grid differs by {found.difference:.3f} or more are told apart with "
+        f"80 % power ({source}). One more seed would make it {found.one_more_seed:.3f}, one more β "
+        f"{found.one_more_beta:.3f}, a quarter more prompts {found.quarter_more_prompts:.3f}, one more reply a prompt {found.one_more_reply:.3f}."
     ]
 
 

@@ -31,7 +31,7 @@ from prefscan.review.revisions import (
 )
 
 STALE = 3
-CHARTS = ("score", "differences", "divergence", "margin")
+CHARTS = ("reward", "gain", "score", "differences", "margin")  # those of them that this sweep has
 
 
 def merge_base(base: str) -> str:
@@ -145,7 +145,9 @@ def review(base: str, left: str, charts: str, stale: list[str], missing: dict[st
         "Parameters": rows_or(dvc("params", "diff", "--md", left), "No parameter changed."),
         "The recipe": recipe,
         "Metrics": rows_or(dvc("metrics", "diff", "--md", left, "--targets", str(SUMMARY)), "No metric changed."),
-        "Charts": "\n\n".join(f"![{name}]({charts}/{name}.png)" for name in CHARTS),
+        "Charts": "\n\n".join(
+            f"![{name}]({charts}/{name}.png)" for name in CHARTS if (REPORTS / f"charts/{name}.png").exists()
+        ),
     }
     against = base if left == base else f"{left}, the merge base with {base}"
     return f"# This sweep against {against}\n\n" + "\n\n".join(f"## {n}\n\n{text}" for n, text in sections.items())
