@@ -27,7 +27,8 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
     """params.yaml and the metrics of four cells, as the stages before report leave them in a workspace."""
     grid = {"loss": [*LOSSES], "beta": [*BETAS], "steps": [8]}
     recipe = {"loss": "sigmoid", "beta": 0.5, "steps": 8}
-    known = {"grid": grid, "stages": {"mtbench": grid}, "judge": local_judge("models/base")}
+    stages = {"mtbench": params.get("grid", grid)} | params.pop("stages", {})
+    known = {"grid": grid, "stages": stages, "judge": local_judge("models/base")}
     write_params(root, **(known | recipe | params))
     asked = [question | {"category": categories[question["question_id"]]} for question in make_questions(1)]
     write_lines(root / "data/questions/question.jsonl", asked)
@@ -64,6 +65,7 @@ def write_sweep(root: Path, categories: dict[int, str] = CATEGORY_OF, words: str
             **{"margin": 2.0 * i - 1, "margin_low": 2.0 * i - 2, "margin_high": 2.0 * i},
             **{"loss_change": -0.1 * i, "loss_change_low": -0.1 * i - 0.15, "loss_change_high": -0.1 * i + 0.15},
             **{"chosen_shift": -0.25 * i, "rejected_shift": -0.75 * i},
+            **{"shorter_accuracy": 0.375, "balanced_accuracy": 0.5 + i / 40, "margin_per_token": i / 200},
         }
         cost = {"seconds": 10.0 + i, "tokens_per_second": 100.0, "peak_memory_gib": 1.5}
         write_json(root / f"metrics/train/{key}.json", {"loss": 0.5, "heldout": heldout})
@@ -90,14 +92,20 @@ def judge_metrics(swapped_low: float = 0.44, truncated_low: float = 0.4) -> dict
 
 
 class Page(HTMLParser):
-    """The tags, attributes, tables of metrics (headings first) and lead paragraphs of a page."""
+    """The tags, attributes, tables (headings first), lead paragraphs and caveats of a page.
+
+    `tables` are those of metrics, `charts` those of the charts' data.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.tables: list[list[list[str]]] = []
+        self.charts: list[list[list[str]]] = []
         self.leads: list[str] = []
+        self.caveats: list[str] = []
+        self.table: list[list[str]] = []
         self.title = ""
         self.place = ""
         self.feed(text)
@@ -107,9 +115,12 @@ class Page(HTMLParser):
         self.attributes += attrs
         self.place = tag
         if tag == "table":
-            self.tables.append([])
+            self.table = []
+            (self.tables if ("class", "summary") in attrs else self.charts).append(self.table)
         if tag == "tr":
-            self.tables[-1].append([])
+            self.table.append([])
+        if tag == "li":
+            self.caveats.append("")
         if ("class", "lead") in attrs:
             self.leads.append("")
             self.place = "lead"
@@ -120,9 +131,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.place in ("td", "th"):
-            self.tables[-1][-1].append(data)
+            self.table[-1].append(data)
         elif self.place == "lead":
             self.leads[-1] += data
+        elif self.place == "li":
+            self.caveats[-1] += data
         elif self.place == "h1":
             self.title += data
 
@@ -133,6 +146,10 @@ def metrics(kind: str, key: str) -> Any:
 
 def leads() -> list[str]:
     return [lead.strip() for lead in Page(Path("reports/report.html").read_text()).leads]
+
+
+def caveats() -> list[str]:
+    return [line.strip() for line in Page(Path("reports/report.html").read_text()).caveats]
 
 
 def by_question(key: str) -> list[float]:

@@ -30,9 +30,13 @@ def table(losses: list[str], betas: list[float], steps: list[str]) -> pd.DataFra
         {"cell": f"{loss}-{beta}-{step}", "loss": loss, "beta": beta, "steps": step}
         | {"score": 3 + i / 40, "score_low": 2.5 + i / 40, "score_high": 3.75 + i / 40}
         | {"accuracy": 0.3 + i / 200, "accuracy_low": 0.2 + i / 200, "accuracy_high": 0.35 + i / 200}
+        | {"shorter_accuracy": 0.375}
+        | {"reward": 0.5 + i / 200, "reward_low": 0.45 + i / 200, "reward_high": 0.6 + i / 200, "win_rate": i / 100}
+        | {"gain": i / 100 - 0.1, "gain_low": i / 100 - 0.15, "gain_high": i / 100, "gain_p_holm": 0.5}
+        | {"kl": 1 + i / 4, "kl_low": 0.5 + i / 4, "kl_high": 2 + i / 4}
         | {"margin": i - 4.5, "margin_low": i - 6, "margin_high": i - 2}
         | {"difference": i / 50 - 1, "difference_low": i / 50 - 2, "difference_high": i / 50, "p_holm": i % 2 / 10}
-        | {"divergence": i / 4, "divergence_low": i / 4 - 1, "divergence_high": i / 4 + 1, "mean_tokens": 40.5 + i}
+        | {"mean_tokens": 40.5 + i}
         for i, (loss, beta, step) in enumerate(cells)
     ]
     return pd.DataFrame(values)
@@ -82,8 +86,10 @@ def texts(svg: str) -> list[str]:
 
 AGAINST_BETA: dict[str, tuple[Callable[[pd.DataFrame], Any], float]] = {
     "score": (lambda cells: charts.score_against_beta(cells, 5.125, "MT-Bench score (1 to 10)"), 5.125),
-    "accuracy": (charts.accuracy_against_beta, 0.5),
+    "accuracy": (charts.accuracy_against_beta, 0.375),  # where the shorter is chosen
     "margin": (charts.margin_against_beta, 0),
+    "gain": (charts.gain_against_beta, 0),
+    "kl": (charts.kl_against_beta, 0),
 }
 
 
@@ -196,22 +202,46 @@ def test_revisions_of_a_cell_stand_side_by_side() -> None:
         assert [text for text in texts(svg) if text in ("main", "tuned")] == ["main", "tuned"]
 
 
-@pytest.mark.parametrize("value", ["divergence", "mean_tokens"])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_scores_beside_another_value_show_every_cell_and_the_base(value: str, grid: tuple[Any, Any, Any]) -> None:
+def test_scores_beside_length_show_every_cell_and_the_base(grid: tuple[Any, Any, Any]) -> None:
     cells = table(*grid)
-    if value == "divergence":
-        svg, base = render(charts.score_against_divergence(cells, 5.125, "score")), 0.0
-    else:
-        svg, base = render(charts.score_against_length(cells, (33.0, 5.125), "score")), 33.0
-    shown = sorted((found[value], found["score"]) for found in map(numbers, marks(svg, "point")))
-    wanted = [(base, 5.125), *cells[[value, "score"]].itertuples(index=False, name=None)]
+    svg = render(charts.score_against_length(cells, (33.0, 5.125), "score"))
+    shown = sorted((found["mean_tokens"], found["score"]) for found in map(numbers, marks(svg, "point")))
+    wanted = [(33.0, 5.125), *cells[["mean_tokens", "score"]].itertuples(index=False, name=None)]
     assert shown == [pytest.approx(pair, abs=1e-3) for pair in sorted(wanted)]
     assert bars(svg, "score_low", "score_high") == rows(cells, "score_low", "score_high")
-    if value == "divergence":
-        sideways = bars(svg, "log-ratio to the base over its own replies (nats a reply)", "divergence_high")
-        assert sideways == rows(cells, "divergence_low", "divergence_high")
-    assert len(marks(svg, "rule mark")) == len(cells) * (2 if value == "divergence" else 1)
+    assert len(marks(svg, "rule mark")) == len(cells)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_reward_beside_kl_shows_every_cell_with_both_intervals_and_what_is_possible(grid: tuple[Any, Any, Any]) -> None:
+    cells = table(*grid)
+    possible = pd.DataFrame(
+        [
+            {"policy": policy, "kl": kl, "gain": kl * slope, "gain_low": 0.0, "gain_high": 1.0}
+            for policy, slope in (("best of n", 0.1), ("optimum", 0.2))
+            for kl in (0.5, 1.0, 2.0)
+        ]
+    )
+    svg = render(charts.reward_against_kl(cells, possible, 0.25, "mean reward"))
+    by_name = (dict(part.split(": ", 1) for part in label.split("; ")) for label in marks(svg, "point"))
+    found = {point["cell"]: point for point in by_name}
+    assert list(found) == list(cells["cell"])
+    for row in cells.to_dict("records"):
+        for name in ("reward", "kl", "win_rate"):
+            assert float(found[row["cell"]][name].replace("−", "-")) == pytest.approx(row[name], abs=6e-4)
+    upright = [bar for bar in map(numbers, marks(svg, "rule mark")) if "reward_high" in bar]
+    assert sorted(bar["reward_high"] for bar in upright) == [pytest.approx(v) for v in sorted(cells["reward_high"])]
+    sideways = [bar for bar in map(numbers, marks(svg, "rule mark")) if "kl_high" in bar]
+    assert sorted(bar["kl_high"] for bar in sideways) == [pytest.approx(value) for value in sorted(cells["kl_high"])]
+    assert len(marks(svg, "line mark")) == 2
+    curve = charts.reward_against_kl(cells, possible, 0.25, "mean reward").layer[2].data
+    assert sorted(zip(curve["kl"], curve["reward"], strict=True)) == [
+        pytest.approx(pair)
+        for pair in sorted(
+            [(0.0, 0.25)] * 2 + [(kl, 0.25 + kl * slope) for kl in (0.5, 1.0, 2.0) for slope in (0.1, 0.2)]
+        )
+    ]
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

@@ -17,10 +17,10 @@ from mtbench_data import ROOT, local_judge, shown_by_fastchat
 from prefscan.common.errors import UserError
 from prefscan.reporting.stats import LengthControlledDifference, length_controlled_difference
 from prefscan.stages import report
-from sweep_data import CATEGORY_OF, CELLS, Page, expected_differences, leads, metrics, write_sweep
+from sweep_data import CATEGORY_OF, CELLS, Page, caveats, expected_differences, metrics, write_sweep
 
 CHARTS = (
-    *("score", "differences", "divergence", "categories", "heat", "length"),
+    *("score", "differences", "categories", "heat", "length"),
     *("accuracy", "margin", "curves"),
 )
 
@@ -38,7 +38,8 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     pictures = {f"{chart}.{form}" for chart in CHARTS for form in ("svg", "png")}
     pages = {"report.html", "answers.html", "report.md"}
-    assert {path.name for path in Path("reports").iterdir()} == pages | {"cells.csv", "charts", "questions.csv"}
+    tables = {f"{name}.csv" for name in ("cells", "curves", "prompts", "questions", "recipe-curve")}
+    assert {path.name for path in Path("reports").iterdir()} == pages | tables | {"charts"}
     assert {path.name for path in Path("reports/charts").iterdir()} == pictures
     assert Path("metrics/summary.json").exists()
     assert Path("data/mt_bench/model_judgment/tiny_single.jsonl").exists()
@@ -49,9 +50,9 @@ def test_the_stage_writes_its_files(in_tmp: Path, reported: Path) -> None:
 def test_a_sweep_judged_in_pairs_is_reported(in_tmp: Path) -> None:
     write_sweep(in_tmp, judge=local_judge("models/base") | {"mode": "pair"})
     check = json.loads(Path("metrics/judge.json").read_text())
-    for figures in check["without_reference"].values():
+    for bad in ("swapped", "truncated"):
         for name in ("margin", "margin_low", "margin_high"):
-            del figures[name]  # as judge_check.pair_discrimination has it
+            del check["all"][bad][name]  # as judging.check has it of pairs
     Path("metrics/judge.json").write_text(json.dumps(check))
     for path in Path("data/mt_bench/model_judgment/cells").iterdir():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -61,7 +62,7 @@ def test_a_sweep_judged_in_pairs_is_reported(in_tmp: Path) -> None:
         # The model that the others are judged against has no judgements.
         path.write_text("".join(json.dumps(row) + "\n" for row in rows if path.stem != "base"))
     report.main()
-    assert "| without reference | swapped | 0.53 | 0.44 | 0.61 | – | – | – |" in Path("reports/report.md").read_text()
+    assert "| all, 15 | swapped | 0.53 | 0.44 | 0.61 | – | – | – |" in Path("reports/report.md").read_text()
     page = Path("reports/answers.html").read_text()
     assert "[in the other order]" in page
     models = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["models"]
@@ -114,13 +115,20 @@ def test_the_table_holds_the_metrics() -> None:
             **{name: metrics("answer", key)[name] for name in ("share_truncated", "mean_tokens", "repetition")},
         }
         if key == "base":
-            expected |= {"accuracy": 0.5, "margin": 0, "loss_change": 0, "chosen_shift": 0, "rejected_shift": 0}
-            assert row["margin_kept"] == row["beta"] == row["divergence"] == ""
+            expected |= {"margin": 0, "loss_change": 0, "chosen_shift": 0, "rejected_shift": 0}
+            assert row["margin_kept"] == row["beta"] == row["accuracy"] == ""
         else:
             trained, merged = metrics("train", key), metrics("merge", key)
             expected |= trained["heldout"] | {"beta": float(key.split("-")[1]), "steps": 8}
-            ratio = metrics("answer", key)["divergence"]
-            expected |= {f"divergence{end}": ratio[f"per_reply{end}"] for end in ("", "_low", "_high")}
+            equal = at_equal_length(key)
+            found = (row["equal_length"], row["equal_length_low"], row["equal_length_high"])
+            assert [float(value) for value in found] == pytest.approx([equal.mean, equal.low, equal.high])
+            to_recipe = expected_differences("sigmoid-0.5-8").get(key, [""] * 4)
+            names = ("difference", "difference_low", "difference_high", "p_holm")
+            shown = [row[f"recipe_{name}"] for name in names]
+            assert [s and f"{float(s):{f}}" for s, f in zip(shown, ("+.2f",) * 3 + (".2f",), strict=True)] == to_recipe[
+                :4
+            ]
             assert row["loss"] == key.split("-")[0]
             assert row["margin_kept"] == ("" if merged["margin_kept"] is None else str(merged["margin_kept"]))
         assert {name: float(row[name]) for name in expected} == expected
@@ -138,29 +146,17 @@ def at_equal_length(key: str) -> LengthControlledDifference:
 
 
 def expected_row(key: str) -> list[str]:
-    """A row of the printed table, from the metrics."""
-    judged, answered = metrics("mtbench", key), metrics("answer", key)
-    text = [f"{answered['share_truncated']:.0%}", f"{answered['mean_tokens']:.0f}", f"{answered['repetition']:.0%}"]
-    printed = [judged[name] for name in ("average", "average_low", "average_high", "first_turn", "second_turn")]
-    scores = [f"{value:.2f}" for value in printed]
-    if key == "base":
-        differs, rest = (
-            ["–"] * 14,
-            ["0.50", "0.00", "–", "–", "+0.000", "–", "–", "0.00", "0.00", "–", *text, "–", "–", "–"],
-        )
-    else:
-        to_base, to_recipe = expected_differences()[key], expected_differences("sigmoid-0.5-8").get(key, ["–"] * 7)
-        equal = at_equal_length(key)
-        differs = to_base[:4] + [f"{value:+.2f}" for value in (equal.mean, equal.low, equal.high)]
-        differs += to_recipe[:4] + to_base[4:]
-        held, kept = metrics("train", key)["heldout"], metrics("merge", key)["margin_kept"]
-        names = ("accuracy", "margin", "margin_low", "margin_high")
-        changes = [f"{held[name]:+.3f}" for name in ("loss_change", "loss_change_low", "loss_change_high")]
-        shifts = [f"{held[name]:.2f}" for name in ("chosen_shift", "rejected_shift")]
-        ratio = [f"{answered['divergence'][name]:.2f}" for name in ("per_reply", "per_reply_low", "per_reply_high")]
-        merged = "–" if kept is None else f"{kept:.1%}"
-        rest = [*(f"{held[name]:.2f}" for name in names), *changes, *shifts, merged, *text, *ratio]
-    return [key, *scores[:3], *differs, *scores[3:], *rest]
+    """A row of the printed table of scores, from the metrics."""
+    judged = metrics("mtbench", key)
+    scores = [f"{judged[name]:.2f}" for name in ("average", "average_low", "average_high")]
+    return [key, *scores, *(["–"] * 4 if key == "base" else expected_differences()[key][:4])]
+
+
+def training_row(key: str) -> list[str]:
+    """A row of the printed table of trainings, from the metrics."""
+    held, kept = metrics("train", key)["heldout"], metrics("merge", key)["margin_kept"]
+    names = ("accuracy", "shorter_accuracy", "balanced_accuracy", "margin", "margin_low", "margin_high")
+    return [key, *(f"{held[name]:.2f}" for name in names), "–" if kept is None else f"{kept:.1%}"]
 
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
@@ -177,30 +173,35 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 @pytest.mark.usefixtures("sweep")
 def test_the_page_and_the_markdown_print_the_same_sentences_and_tables() -> None:
     page = Page(Path("reports/report.html").read_text())
-    charts, tables = page.tables[: len(CHARTS)], page.tables[len(CHARTS) :]
-    assert [len(chart) - 1 for chart in charts] == [4, 4, 4, 3 * 8, 4 * 8, 4, 4, 4, 4 * 8]  # rows of a chart's data
+    tables = page.tables
+    assert [len(chart) - 1 for chart in page.charts] == [4, 4, 3 * 8, 4 * 8, 4, 4, 4, 4 * 8]  # rows of a chart's data
     assert tables[0][1:] == [expected_row(key) for key in ("base", *CELLS)]
     text = Path("reports/report.md").read_text()
     printed = markdown_tables(text)
-    assert [table[:1] + table[2:] for table in printed] == tables
+    in_git = [table for table in tables if "training, s" not in table[0]]  # costs change with the machine's speed
+    assert len(in_git) == len(tables) - 1
+    assert [table[:1] + table[2:] for table in printed] == in_git
     assert all(set(cell) == {"-"} for table in printed for cell in table[1])
     assert {len(row) for table in tables for row in table} == {len(table[0]) for table in tables}
     lines = text.splitlines()
     assert [line.split("](")[1] for line in lines if line.startswith("![")] == [f"charts/{n}.png)" for n in CHARTS]
     assert [line for line in lines if line in page.leads] == page.leads
-    assert len(page.leads) == 10
+    assert len(page.leads) == 3
+    assert [line.removeprefix("- ") for line in lines if line.startswith("- ")] == page.caveats
+    assert len(page.caveats) == 6
 
 
 @pytest.mark.usefixtures("sweep")
 def test_the_smaller_tables_say_what_the_metrics_say() -> None:
-    cost, check, left_out = Page(Path("reports/report.html").read_text()).tables[-3:]
+    check, training, cost, left_out = Page(Path("reports/report.html").read_text()).tables[1:]
+    assert training[1:] == [training_row(key) for key in CELLS]
     assert cost[1:] == [
-        ["base", "–", "–", "–", "20", "70", "0.25"],
-        *([key, str(10 + i), "100", "1.50", str(20 + i), "70", "0.25"] for i, key in enumerate(CELLS, 1)),
+        ["base", "–", "–", "–", "–", "20", "70", "0.25"],
+        *([key, str(10 + i), "100", "1.50", "–", str(20 + i), "70", "0.25"] for i, key in enumerate(CELLS, 1)),
     ]
     assert check[1:] == [
-        ["without reference", "swapped", "0.53", "0.44", "0.61", "1.25", "-0.50", "3.00"],
-        ["without reference", "truncated", "0.56", "0.40", "0.72", "1.25", "-0.50", "3.00"],
+        ["all, 15", "swapped", "0.53", "0.44", "0.61", "1.25", "-0.50", "3.00"],
+        ["all, 15", "truncated", "0.56", "0.40", "0.72", "1.25", "-0.50", "3.00"],
     ]
     assert left_out[1:] == [["one sided", "5"], ["too long", "3"], ["over heldout max", "231"]]
 
@@ -221,29 +222,27 @@ def test_the_summary_leads_with_the_recipe() -> None:
         judged, held = metrics("mtbench", entry["cell"]), metrics("train", entry["cell"])["heldout"]
         expected = {
             **{"score": judged["average"], "score_low": judged["average_low"], "score_high": judged["average_high"]},
-            **{name: judged[name] for name in ("first_turn", "second_turn")},
             **{name: held[name] for name in ("accuracy", "margin", "margin_low", "margin_high")},
-            **{name: held[name] for name in ("loss_change", "loss_change_low", "loss_change_high")},
             "margin_kept": metrics("merge", entry["cell"])["margin_kept"],
         }
         assert {name: value for name, value in entry.items() if name != "cell"} == pytest.approx(expected, abs=1e-6)
     assert summary["base"]["score"] == pytest.approx(metrics("mtbench", "base")["average"], abs=1e-6)
-    assert [summary["base"][name] for name in ("accuracy", "margin", "loss_change")] == [0.5, 0, 0]
+    assert summary["base"]["margin"] == 0
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("losses", "kept"), [(["ipo"], "no held-out margin"), (["sigmoid", "ipo"], "98.0% of the held-out margin")]
 )
-def test_a_margin_that_could_not_be_kept_is_null(in_tmp: Path, losses: list[str], kept: str) -> None:
+def test_a_margin_that_could_not_be_kept_is_left_out(in_tmp: Path, losses: list[str], kept: str) -> None:
     """In one of two cells, and in the one cell that there is."""
     write_sweep(in_tmp, grid={"loss": losses, "beta": [0.5], "steps": [8]}, loss="ipo", beta=0.5)
     report.main()
     summary = json.loads(Path("metrics/summary.json").read_text())
     assert summary["recipe"]["cell"] == "ipo-0.5-8"
-    assert summary["recipe"]["margin_kept"] is None
+    assert "margin_kept" not in summary["recipe"]
     assert {*summary["highest"]} == {*losses}
-    assert f"The merges, in fp32, kept {kept}, computed in fp32 over the first 4 of these pairs; " in leads()[-1]
+    assert f"The merges, in fp32, kept {kept}, computed in fp32 over the first 4 of these pairs; " in caveats()[-1]
     assert {path.stem for path in Path("metrics/train").iterdir()} == {f"{loss}-0.5-8" for loss in losses}
 
 

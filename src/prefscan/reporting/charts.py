@@ -171,47 +171,29 @@ def scores_by_revision(scores: pd.DataFrame, title: str) -> alt.LayerChart:
     return alt.layer(*layers).properties(width=420, height=alt.Step(22)).add_params(SHOWN)
 
 
-def _score_beside(
-    cells: pd.DataFrame, value: str, title: str, score_title: str, base: tuple[float, float], spans: bool
-) -> alt.LayerChart:
-    """The score of each cell against another of its values, beside the base's `(value, score)`."""
+def score_against_length(cells: pd.DataFrame, base: tuple[float, float], title: str) -> alt.LayerChart:
+    """The score against the mean tokens of a reply, since judges like length; `base` is its `(tokens, score)`."""
     losses = _in_order(cells["loss"])
     loss = _colour_and_shape(losses, "loss:N", "loss")
     pick = _legend()
-    x = alt.X(f"{value}:Q", title=title, scale=alt.Scale(zero=False, padding=8))
-    y = alt.Y("score:Q", title=score_title, scale=alt.Scale(zero=False, padding=8))
-    faint = _faded("loss", 0.35, pick)
-    tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in (value, "score"))]
+    x = alt.X("mean_tokens:Q", title="mean tokens a reply", scale=alt.Scale(zero=False, padding=8))
+    y = alt.Y("score:Q", title=title, scale=alt.Scale(zero=False, padding=8))
+    tooltip = ["cell:N", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("mean_tokens", "score"))]
     chart = alt.Chart(cells)
     layers = [
         chart.mark_rule()
-        .encode(x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=loss["color"], opacity=faint)
+        .encode(x=x, y=alt.Y("score_low:Q"), y2="score_high:Q", color=loss["color"], opacity=_faded("loss", 0.35, pick))
         .add_params(pick),
         chart.mark_point(filled=True, size=70).encode(
             x=x, y=y, tooltip=tooltip, opacity=_faded("loss", 1, pick), **loss
         ),
-        alt.Chart(pd.DataFrame([{value: base[0], "score": base[1], "cell": "base"}]))
+        alt.Chart(pd.DataFrame([{"mean_tokens": base[0], "score": base[1], "cell": "base"}]))
         .mark_point(size=90, shape="diamond", color="#666666", strokeWidth=2)
         .encode(x=x, y=y, tooltip=tooltip),
     ]
-    if spans:
-        low = alt.X(f"{value}_low:Q", title=title)
-        layers.append(chart.mark_rule().encode(x=low, x2=f"{value}_high:Q", y=y, color=loss["color"], opacity=faint))
     return (
         alt.layer(*layers).properties(width=420, height=300, title=_note("open diamond: base model")).add_params(SHOWN)
     )
-
-
-def score_against_divergence(cells: pd.DataFrame, base_score: float, title: str) -> alt.LayerChart:
-    """The score against how far a cell moved from the base, the comparison that β cannot give across losses."""
-    return _score_beside(
-        cells, "divergence", "log-ratio to the base over its own replies (nats a reply)", title, (0.0, base_score), True
-    )
-
-
-def score_against_length(cells: pd.DataFrame, base: tuple[float, float], title: str) -> alt.LayerChart:
-    """The score against the mean tokens of a reply, since judges like length; `base` is its `(tokens, score)`."""
-    return _score_beside(cells, "mean_tokens", "mean tokens a reply", title, base, False)
 
 
 def category_heat_map(scores: pd.DataFrame, title: str) -> alt.FacetChart:

@@ -67,6 +67,7 @@ CELL_FOLDERS = (TRAIN_METRICS, TRAIN_COST, CURVES, MERGE_METRICS, EVALUATE_METRI
 MTBENCH_FOLDERS = (ANSWER_METRICS, ANSWER_COST, ANSWERS, MTBENCH_METRICS, CELL_JUDGEMENTS)
 
 KEY = re.compile(r"[a-z_]+-[0-9.e+-]+-([0-9]+|epoch)")  # of a cell
+UNMOVED = ("margin", "loss_change", "chosen_shift", "rejected_shift")  # of the base, which no training moved
 AGAINST = "The other models' answers are judged against this one, whose score is a half by definition."
 
 
@@ -435,7 +436,7 @@ def write_pages(params: Params, cells: list[Cell], results: Results, folder: Pat
     if answered:
         parts.append(mtbench_part(params, answered, results))
     first, *rest = parts
-    table = pd.concat([pd.DataFrame([{"cell": "base"}]), training])
+    table = pd.concat([pd.DataFrame([{"cell": "base"} | dict.fromkeys(UNMOVED, 0.0)]), training])
     for part in parts:
         new = ["cell", *(name for name in part.cells if name not in table)]
         table = table.merge(part.cells[new], on="cell", how="left", validate="one_to_one")

@@ -168,13 +168,10 @@ def mtbench_table(
 
 
 def base_row(judged: dict[str, Any]) -> dict[str, Any]:
-    """The base's row above the cells': no training moved it."""
+    """The base's row above the cells': scores, and what its answers are like."""
     answered = read_json(ANSWER_METRICS / "base.json")
-    return (
-        {"cell": "base", **score_columns(judged["base"])}
-        | dict.fromkeys(("margin", "loss_change", "chosen_shift", "rejected_shift"), 0.0)
-        | {name: answered[name] for name in ("share_truncated", "mean_tokens", "repetition")}
-    )
+    shown = {name: answered[name] for name in ("share_truncated", "mean_tokens", "repetition")}
+    return {"cell": "base", **score_columns(judged["base"]), **shown}
 
 
 QUESTION_SCORES = REPORTS / "questions.csv"

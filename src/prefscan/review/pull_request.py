@@ -32,7 +32,7 @@ from prefscan.review.revisions import (
 from prefscan.review.rewards import recipe_line
 
 STALE = 3
-CHARTS = ("reward", "score", "differences", "margin")
+CHARTS = ("reward", "gain", "score", "differences", "margin")  # those of them that this sweep has
 
 
 def merge_base(base: str) -> str:
