@@ -6,7 +6,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 from prefscan.judging.judge import Turn, Verdict
 from prefscan.judging.single import BRACKETED, answer_fields

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 from prefscan.judging.judge import Turn, Verdict
 
@@ -15,7 +16,7 @@ class Single:
     scale = (1.0, 10.0)
     orders = 1
     prefill = "Rating: [["
-    options: ClassVar = {str(score): float(score) for score in range(1, 11)}
+    options: Mapping[str, float] = MappingProxyType({str(score): float(score) for score in range(1, 11)})
     reminder = (
         "Your reply has no rating that can be read. Answer again with one rating only, a number from 1 to 10 in "
         'exactly this format: "[[rating]]", for example: "Rating: [[5]]".'
