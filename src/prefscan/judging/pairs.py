@@ -17,11 +17,8 @@ class Pairs:
     scale = (0.0, 1.0)
     orders = 2
     prefill = "My final verdict is: [["
-    options: ClassVar = {
-        "A": 1.0,
-        "B": 0.0,
-        "C": 0.5,
-    }  # the verdicts that FastChat's prompts ask for, and A's score by each
+    # The verdicts that FastChat's prompts ask for, and A's score by each.
+    options: Mapping[str, float] = MappingProxyType({"A": 1.0, "B": 0.0, "C": 0.5})
     reminder = (
         "Your reply has no verdict that can be read. Answer again with one verdict only, in exactly this format: "
         '"[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.'
