@@ -143,7 +143,8 @@ def power_sentences(params: Params, workspace: Params) -> list[str]:
     return [
         f"Two losses whose mean reward over the grid differs by {found.difference:.3f} or more are told apart with "
         f"80 % power ({source}). One more seed would make it {found.one_more_seed:.3f}, one more β "
-        f"{found.one_more_beta:.3f}, a quarter more prompts {found.quarter_more_prompts:.3f}, one more reply a prompt {found.one_more_reply:.3f}."
+        f"{found.one_more_beta:.3f}, a quarter more prompts {found.quarter_more_prompts:.3f}, one more "
+        f"reply a prompt {found.one_more_reply:.3f}."
     ]
 
 
