@@ -1,5 +1,6 @@
 """The report stage on a small sweep: what it writes says what the metrics say, and runs nothing that a name holds."""
 
+import contextlib
 import csv
 import json
 import os
@@ -12,11 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import vl_convert
 
 from mtbench_data import ROOT, local_judge, shown_by_fastchat
 from prefscan.common.errors import UserError
 from prefscan.reporting.stats import LengthControlledDifference, length_controlled_difference
 from prefscan.stages import report
+from reward_data import PROMPTS, REPLIES, write_evaluation
 from sweep_data import CATEGORY_OF, CELLS, Page, caveats, expected_differences, metrics, write_sweep
 
 CHARTS = (
@@ -71,6 +74,86 @@ def test_a_sweep_judged_in_pairs_is_reported(in_tmp: Path) -> None:
             assert [judgement["turn"] for judgement in reply["judgements"]] == [1, 2]
     assert {judgement["score"] for reply in models["base"].values() for judgement in reply["judgements"]} == {0.5}
     assert Path("data/mt_bench/model_judgment/tiny_pair.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the small sweep with a known reward, beside MT-Bench of one cell."""
+    root = tmp_path_factory.mktemp("rewarded")
+    write_evaluation(root, stages={"mtbench": {"loss": ["sigmoid"], "beta": [0.5], "steps": [8]}})
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as quick:
+        quick.setattr(vl_convert, "vegalite_to_svg", lambda *_, **__: "<svg></svg>")
+        quick.setattr(vl_convert, "vegalite_to_png", lambda *_, **__: b"")
+        report.main()
+    return root
+
+
+def test_a_known_reward_leads_its_page(rewarded: Path) -> None:
+    """The answer, one chart, the tables that answer, what they cannot say; the rest is folded away."""
+    text = (rewarded / "reports/report.html").read_text()
+    page = Page(text)
+    assert len(page.leads) == 3
+    assert "P(positive)" in page.leads[0]
+    figures = re.findall(r'<figure id="(\w+)"', text)
+    assert figures == ["reward", "gain", "kl", *CHARTS]
+    main, details = text.split('<details class="part">')
+    assert re.findall(r'<figure id="(\w+)"', main) == ["reward"]
+    captions = re.findall(r"<h2>([^<]+)</h2>", main)
+    assert captions == ["The losses", "Loss against loss", "What this cannot say"]
+    assert re.findall(r"<h2>([^<]+)</h2>", details) == [
+        *("Cells", "What is possible", "MT-Bench", "Judge check", "Training", "Cost", "Pairs left out")
+    ]
+    assert any(line.startswith("MT-Bench: ") for line in page.caveats)
+    assert not any("MT-Bench" in line for line in page.leads)
+
+
+def test_a_known_rewards_summary_is_of_gains(rewarded: Path) -> None:
+    summary = json.loads((rewarded / "metrics/summary.json").read_text())
+    measured = {key: json.loads((rewarded / f"metrics/evaluate/{key}.json").read_text()) for key in CELLS}
+    assert summary["recipe"]["cell"] == "sigmoid-0.5-8"
+    assert {loss: entry["cell"] for loss, entry in summary["highest"].items()} == {
+        "sigmoid": "sigmoid-0.1-8",
+        "ipo": "ipo-0.1-8",
+    }
+    for entry in (summary["recipe"], *summary["highest"].values()):
+        for name in ("reward", "gain", "kl", "win_rate"):
+            assert entry[name] == pytest.approx(measured[entry["cell"]][name], abs=1e-6)
+        assert ("score" in entry) == (entry["cell"] == "sigmoid-0.5-8")  # who answered MT-Bench
+
+
+def test_every_reply_with_its_reward_can_be_read_and_no_markup_in_it_runs(rewarded: Path) -> None:
+    for name in ("report.html", "answers.html"):
+        assert "<b>to</b>" not in (rewarded / "reports" / name).read_text()
+    page = (rewarded / "reports/answers.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert len(data["questions"]) == PROMPTS + len(CATEGORY_OF)
+    rows = [json.loads(line) for line in (rewarded / f"data/replies/{CELLS[0]}.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows, start=1):
+        shown = data["models"][CELLS[0]][f"prompt {i}"]
+        assert shown["turns"] == [reply["text"] for reply in row["replies"]]
+        assert "<b>to</b>" in shown["turns"][0]
+        scores = [judgement["score"] for judgement in shown["judgements"]]
+        assert scores == [round(reply["score"], 4) for reply in row["replies"]]
+    assert set(data["models"]["sigmoid-0.5-8"]) > set(data["models"][CELLS[0]])  # with MT-Bench's
+    assert {len(reply["turns"]) for reply in data["models"]["base"].values()} == {REPLIES}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "data/samples/eval.jsonl",
+        "data/replies/ipo-0.5-8.jsonl",
+        "metrics/evaluate/ipo-0.5-8.json",
+        "metrics/reward.json",
+    ],
+)
+def test_a_missing_file_of_a_known_reward_ends_with_a_sentence(in_tmp: Path, lost: str) -> None:
+    write_evaluation(in_tmp)
+    Path(lost).unlink()
+    with pytest.raises(UserError, match=rf"^{re.escape(lost)} is missing; run `dvc repro` to make it"):
+        report.main()
+    assert not Path("reports").exists()
 
 
 def chunks(png: bytes) -> dict[bytes, bytes]:

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from prefscan.common.config import Cell
+from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, read_jsonl
 from prefscan.common.paths import EVALUATE_METRICS, REPLIES, REPORTS, SAMPLES
 from prefscan.reporting.contrasts import (
@@ -121,8 +122,14 @@ def one_finding_each(
 
 
 def compare_losses(found: Evaluation) -> Comparison:
+    """Raises UserError where the base's replies are too few, or all rewarded alike."""
     base = found.base.mean(axis=1)
-    possible = frontier(found.base)
+    try:
+        possible = frontier(found.base)
+    except ValueError as error:
+        raise UserError(
+            f"{SAMPLES / 'eval.jsonl'}: {error}; set sample.eval_prompts higher, or a reward that tells replies apart"
+        ) from None
     above = found.rewards - base
     names = [cell.key for cell in found.cells]
     alike = [group for group in near_duplicates(above, names) if len(group) > 1]
@@ -131,7 +138,10 @@ def compare_losses(found: Evaluation) -> Comparison:
     return Comparison(
         gains=gains(found.rewards, base, names),
         contrasts=loss_contrasts(rewards, found.losses, nested=found.nested) if several else [],
-        at_equal_kl=equal_kl_contrasts(rewards - base, kl, found.losses, nested=found.nested) if several else [],
+        # A cell whose KL is 0 has not left the base.
+        at_equal_kl=equal_kl_contrasts(rewards - base, kl, found.losses, nested=found.nested)
+        if several and kl.min() > 0
+        else [],
         own_best=own_best_contrasts(rewards, found.losses, nested=found.nested, points=points) if several else [],
         possible=possible,
         shares=[
