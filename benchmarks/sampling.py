@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run("sampling", main)

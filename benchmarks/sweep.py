@@ -124,7 +124,7 @@ def study_cell(key: str) -> dict[str, Any]:
             model = load_model(Path(merged), params.answer.dtype).eval()
             answers, generated = answer_one_at_a_time(model, tokenizer, params, key)
     with phase(seconds, "judge"):
-        scores = [judgement["score"] for judgement in judge_answers(key, answers, params.judge)[0]]
+        scores = [judgement["score"] for judgement in judge_answers(key, answers, params.judge).rows]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "cell": key,

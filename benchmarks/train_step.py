@@ -48,7 +48,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from configuration import group
-from prefscan.common.config import Cell, NoOptions, Runtime, Train
+from prefscan.common.config import Cell, Runtime, Train
 from prefscan.common.errors import UserError, run
 from prefscan.common.io import read_jsonl, read_text, write_json
 from prefscan.common.paths import BASE, RUNS, TRAIN_PAIRS
@@ -56,6 +56,7 @@ from prefscan.logprobs import packed
 from prefscan.logprobs.reference import micro_batches
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.training.lora import lora_config
+from prefscan.training.losses import LOSSES
 from prefscan.training.trainer import CellSettings, PairTrainer, TokenisedTrainer, peak_memory_gib, training_arguments
 
 Pair = dict[str, Any]
@@ -214,7 +215,7 @@ def settings(shape: str, micro_batch: int, variant: str, checkpointing: str) -> 
     }
     recompute = checkpointing == "all" or (checkpointing == "stock" and variant != "fast")
     runtime = Runtime(gradient_checkpointing=recompute, report_to="none")
-    return CellSettings(CELL, train.model_copy(update=changes), NoOptions(), runtime, seed=0)
+    return CellSettings(CELL, train.model_copy(update=changes), LOSSES[CELL.loss].read_options({}), runtime, seed=0)
 
 
 @contextmanager

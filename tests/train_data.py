@@ -15,6 +15,7 @@ from prefscan.logprobs.reference import reference_rows
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.stages import train as train_stage
 from prefscan.training.checkpoints import Saving
+from prefscan.training.losses import LOSSES
 from prefscan.training.trainer import CellSettings
 from tiny import write_rows
 
@@ -30,7 +31,8 @@ def changed(train: Train, runtime: Runtime, **changes: Any) -> tuple[Train, Runt
 
 
 def settings_of(cell: Cell, losses: Losses, train: Train, runtime: Runtime = QUIET, seed: int = 0) -> CellSettings:
-    return CellSettings(cell, train, getattr(losses, cell.loss), runtime, seed)
+    options = LOSSES[cell.loss].read_options(getattr(losses, cell.loss).model_dump())
+    return CellSettings(cell, train, options, runtime, seed)
 
 
 def write_inputs(folder: Path, base: Path, pairs: list[Any], heldout: list[Any], params: Any) -> None:

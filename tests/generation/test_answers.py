@@ -1,6 +1,5 @@
 """The answer stage: FastChat's format and temperatures, exact seeded sampling, and no error taken for an answer."""
 
-import copy
 import json
 import os
 import shutil
@@ -21,8 +20,7 @@ from prefscan.common.errors import UserError
 from prefscan.common.io import write_json
 from prefscan.generation import answers as answer
 from prefscan.generation.answers import answer_questions, answer_record
-from prefscan.generation.kl import divergence, log_ratios, token_logprobs
-from prefscan.generation.sampling import Reply, Sampling, SeededSampling, end_tokens, even_groups
+from prefscan.generation.sampling import Sampling, SeededSampling, end_tokens, even_groups
 from prefscan.judging.fastchat import select_questions
 from prefscan.models.loading import load_cell, load_model, load_tokenizer, manifest
 from prefscan.stages import answer as stage
@@ -192,41 +190,6 @@ def test_log_probabilities_are_the_policys_at_temperature_1(model: Any, tokenize
         expected = logits.log_softmax(-1)[range(len(reply.tokens)), reply.tokens]
         assert torch.allclose(torch.tensor(reply.logprobs), expected, atol=1e-5)
     assert len({len(reply.prompt) for reply in replies}) > 2
-
-
-def test_the_base_has_no_divergence_from_itself_and_another_model_has(model: Any, tokenizer: Any) -> None:
-    answered = [
-        both for _, both in answer_questions(model, tokenizer, make_questions(1), Sampling("answer", 12, 4), seed=0)
-    ]
-    assert divergence(answered, model) == pytest.approx(
-        {"per_reply": 0, "per_reply_low": 0, "per_reply_high": 0, "per_token": 0}, abs=1e-4
-    )
-    other = copy.deepcopy(model)
-    other.model.layers[0].mlp.down_proj.weight.data *= 3
-    found = divergence(answered, other)
-    ratios = [[ratio for reply in both for ratio in log_ratios([reply], other)] for both in answered]
-    count = sum(len(reply.tokens) for both in answered for reply in both)
-    assert found["per_reply"] == pytest.approx(sum(map(sum, ratios)) / 16, abs=1e-5)
-    assert found["per_token"] == pytest.approx(sum(map(sum, ratios)) / count, abs=1e-6)
-    assert found["per_reply_low"] < found["per_reply"] < found["per_reply_high"]
-    assert abs(found["per_reply"]) > 1e-3
-
-
-def test_turns_that_go_on_share_a_forward_pass(model: Any) -> None:
-    """The second prompt begins with what the first turn read and said; the third, rendered otherwise, does not."""
-    turns = [([5, 60, 7], [33, 90]), ([5, 60, 7, 33, 90, 8, 61], [34, 35, 36]), ([5, 60, 9], [91, 92])]
-    replies = [Reply("", prompt, tokens, [0.0] * len(tokens), False, 0.0) for prompt, tokens in turns]
-    lengths: list[int] = []
-    hook = model.register_forward_pre_hook(
-        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
-    found = token_logprobs(replies, model)
-    hook.remove()
-    assert lengths == [9, 4]  # of the second turn with the first within it, and of the third
-    for (prompt, tokens), own in zip(turns, found, strict=True):
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1)[range(len(tokens)), tokens]
-        assert own == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("own", ["b", ["b", "c"], ["<|im_end|>"], None])
@@ -462,11 +425,7 @@ def test_the_stage_writes_fastchats_format(in_tmp: Path, tiny_model: Path) -> No
         assert sum(spent) - 0.1 <= cost["seconds"] <= sum(spent) + 5  # with what lies between the batches
         tokens = sum(len(reply.tokens) for reply in replies)
         assert tokens / cost["tokens_per_second"] == pytest.approx(cost["seconds"], abs=0.1)
-        assert ("divergence" in metrics) == (key == cell)
-        if key == cell:
-            expected = divergence([both for _, both in rows], models["base"].eval())
-            assert metrics["divergence"] == pytest.approx(expected, abs=1e-4)
-            assert abs(expected["per_reply"]) > 1e-2
+        assert set(metrics) == {"questions", "mean_tokens", "share_truncated", "repetition"}
     identities = [record["answer_id"] for records in written.values() for record in records.values()]
     assert len(set(identities)) == 16
     base, tuned = ([record["choices"] for record in records.values()] for records in written.values())

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from prefscan.common.errors import UserError
 from prefscan.generation import kl as module
-from prefscan.generation.kl import exact_kl, token_logprobs
+from prefscan.generation.kl import exact_kl
 from prefscan.generation.sampling import Reply
 from tiny import random_adapter
 
@@ -151,10 +151,10 @@ def test_a_model_with_a_state_is_read_without_a_cache() -> None:
     check(exact_kl(*models, REPLIES, 3), REPLIES, *models)
 
 
-def test_log_probabilities_are_those_of_token_logprobs() -> None:
+def test_log_probabilities_are_those_of_a_plain_forward_pass() -> None:
     policy = small_model(0)
     for kl, reply in zip(exact_kl(policy, small_model(1), REPLIES, 6), REPLIES, strict=True):
-        assert kl.logprobs == pytest.approx(token_logprobs([reply], policy)[0], abs=1e-5)
+        assert kl.logprobs == pytest.approx(of_tokens(policy, reply).tolist(), abs=1e-5)
 
 
 def test_a_token_that_neither_model_can_say_adds_nothing() -> None:

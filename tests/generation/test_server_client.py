@@ -327,7 +327,7 @@ def test_a_stage_stopped_after_its_last_answer_needs_no_server(
 ) -> None:
     with chat_server(lambda *_: completion("fine")) as server:
         with monkeypatch.context() as stopped:
-            stopped.setattr(stage, "with_logprobs", lambda *_: sys.exit(1))
+            stopped.setattr(stage, "write_jsonl", lambda *_: sys.exit(1))
             with pytest.raises(SystemExit):
                 ask_cell(in_tmp, server.url)
         url = server.url

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from test_fetch import make_wheel
 
+from pipeline.workspace import make_wheel
 from prefscan.common.config import RewardSettings
 from prefscan.common.errors import UserError
 from prefscan.common.paths import RAW_REWARD, REWARD, REWARD_METRICS
@@ -80,8 +80,8 @@ def test_checkable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unusable = IFEVAL | {"prompt": "Many.", "instruction_id_list": ["length_constraints:number_sentences"]}
-    lines = "".join(json.dumps(row) + "\n" for row in (IFEVAL, unusable)).encode()
-    source = make_wheel(tmp_path, {"demo/prompts.jsonl": lines}) | {"file": "demo/prompts.jsonl"}
+    lines = "".join(json.dumps(row) + "\n" for row in (IFEVAL, unusable))
+    source = make_wheel(tmp_path, "demo", {"demo/prompts.jsonl": lines}) | {"file": "demo/prompts.jsonl"}
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     chosen = settings("checkable", source=source)

@@ -9,10 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 from prefscan.common.config import SentimentReward
 from prefscan.common.errors import UserError
-from prefscan.data.reviews import Review, ReviewSplit, read_reviews, split_reviews
+from prefscan.data.reviews import Review, ReviewSplit, read_reviews, reviews_of, split_reviews
 from prefscan.data.sources import REVIEWS_FILE, fetch_reward
 from prefscan.rewards.sentiment import SentimentClassifier, check_sentiment, excerpts, fit_and_check, fit_sentiment
-from prefscan.stages.reward import review_split
 from review_data import review_rows, write_reviews
 
 REPOSITORY = Path(__file__).parents[2]
@@ -129,7 +128,7 @@ def test_the_shipped_reward_agrees_with_people(tmp_path: Path) -> None:
     settings = SentimentReward.model_validate(yaml.safe_load((REPOSITORY / "conf/reward/sentiment.yaml").read_text()))
     fetch_reward(settings, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [REVIEWS_FILE]
-    split = review_split(settings, tmp_path)
+    split = reviews_of(settings, tmp_path)
     _, figures = fit_and_check(split, settings.excerpt_words)
     print(figures)
     assert figures["reviews"]["reviews"] == 33530

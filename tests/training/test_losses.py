@@ -1,27 +1,29 @@
 """Every loss against its paper's formula, written anew in plain floats, and against the trainers of stock TRL."""
 
+import contextlib
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 import torch
+import yaml
+from pydantic import Field
 from torch import Tensor
 
-from prefscan.common.config import Cell, DiscoPOP, Lora, Losses
+from prefscan.common.config import Cell, Lora, Losses, Params
+from prefscan.common.errors import UserError
+from prefscan.docs.reference import generated
 from prefscan.logprobs.layouts import load_layout
 from prefscan.logprobs.reference import reference_rows, with_reference
 from prefscan.models.loading import load_model, load_tokenizer
 from prefscan.training.lora import lora_config
-from prefscan.training.losses import LOSSES, PairLogps
-from prefscan.training.trainer import PairTrainer, training_arguments
+from prefscan.training.losses import LOSSES, Loss, PairLogps, check_losses, document, register
+from prefscan.training.trainer import CellSettings, PairTrainer, training_arguments
 from tiny import plain_logps, sharegpt_rows
 from train_data import QUIET, changed, settings_of
 
@@ -210,7 +212,8 @@ OF_THEIR_OWN = {"apo_down", "discopop", "sft"}
 
 
 def evaluate(loss: str, logps: PairLogps, beta: float) -> Tensor:
-    return LOSSES[loss](logps, beta, getattr(OPTIONS, loss))
+    options = LOSSES[loss].read_options(getattr(OPTIONS, loss).model_dump())
+    return LOSSES[loss](logps, beta, options)
 
 
 def to_logps(rows: list[Row], dtype: torch.dtype = torch.float64) -> PairLogps:
@@ -361,7 +364,7 @@ def test_apo_down_costs_with_a_likelier_rejected_and_with_both_likelier(beta: fl
 
 
 def test_discopop_falls_but_for_a_stretch_below_a_margin_of_zero() -> None:
-    papers = DiscoPOP(tau=0.05)
+    papers = LOSSES["discopop"].read_options({"tau": 0.05})
     margins = (-20, -5, -2, -0.5, -0.12, 0.07, 0.5, 2, 5, 20)
     values = [LOSSES["discopop"](to_logps(of_ratios(x / 0.1, 0)), 0.1, papers).item() for x in margins]
     falls = [after < before for before, after in pairwise(values)]
@@ -401,11 +404,41 @@ def test_reads_the_kl_of_mismatched_responses_as_registered(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_hyperparameter_is_in_the_schema_and_is_read(loss: str) -> None:
-    logps, options = to_logps(random_rows(7)), getattr(OPTIONS, loss)
-    assert set(type(options).model_fields) == set(LOSSES[loss].options)
+    logps, options = to_logps(random_rows(7)), LOSSES[loss].read_options(getattr(OPTIONS, loss).model_dump())
+    assert options.model_fields_set == set(LOSSES[loss].options.model_fields)
     for name, value in options:
         halved = options.model_copy(update={name: value / 2})
         assert not torch.equal(LOSSES[loss](logps, 0.3, halved), evaluate(loss, logps, 0.3))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_chosen_and_rejected_have_terms_of_their_own_as_registered(loss: str) -> None:
+    """Terms of their own add, so that no mixed difference is left; the mixed second derivative of hinge's is 0, too.
+
+    The log-ratios are below 0, where the KL that kto_pair takes from the micro-batch is 0 and no part of the pair.
+    """
+
+    def at(chosen: float, rejected: float) -> float:
+        return value(loss, of_ratios(chosen, rejected), 0.3)
+
+    places = [(-2.0 * a, -2.0 * b) for a in range(1, 7) for b in range(1, 7)]
+    mixed = [at(a, b) - at(a - 1, b) - at(a, b - 1) + at(a - 1, b - 1) for a, b in places]
+    if LOSSES[loss].pointwise:
+        assert mixed == pytest.approx([0.0] * len(mixed), abs=1e-11)
+    else:
+        assert max(map(abs, mixed)) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if name != "hinge"])
+def test_the_mixed_second_derivative_of_a_pair_is_as_registered(loss: str) -> None:
+    logps = to_logps(of_ratios(-3.0, -5.0))
+    chosen, rejected = logps.chosen.requires_grad_(), logps.rejected.requires_grad_()
+    total = evaluate(loss, logps, 0.3).sum()
+    (slope,) = torch.autograd.grad(total, chosen, create_graph=True)
+    mixed = torch.zeros(1, dtype=torch.float64)
+    if slope.requires_grad:
+        (mixed,) = torch.autograd.grad(slope.sum(), rejected, allow_unused=True, materialize_grads=True)
+    assert (mixed.item() == 0) == LOSSES[loss].pointwise
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -718,14 +751,89 @@ def test_equals_stock_kto_trainer(stock_trainer: Callable[..., Any]) -> None:
 
 
 def test_the_document_is_current_and_its_table_whole() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "prefscan", "losses"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        check=True,
-    )
-    written = (REPOSITORY / "docs/losses.md").read_bytes()
-    assert written == done.stdout, "run `prefscan losses > docs/losses.md`"
-    table = [line for line in written.decode().splitlines() if line.startswith("| ")]
+    written = (REPOSITORY / "docs/losses.md").read_text(encoding="utf-8")
+    assert written == document() + "\n", "run `prefscan docs`"
+    table = [line for line in written.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| `{name}`" for name in LOSSES]
-    assert {line.count("|") for line in table} == {8}
+    assert {line.count("|") for line in table} == {9}
+
+
+# A loss of one's own -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shifted(monkeypatch: pytest.MonkeyPatch) -> Loss:
+    """A loss as a user adds it: one function, and nothing elsewhere."""
+    monkeypatch.setitem(LOSSES, "shifted", LOSSES["sigmoid"])  # which takes it out again after the test
+
+    @register(
+        formula="−log σ(β(h_w − h_l) − δ)",
+        paper="[ODPO](https://arxiv.org/abs/2402.10571), equation 9",
+        beta="as in DPO",
+    )
+    def shifted(
+        logps: PairLogps,
+        beta: float,
+        delta: Annotated[float, Field(ge=0, lt=5, description="offset δ, in β·nats")] = 0.25,
+    ) -> Tensor:
+        """DPO with an offset."""
+        return -torch.nn.functional.logsigmoid(beta * logps.margin - delta)
+
+    return LOSSES["shifted"]
+
+
+def with_loss(params: Params, given: dict[str, float] | None) -> Params:
+    """The parameters with a cell of the added loss, and its section where one is given."""
+    grid = params.grid.model_dump() | {"loss": [*params.grid.loss, "shifted"]}
+    sections = params.losses.model_dump() | ({} if given is None else {"shifted": given})
+    return Params.model_validate(params.model_dump() | {"grid": grid, "losses": sections})
+
+
+def test_a_loss_is_added_in_one_place(shifted: Loss, params: Params) -> None:
+    check_losses(with_loss(params, {"delta": 0.5}))
+    key = f"shifted-{params.beta}-{params.steps}"
+    settings = CellSettings.of(with_loss(params, {"delta": 0.5}), key)
+    assert settings.options.model_dump() == {"delta": 0.5}
+    logps = to_logps([ORDINARY])
+    expected = -log_sigmoid(0.3 * margin(ORDINARY) - 0.5)
+    assert shifted(logps, 0.3, settings.options).item() == pytest.approx(expected)
+    assert shifted.read_options({}).model_dump() == {"delta": 0.25}
+    assert (shifted.reference, shifted.batch_dependent, shifted.mismatched) == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"delta": 5.0}, r"losses\.shifted\.delta: 5\.0 is refused: input should be less than 5"),
+        ({"delta": -0.1}, r"losses\.shifted\.delta: -0\.1 is refused"),
+        ({"gamma": 1}, r"losses\.shifted\.gamma: unknown key \(value 1(\.0)?\); delta are known"),
+        (None, r"losses\.shifted: missing; `prefscan docs` writes it to conf/losses/papers\.yaml"),
+    ],
+)
+@pytest.mark.usefixtures("shifted")
+def test_the_hyperparameters_of_an_added_loss_are_checked(
+    given: dict[str, float] | None, words: str, params: Params
+) -> None:
+    with pytest.raises(UserError, match=words):
+        check_losses(with_loss(params, given))
+
+
+@pytest.mark.usefixtures("shifted")
+def test_what_is_written_of_the_registry_has_an_added_loss() -> None:
+    files = generated_in(REPOSITORY)
+    page = files["docs/losses.md"]
+    row = "| `shifted` | −log σ(β(h_w − h_l) − δ) | [ODPO](https://arxiv.org/abs/2402.10571), equation 9 | as in DPO |"
+    assert f"{row} `shifted.delta` | yes | no | pairwise |" in page
+    assert "### shifted\n\nDPO with an offset." in page
+    papers = files["conf/losses/papers.yaml"]
+    assert "shifted:\n  delta: 0.25  # offset δ, in β·nats; at least 0, below 5\n" in papers
+    assert yaml.safe_load(papers)["shifted"] == {"delta": 0.25}
+    names = yaml.safe_load(files["conf/sweep/losses.yaml"])["loss"].split(", ")
+    assert names == list(LOSSES)
+    assert names[-1] == "shifted"
+
+
+def generated_in(folder: Path) -> dict[str, str]:
+    """What `prefscan docs` would write there, by path."""
+    with contextlib.chdir(folder):
+        return {path.as_posix(): text for path, text in generated().items()}

@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from trl import DPOConfig, DPOTrainer
 
 from prefscan.common import paths
-from prefscan.common.config import Accelerate, Cell, Lora, NoOptions, Runtime, Train
+from prefscan.common.config import Accelerate, Cell, Lora, Runtime, Train
 from prefscan.common.errors import UserError
 from prefscan.logprobs import packed
 from prefscan.logprobs.layouts import load_layout
@@ -550,7 +550,7 @@ def test_held_out_metrics_equal_an_independent_computation(
             value
             for start in range(0, len(heldout), size)
             for value in LOSSES[loss](
-                PairLogps(*(column[start : start + size] for column in found)), 0.2, getattr(params.losses, loss)
+                PairLogps(*(column[start : start + size] for column in found)), 0.2, LOSSES[loss].read_options({})
             ).tolist()
         ]
         for found in (columns, [*base_logps.T, *base_logps.T, *tokens.T])
@@ -618,7 +618,7 @@ def four_bit_training(
     with pytest.MonkeyPatch.context() as patch:
         if not evaluate:
             patch.setattr(PairTrainer, "held_out", lambda *_: {})
-        settings = CellSettings(cell, train, NoOptions(), QUIET, seed=0)
+        settings = CellSettings(cell, train, LOSSES[cell.loss].read_options({}), QUIET, seed=0)
         trainer, _, _ = train_cell(settings, Sides(rows, held), model, tokenizer, Path(mkdtemp(dir=".")))
     trainer.model.train()
     trainer.model.zero_grad()
@@ -819,7 +819,7 @@ def test_the_log_goes_where_report_to_says(
     monkeypatch.setattr(os, "environ", {})
     runtime = QUIET.model_copy(update={"report_to": report_to})
     cell = Cell(loss="ipo", beta=0.3, steps=4)
-    settings = CellSettings(cell, train, NoOptions(), runtime, seed=5)
+    settings = CellSettings(cell, train, LOSSES[cell.loss].read_options({}), runtime, seed=5)
     arguments = training_arguments(settings, 4, recompute=False, checkpoints=Path("checkpoints"))
     assert (arguments.report_to, arguments.run_name) == (integrations, "ipo-0.3-4")
     if report_to != "dvclive":
