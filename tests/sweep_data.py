@@ -140,6 +140,11 @@ class Page(HTMLParser):
             self.title += data
 
 
+def in_git(value: float) -> float:
+    """As files in git have a number: to three digits."""
+    return float(f"{float(f'{value:.6g}'):.3g}")
+
+
 def metrics(kind: str, key: str) -> Any:
     return json.loads(Path(f"metrics/{kind}/{key}.json").read_text())
 

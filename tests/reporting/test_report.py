@@ -20,7 +20,7 @@ from prefscan.common.errors import UserError
 from prefscan.reporting.stats import LengthControlledDifference, length_controlled_difference
 from prefscan.stages import report
 from reward_data import PROMPTS, REPLIES, write_evaluation
-from sweep_data import CATEGORY_OF, CELLS, Page, caveats, expected_differences, metrics, write_sweep
+from sweep_data import CATEGORY_OF, CELLS, Page, caveats, expected_differences, in_git, metrics, write_sweep
 
 CHARTS = (
     *("score", "differences", "categories", "heat", "length"),
@@ -96,7 +96,7 @@ def test_a_known_reward_leads_its_page(rewarded: Path) -> None:
     assert "P(positive)" in page.leads[0]
     figures = re.findall(r'<figure id="(\w+)"', text)
     assert figures == ["reward", "gain", "kl", *CHARTS]
-    main, details = text.split('<details class="part">')
+    main, details = text.partition("</main>")[0].split('<details class="part">')
     assert re.findall(r'<figure id="(\w+)"', main) == ["reward"]
     captions = re.findall(r"<h2>([^<]+)</h2>", main)
     assert captions == ["The losses", "Loss against loss", "What this cannot say"]
@@ -117,7 +117,7 @@ def test_a_known_rewards_summary_is_of_gains(rewarded: Path) -> None:
     }
     for entry in (summary["recipe"], *summary["highest"].values()):
         for name in ("reward", "gain", "kl", "win_rate"):
-            assert entry[name] == pytest.approx(measured[entry["cell"]][name], abs=1e-6)
+            assert entry[name] == in_git(measured[entry["cell"]][name])
         assert ("score" in entry) == (entry["cell"] == "sigmoid-0.5-8")  # who answered MT-Bench
 
 
@@ -205,7 +205,7 @@ def test_the_table_holds_the_metrics() -> None:
             expected |= trained["heldout"] | {"beta": float(key.split("-")[1]), "steps": 8}
             equal = at_equal_length(key)
             found = (row["equal_length"], row["equal_length_low"], row["equal_length_high"])
-            assert [float(value) for value in found] == pytest.approx([equal.mean, equal.low, equal.high])
+            assert [float(value) for value in found] == [*map(in_git, (equal.mean, equal.low, equal.high))]
             to_recipe = expected_differences("sigmoid-0.5-8").get(key, [""] * 4)
             names = ("difference", "difference_low", "difference_high", "p_holm")
             shown = [row[f"recipe_{name}"] for name in names]
@@ -213,8 +213,9 @@ def test_the_table_holds_the_metrics() -> None:
                 :4
             ]
             assert row["loss"] == key.split("-")[0]
-            assert row["margin_kept"] == ("" if merged["margin_kept"] is None else str(merged["margin_kept"]))
-        assert {name: float(row[name]) for name in expected} == expected
+            assert row["margin_kept"] == ("" if merged["margin_kept"] is None else str(in_git(merged["margin_kept"])))
+        numbers = {name: value if name == "beta" else in_git(value) for name, value in expected.items()}
+        assert {name: float(row[name]) for name in expected} == numbers
 
 
 def at_equal_length(key: str) -> LengthControlledDifference:
@@ -308,8 +309,9 @@ def test_the_summary_leads_with_the_recipe() -> None:
             **{name: held[name] for name in ("accuracy", "margin", "margin_low", "margin_high")},
             "margin_kept": metrics("merge", entry["cell"])["margin_kept"],
         }
-        assert {name: value for name, value in entry.items() if name != "cell"} == pytest.approx(expected, abs=1e-6)
-    assert summary["base"]["score"] == pytest.approx(metrics("mtbench", "base")["average"], abs=1e-6)
+        expected = {name: in_git(value) for name, value in expected.items()}
+        assert {name: value for name, value in entry.items() if name != "cell"} == expected
+    assert summary["base"]["score"] == in_git(metrics("mtbench", "base")["average"])
     assert summary["base"]["margin"] == 0
 
 
@@ -405,7 +407,7 @@ def test_the_scores_of_each_question_are_kept_for_pairing() -> None:
     for row in rows:
         assert row["category"] == CATEGORY_OF[int(row["question"])]
         for key in ("base", *CELLS):
-            assert float(row[key]) == pytest.approx(metrics("mtbench", key)["questions"][row["question"]], abs=1e-6)
+            assert float(row[key]) == in_git(metrics("mtbench", key)["questions"][row["question"]])
 
 
 @pytest.mark.usefixtures("quick")

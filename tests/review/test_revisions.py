@@ -16,7 +16,7 @@ from prefscan.common.libraries import LIBRARIES
 from prefscan.launch.runner import SAME
 from prefscan.repo.git import commit_of
 from prefscan.review.revisions import changed, judge_of, leaves, read_revision, settings
-from sweep_data import CATEGORY_OF, CELLS
+from sweep_data import CATEGORY_OF, CELLS, in_git
 
 ROOT = Path(__file__).parents[2]
 OPENAI = yaml.safe_load((ROOT / "conf/judge/gpt4.yaml").read_text())
@@ -32,7 +32,7 @@ def test_a_branch_and_the_workspace_are_read_apart(repository: Path, reported: P
     branch("other", lambda params: params.update(seed=7), lambda scores: scores.assign(base=scores["base"] + 1))
     main, other = read_revision("main"), read_revision("other")
     mean = json.loads((reported / "metrics/mtbench/base.json").read_text())["questions"]
-    assert main.scores["base"].to_dict() == {int(n): pytest.approx(score, abs=1e-6) for n, score in mean.items()}
+    assert main.scores["base"].to_dict() == {int(n): in_git(score) for n, score in mean.items()}
     assert (other.scores["base"] - main.scores["base"]).to_list() == pytest.approx([1.0] * len(CATEGORY_OF))
     assert (main.name, main.recipe, main.pins) == ("main", "sigmoid-0.5-8", {"torch": "2.13.0", "trl": "1.16.0"})
     assert list(main.scores.columns) == ["category", "base", *CELLS]

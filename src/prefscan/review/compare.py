@@ -140,8 +140,8 @@ def sentences(
     apart = {name for revision in revisions for name in changed(judge_of(revisions[0]), judge_of(revision))}
     if apart:
         ranks = [
-            f"{revision.params['judge']['name']} of {revision.name} scores a reference above another question's with "
-            f"probability {revision.judge['without_reference']['swapped']['auc']:.2f}"
+            f"{revision.params['judge']['name']} of {revision.name} scores a good answer above another question's with "
+            f"probability {revision.judge['all']['swapped']['auc']:.2f}"
             for revision in revisions
         ]
         lines.append(

@@ -32,7 +32,7 @@ READ: dict[Path, dict[str, type]] = {
     PARAMS: {f"judge.{name}": str for name in ("kind", "name", "mode", "folder")}
     | {"model.source.kind": str, "seed": float},
     SUMMARY: {"recipe.cell": str} | {f"recipe.{name}": float for name in ("score", "score_low", "score_high")},
-    JUDGE_METRICS: {"without_reference.swapped.auc": float},
+    JUDGE_METRICS: {"all.swapped.auc": float},
 }
 # Points: two revisions' scores of a question that are no further apart are one score. Another processor rounds the
 # judge's sums otherwise, by up to 1e-5 (docs/performance.md), and a score by the middle between two, of which
