@@ -190,7 +190,7 @@ def answers_of_server(
 ) -> Iterator[dict[str, Any]]:
     """A row a question that `rows` lacks, by the server of `answer.server`, which is started where it has no base_url.
 
-    A reply comes without log-probabilities.
+    A reply comes without log-probabilities: `with_logprobs` computes them when all are there.
     """
     # Here, since the openai client takes seconds to import.
     from prefscan.endpoints.chat_client import Session
@@ -201,7 +201,7 @@ def answers_of_server(
     assert server  # by the schema
     model, adapter = (BASE, None) if key == "base" else parts_of_cell(MERGED / key)
     missing = [(q, TEMPERATURES.get(q["category"], 0.7)) for q in questions if q["question_id"] not in rows]
-    if not missing:  # a stage that was stopped after its last answer
+    if not missing:  # a stage that was stopped while it computed the log-probabilities
         return
     ends = end_tokens(GenerationConfig.from_pretrained(BASE), tokenizer)
     with ExitStack() as stack:

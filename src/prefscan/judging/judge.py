@@ -97,6 +97,5 @@ def mode_of(judge: Any) -> Mode:
     """What `judge.mode` stands for."""
     from prefscan.judging import pairs, single  # which import this module
 
-    modes: dict[str, Any] = {"single": single.MODE, "pair": pairs.MODE}
-    made: Mode = modes[judge.mode]
-    return made
+    modes: dict[str, Mode] = {"single": single.MODE, "pair": pairs.MODE}
+    return modes[judge.mode]
