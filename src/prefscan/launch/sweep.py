@@ -87,9 +87,9 @@ def plan_chains(params: Params, stale: Iterable[str], remote: bool) -> list[Chai
     for of in params.stages.sample:
         add(f"sample-{of}", [f"sample@{of}"], (*FETCHED, "reward"))
     add("prepare", ["prepare"], (*FETCHED, "sample-train"), computes=False)
-    prepared = (*FETCHED, *samples, "prepare")
+    prepared = (*FETCHED, "prepare")
     for key in (first, *(key for key in models if key != first)):
-        shared = [*(FETCHED if key == "base" else prepared)]
+        shared = [*(FETCHED if key == "base" else (*prepared, *samples))]
         if key != "base":
             for split in reversed(SPLITS):
                 add(f"reference-{split}", [f"reference@{split}"], prepared)
