@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,17 +21,21 @@ from mtbench_data import (
     write_params,
     write_questions,
 )
-from prefscan.common.config import load
+from prefscan.common.config import Params, load
 from prefscan.common.errors import UserError
+from prefscan.common.io import read_jsonl
 from prefscan.judging.fastchat import select_questions
 from prefscan.launch import plan
 from prefscan.repo.pipeline import CELL_STAGES
+from prefscan.reporting.power import Design, detectable, measured_variances
 from prefscan.stages import judge_check, mtbench
+from reward_data import PROMPTS, REPLIES, SETTINGS, write_evaluation
 
 EVERY = make_questions(2)  # the judge check swaps answers within a category
 QUESTIONS = select_questions(EVERY, 8)  # those that are answered
-# Six answers in two prompts, and the repeats. Good and swapped ones are equal in this data, and asked once.
-CHECK = 6 * 2 * 2 + 4
+# Of six questions the good answer and four bad ones, and six repeats. Good and swapped ones are equal in this data, and
+# asked once.
+CHECK = 6 * 4 + 5
 CELL = "sigmoid-0.1-24"
 
 
@@ -38,7 +43,7 @@ def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PREFSCAN_TEST_KEY", "sk-test")
     monkeypatch.setenv("COLUMNS", "120")
     grid = {"loss": ["sigmoid"], "beta": [0.1], "steps": [24]}
-    write_params(root, judge=judge, grid=grid, loss="sigmoid", beta=0.1, steps=24)
+    write_params(root, judge=judge, grid=grid, stages={"mtbench": grid}, loss="sigmoid", beta=0.1, steps=24)
     write_questions(root, EVERY)
     (root / "conf").symlink_to(ROOT / "conf")
 
@@ -59,6 +64,7 @@ def most_tokens(requests: list[dict[str, Any]]) -> int:
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left to run needs a DVC repository: launch/test_estimate.py and pipeline/test_repro.py have that."""
     monkeypatch.setattr(plan, "stale_stages", lambda **_: [])
+    monkeypatch.setattr(plan, "check_root", lambda: None)
 
 
 @pytest.mark.parametrize("mode", ["single", "pair"])
@@ -131,7 +137,7 @@ def test_the_study_is_planned_before_its_data_is_there(
     write_questions(in_tmp, make_questions(10))
     found = planned(capsys, "+experiment=openhermes", "judge.budget=5")
     assert len(found) == 54 + 3
-    assert found["all"][0] == str(55 * 160 + 15 * 2 * 2 + 4)
+    assert found["all"][0] == str(55 * 160 + 16 * 4 + 5)
 
 
 def test_missing_questions_are_named_with_the_one_stage_that_fetches_them(
@@ -165,11 +171,65 @@ def test_what_was_spent_is_shown(
     said = capsys.readouterr().out
     assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in said
     assert "on average" not in said
-    write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.02}])
+    write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.03}])
     plan.main([], workers=None)
-    assert "2 requests to gpt-4 cost 0.0150 USD on average; at that, 60 calls would cost about 0.90 USD." in " ".join(
+    assert "2 requests to gpt-4 cost 0.0200 USD on average; at that, 61 calls would cost about 1.22 USD." in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def known_reward(root: Path, **changes: Any) -> Params:
+    """The parameters of the small evaluation of reward_data.py, whose files are not there."""
+    write_params(root, **(SETTINGS | {"judge": local_judge("models/base"), "loss": "sigmoid", "beta": 0.5} | changes))
+    return load(root / "params.yaml")
+
+
+GRID = {"loss": ["sigmoid", "ipo", "hinge"], "beta": [0.1, 0.2, 0.5], "steps": [8]}
+
+
+def numbers(sentence: str) -> list[str]:
+    return re.findall(r"\d\.\d{3}", sentence)
+
+
+def test_the_detectable_difference_is_the_designs(in_tmp: Path) -> None:
+    """On assumed variances, and on those of the workspace's replies where they are there."""
+    params = known_reward(in_tmp, grid=GRID, steps=8)
+    design = Design(losses=3, betas=3, steps=1, seeds=1, prompts=PROMPTS, replies=REPLIES)
+    (assumed,) = plan.power_sentences(params, params)
+    assert numbers(assumed) == [f"{value:.3f}" for value in detectable(design, plan.ASSUMED)]
+    assert "assumed" in assumed
+    write_evaluation(in_tmp)
+    workspace = load()
+    (measured,) = plan.power_sentences(params, workspace)
+    rewards: dict[str, list[Any]] = {}
+    for cell in workspace.grid.cells:
+        rows = read_jsonl(in_tmp / f"data/replies/{cell.key}.jsonl")
+        rewards.setdefault(cell.loss, []).append([[reply["score"] for reply in row["replies"]] for row in rows])
+    variances = measured_variances(np.array([*rewards.values()]))
+    assert numbers(measured) == [f"{value:.3f}" for value in detectable(design, variances)]
+    assert "assumed" not in measured
+    assert numbers(measured) != numbers(assumed)
+    (in_tmp / "data/replies/ipo-0.5-8.jsonl").unlink()
+    assert plan.power_sentences(params, workspace) == [assumed]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": GRID | {"loss": ["sigmoid"]}}, "One loss"),
+        ({"grid": GRID | {"beta": [0.5]}}, "sweep.beta"),
+        ({"grid": GRID, "seeding": "shared"}, "seeding: shared"),
+    ],
+)
+def test_a_design_that_detects_nothing_says_so(in_tmp: Path, changes: dict[str, Any], said: str) -> None:
+    params = known_reward(in_tmp, steps=8, **changes)
+    (sentence,) = plan.power_sentences(params, params)
+    assert said in sentence
+    assert numbers(sentence) == []
+
+
+def test_given_pairs_have_no_reward_to_detect_a_difference_in(params: Params) -> None:
+    assert plan.power_sentences(params, params) == []
 
 
 def test_no_workers_are_refused() -> None:
@@ -183,9 +243,9 @@ def test_no_workers_are_refused() -> None:
         ("judge=gpt2", "Could not find 'judge/gpt2'"),
         ("judge.nonsense=1", "Could not override 'judge.nonsense'"),
         ("beta", "missing EQUAL"),
-        ("beta=", "ParserError"),
+        ("beta=", "beta: '' is refused"),
         ("beta=${foo}", "Interpolation key 'foo' not found"),
-        ('sweep.loss="sigmoid, [ipo"', "ParserError"),
+        ('sweep.loss="sigmoid, [ipo"', "'[ipo' is no"),
         ("sweep.beta=0.1,0.5", "double quotes, as in 'sweep.beta=\"0.1, 0.5\"'"),
         ("beta=-1", "beta=-1: beta: -1 is refused"),
         ("loss=dpo", "loss=dpo: grid.loss: 'dpo' is no known loss; known are sigmoid"),

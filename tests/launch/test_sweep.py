@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from configuration import composed
 from launch import make_sleeping
 from mtbench_data import openai_judge
 from prefscan.common import config
@@ -97,6 +99,12 @@ def own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
 
 
+@pytest.fixture(scope="module")
+def known_reward() -> Params:
+    """What conf/ composes by itself: losses compared by a known reward."""
+    return Params.model_validate(OmegaConf.to_container(composed(), resolve=True))
+
+
 def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Params) -> None:
     keys = [cell.key for cell in params.grid.cells]
     everything = ["check", "fetch@model", "fetch@pairs", "fetch@questions", "prepare", *REFERENCES, "answer-base"]
@@ -135,6 +143,47 @@ def test_only_stale_chains_are_planned_in_an_order_that_ray_can_take(params: Par
         Chain("fetch-data", ("fetch@pairs",), computes=False),
         Chain("prepare", ("prepare",), ("fetch-data",), computes=False),
         Chain("base", ("answer-base",), ("fetch-data",)),
+    ]
+
+
+def test_the_reward_and_its_samples_go_before_the_pairs_made_of_them(known_reward: Params) -> None:
+    keys = [cell.key for cell in known_reward.grid.cells]
+    asked = [cell.key for cell in known_reward.stages.mtbench.cells]
+    assert asked != keys  # MT-Bench is of fewer cells
+    samples = ["sample@train", "sample@eval"]
+    everything = ["check", "fetch@model", "fetch@reward", "fetch@questions", "reward@sentiment", *samples, "prepare"]
+    everything += [*REFERENCES, "answer-base", "mtbench-base", "judge-check", "report"]
+    cells = {
+        key: tuple(stage for stage in of_cell(key) if key in asked or not stage.startswith(("answer", "mtbench")))
+        for key in keys
+    }
+    everything += [stage for stages in cells.values() for stage in stages]
+    chains = plan_chains(known_reward, everything, remote=False)
+    inputs = ("check", "fetch-model", "fetch-data")
+    before = (*inputs, "reward", "sample-train", "sample-eval", "prepare")
+    names = [chain.name for chain in chains]
+    assert names == [*(*before, "base", "judge-base", *OF_REFERENCE, "judge-check", *keys)]
+    after = {chain.name: chain.after for chain in chains}
+    assert after["reward"] == inputs
+    assert after["sample-train"] == after["sample-eval"] == (*inputs, "reward")
+    assert after["prepare"] == (*inputs, "sample-train")
+    made = (*inputs, "sample-train", "sample-eval", "prepare")
+    assert {after[name] for name in OF_REFERENCE} == {made}
+    assert all(after[key] == (*made, *OF_REFERENCE, "base") for key in keys)
+    assert {chain.name: chain.targets for chain in chains if chain.name in keys} == cells
+    for chain in chains:
+        assert set(chain.after) <= set(names[: names.index(chain.name)])
+    assert [chain.name for chain in chains if not chain.computes] == [*inputs, "prepare"]
+    assert {target for chain in chains for target in chain.targets} == {*everything} - {"report"}
+
+
+def test_a_stale_evaluation_waits_for_nothing_that_is_there(known_reward: Params) -> None:
+    key = known_reward.grid.cells[0].key
+    assert plan_chains(known_reward, [f"evaluate@{key}", "report"], remote=False) == [Chain(key, (f"evaluate@{key}",))]
+    stale = ["sample@eval", f"evaluate@{key}", "report"]
+    assert plan_chains(known_reward, stale, remote=False) == [
+        Chain("sample-eval", ("sample@eval",)),
+        Chain(key, (f"evaluate@{key}",), ("sample-eval",)),
     ]
 
 

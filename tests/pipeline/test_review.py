@@ -93,7 +93,7 @@ def test_a_branch_that_changes_beta_shows_the_recipes_difference(
     assert "Cells that only workspace has: sigmoid-0.7-3." in text
     assert re.search(r"^\| metrics/summary\.json +\| recipe\.score +\|", text, re.MULTILINE)
     charts = re.findall(r"!\[(\w+)\]\(https://example\.org/raw/(\w+)\.png\)", text)
-    assert charts == [(name, name) for name in ("score", "differences", "divergence", "margin")]
+    assert charts == [(name, name) for name in ("score", "differences", "margin")]
     assert all((clone.folder / f"reports/charts/{name}.png").exists() for name, _ in charts)
     assert not (clone.folder / "metrics/mtbench").exists()  # all of it without data
 

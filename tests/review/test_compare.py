@@ -113,8 +113,8 @@ def test_the_report_says_what_cannot_be_concluded(capsys: pytest.CaptureFixture[
     assert "Left out, since another revision lacks them: ipo-0.5-8 of main." in said
     assert "Left out, since another revision did not ask them: 1 question of main." in said
     assert (
-        "Their judges are not the same, by judge.references (tiny of main scores a good answer above another question's "
-        "with probability 0.53; second of other scores" in said
+        "Their judges are not the same, by judge.references (tiny of main scores a good answer above another "
+        "question's with probability 0.53; second of other scores" in said
     )
     assert "Every model has the same score for every question in all of them" in said
     assert "No two revisions differ in the seed alone" in said

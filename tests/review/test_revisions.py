@@ -97,7 +97,7 @@ def test_a_repository_without_a_commit_has_no_revision(in_tmp: Path) -> None:
             f'"score_high": 1{"0" * 309}',
             r"recipe\.score_high is 10+ and no finite",
         ),
-        ("metrics/judge.json", ".*", "{}", r"without_reference\.swapped\.auc is missing"),
+        ("metrics/judge.json", ".*", "{}", r"all\.swapped\.auc is missing"),
         ("reports/questions.csv", ".*", "", "No columns to parse"),
         ("reports/questions.csv", ",base", ",basis", "column base is missing"),
         ("reports/questions.csv", r"(83,\w+,)[\d.]+", r"\1", "question 83, base: nan is no finite number"),
