@@ -42,8 +42,8 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
     write_jsonl(root / "data/questions/question.jsonl", rows)
     write_json(root / "metrics/prepare.json", {"rows": 12859, "train": 12359, "heldout": 500, "dropped": {"empty": 0}})
     ranked = spanned("auc", 0.7, 0.1) | spanned("margin", 1.0, 0.5)
-    check = {"swapped": ranked, "truncated": ranked}
-    write_json(root / "metrics/judge.json", {"judge": "made up", "questions": 30, "without_reference": check})
+    check = {"questions": 30, "power": 0.9, "swapped": ranked, "truncated": ranked}
+    write_json(root / "metrics/judge.json", {"judge": "made up", "questions": 30, "true_auc": 0.8, "all": check})
     for key in ("base", *(cell.key for cell in params.grid.cells)):
         judgements = [
             {

@@ -103,9 +103,10 @@ def test_a_stage_that_is_killed_finds_its_batch_again(at: str, monkeypatch: pyte
 
 def test_a_batch_under_way_is_waited_for_where_no_batch_is_wanted_any_more() -> None:
     with batch_server(rate, polls=3) as server:
-        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as killed:
+        with pytest.MonkeyPatch.context() as killed:
             killed.setattr("prefscan.judging.batch.Batches._ended", lambda *_: (_ for _ in ()).throw(SystemExit()))
-            judged(server, 2)
+            with pytest.raises(SystemExit):
+                judged(server, 2)
         with pytest.MonkeyPatch.context() as quick:
             quick.setattr("prefscan.judging.batch.POLL_SECONDS", 0.01)
             assert [verdict.score for _, verdict in sorted(judged(server, 2, batch=None).items())] == [1, 2]

@@ -292,9 +292,9 @@ def test_the_likeliest_letter_wins(chooser: TokenJudge, batch_size: int) -> None
     """Against full forward passes, on prompts of different lengths."""
     chooser.batch_size = batch_size
     prompts = [Prompt("Judge.", "Which? " + "so it is β " * n) for n in range(5)]
-    letters = [chooser.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
     for place, verdict in chooser.verdicts(prompts):
-        text = chooser._chat(prompts[place].system, prompts[place].user) + PAIRS.prefill
+        text = chooser.tokenizer.decode(chooser.tokens(prompts[place]))
+        assert text.endswith(PAIRS.prefill)
         expected = [option_probability(chooser, text, letter) for letter in "ABC"]
         letter = "ABC"[expected.index(max(expected))]
         assert verdict.score == {"A": 1, "B": 0, "C": 0.5}[letter]
