@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from configuration import composed
 from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl, write_text
+from prefscan.judging.judge import mode_of
 from prefscan.judging.mtbench import Judged, scores
-from prefscan.judging.single import MODE
 
 ROOT = Path(__file__).parents[1]
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -63,7 +63,8 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
             for n in category
         ]
         write_jsonl(root / f"data/mt_bench/model_answer/{key}.jsonl", answers)
-        write_json(root / f"metrics/mtbench/{key}.json", scores(Judged(judgements, category, []), MODE) | {"usd": 0.0})
+        scored = scores(Judged(judgements, category, []), mode_of(params.judge))
+        write_json(root / f"metrics/mtbench/{key}.json", scored | {"usd": 0.0})
         write_json(root / f"metrics/cost/answer/{key}.json", {"seconds": 60.0, "tokens_per_second": 1000.0})
         answered: dict[str, Any] = {"share_truncated": 0.0, "mean_tokens": 300.0 + draw.random(), "repetition": 0.01}
         if key != "base":

@@ -214,7 +214,7 @@ def test_a_vocabulary_that_merges_brackets_and_digits_scores_all_the_same(tiny_m
     model.resize_token_embeddings(len(tokenizer))
     judge = TokenJudge(model, tokenizer, SINGLE, settings_of(tiny_model))
     found = judge.probabilities(judge.tokens(PROMPT), DynamicCache())
-    before = judge._chat(PROMPT.system, PROMPT.user)
+    before = str(tokenizer.decode(judge.tokens(PROMPT))).removesuffix(judge.prefill)
     for option, p in zip(range(1, 11), found.tolist(), strict=True):
         whole = judge._encode(f"{before}Rating: [[{option}]")
         shared = len(judge._encode(before + judge.prefill))
