@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from configuration import composed
 from prefscan.common.config import load
 from prefscan.common.io import write_json, write_jsonl, write_text
+from prefscan.judging.judge import mode_of
 from prefscan.judging.mtbench import Judged, scores
-from prefscan.judging.single import MODE
 
 ROOT = Path(__file__).parents[1]
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -42,8 +42,8 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
     write_jsonl(root / "data/questions/question.jsonl", rows)
     write_json(root / "metrics/prepare.json", {"rows": 12859, "train": 12359, "heldout": 500, "dropped": {"empty": 0}})
     ranked = spanned("auc", 0.7, 0.1) | spanned("margin", 1.0, 0.5)
-    check = {"swapped": ranked, "truncated": ranked}
-    write_json(root / "metrics/judge.json", {"judge": "made up", "questions": 30, "without_reference": check})
+    check = {"questions": 30, "power": 0.9, "swapped": ranked, "truncated": ranked}
+    write_json(root / "metrics/judge.json", {"judge": "made up", "questions": 30, "true_auc": 0.8, "all": check})
     for key in ("base", *(cell.key for cell in params.grid.cells)):
         judgements = [
             {
@@ -63,7 +63,8 @@ def write_sweep(root: Path, overrides: list[str], questions: int) -> int:
             for n in category
         ]
         write_jsonl(root / f"data/mt_bench/model_answer/{key}.jsonl", answers)
-        write_json(root / f"metrics/mtbench/{key}.json", scores(Judged(judgements, category, []), MODE) | {"usd": 0.0})
+        scored = scores(Judged(judgements, category, []), mode_of(params.judge))
+        write_json(root / f"metrics/mtbench/{key}.json", scored | {"usd": 0.0})
         write_json(root / f"metrics/cost/answer/{key}.json", {"seconds": 60.0, "tokens_per_second": 1000.0})
         answered: dict[str, Any] = {"share_truncated": 0.0, "mean_tokens": 300.0 + draw.random(), "repetition": 0.01}
         if key != "base":

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from functools import cache
 from itertools import product
@@ -10,7 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from prefscan.common.config import Accelerate, Cell, Optimizer, Params, load
 from prefscan.common.errors import UserError
-from prefscan.training.losses import LOSSES
+from prefscan.training.losses import LOSSES, check_losses
+from prefscan.training.trainer import CellSettings
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
@@ -22,7 +24,20 @@ GROUPS = {
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
-SERVER = {"kind": "vllm", "base_url": None, "key_variable": None, "concurrency": 8, "timeout": 60.0, "attempts": 4}
+SERVER = {
+    "kind": "vllm",
+    "base_url": None,
+    "key_variable": None,
+    "headers": {},
+    "query": {},
+    "extra_body": {},
+    "thinking": "keep",
+    "concurrency": 8,
+    "requests_per_minute": None,
+    "tokens_per_minute": None,
+    "timeout": 60.0,
+    "attempts": 4,
+}
 
 DDP = {"distributed_type": "MULTI_GPU", "num_processes": 2, "num_machines": 1}
 
@@ -72,6 +87,9 @@ def test_the_committed_parameters_are_what_conf_composes() -> None:
 def test_a_group_sets_its_own_section_alone(group: str, option: str) -> None:
     """So that every combination of groups is the combination of their sections."""
     default, changed = yaml.safe_load(composed()), yaml.safe_load(composed(f"{group}={option}"))
+    if group == "sweep":  # the losses whose cells are evaluated are the grid's
+        assert changed["stages"].pop("evaluate") == changed["grid"]["loss"]
+        assert default["stages"].pop("evaluate") == default["grid"]["loss"]
     assert {key for key in default | changed if default.get(key) != changed.get(key)} <= {
         group,
         *(["grid"] if group == "sweep" else []),
@@ -102,7 +120,7 @@ def test_every_experiment_composes_alone_and_with_more_overrides(
     params = compose(f"+experiment={experiment}", *more)
     assert params.recipe.key in keys(params)
     assert (len(keys(params)) == 1) == bool(more)
-    assert params.judge.kind == ("local" if more else "openai")
+    assert params.judge.kind == ("local" if more or experiment == "demo_pairs" else "openai")
 
 
 def test_openhermes_is_the_study_as_drafted(compose: Any) -> None:
@@ -213,20 +231,30 @@ def test_a_sweep_takes_every_loss_at_the_recipes_beta_and_steps(compose: Any) ->
     assert keys(compose("sweep=losses", "beta=0.3", "steps=4")) == [f"{loss}-0.3-4" for loss in LOSSES]
 
 
-def test_the_laptops_sweep_is_six_cells(compose: Any) -> None:
+def test_the_laptops_sweep_is_fifteen_cells(compose: Any) -> None:
     assert keys(compose("steps=8")) == [
+        f"{loss}-{beta}-8" for loss, beta in product(("sigmoid", "ipo", "kto_pair"), ("0.1", "0.2", "0.5", "1", "2"))
+    ]
+
+
+def test_the_sweep_of_given_pairs_is_six_cells(compose: Any) -> None:
+    params = compose("+experiment=demo_pairs", "steps=8")
+    assert keys(params) == [
         f"{loss}-{beta}-8" for loss, beta in product(("sigmoid", "ipo", "kto_pair"), ("0.1", "0.5"))
     ]
+    assert (params.reward, params.sample, params.evaluate) == (None, None, None)
+    assert params.stages.mtbench == params.grid
 
 
 @pytest.mark.parametrize(
     ("override", "key", "more"),
     [
         ("beta=0.7", "sigmoid-0.7-8", {f"{loss}-0.7-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
-        ("beta=1", "sigmoid-1-8", {f"{loss}-1-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
+        ("beta=3", "sigmoid-3-8", {f"{loss}-3-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
         ("beta=1e-5", "sigmoid-1e-05-8", {f"{loss}-1e-05-8" for loss in ("sigmoid", "ipo", "kto_pair")}),
-        ("loss=ipo_sum", "ipo_sum-0.1-8", {"ipo_sum-0.1-8", "ipo_sum-0.5-8"}),
+        ("loss=ipo_sum", "ipo_sum-0.1-8", {f"ipo_sum-{beta}-8" for beta in (0.1, 0.2, 0.5, 1, 2)}),
         ("beta=0.5", "sigmoid-0.5-8", set()),
+        ("beta=1.0", "sigmoid-1-8", set()),
     ],
 )
 def test_a_new_recipe_adds_its_cells_and_loses_none(override: str, key: str, more: set[str], compose: Any) -> None:
@@ -316,9 +344,90 @@ def test_a_cell_is_found_by_its_key(compose: Any) -> None:
 @pytest.mark.parametrize("key", ["kto_pair-0.50-8", "kto_pair-0.7-8", "base", ""])
 def test_an_unknown_cell_is_refused_with_the_known_ones(key: str, compose: Any) -> None:
     with pytest.raises(UserError) as caught:
-        compose("steps=8").cell(key)
+        compose("+experiment=demo_pairs", "steps=8").cell(key)
     known = "sigmoid-0.1-8, sigmoid-0.5-8, ipo-0.1-8, ipo-0.5-8, kto_pair-0.1-8, kto_pair-0.5-8"
     assert str(caught.value) == f"cell {key!r} is not in the grid; its cells are {known}"
+
+
+# Seeds --------------------------------------------------------------------------------------------
+
+
+def test_nested_seeds_are_one_for_all_losses_at_one_beta_and_steps(compose: Any) -> None:
+    params = compose("+experiment=demo_pairs", "sweep.steps='8, 16, epoch'")
+    assert params.seeding == "nested"
+    seeds: dict[Any, set[int]] = {}
+    for cell in params.grid.cells:
+        seeds.setdefault((cell.beta, cell.steps), set()).add(params.training_seed(cell))
+    assert len(seeds) == 2 * 3
+    assert all(len(of_losses) == 1 for of_losses in seeds.values())
+    assert len(set.union(*seeds.values())) == 2 * 3  # and each (β, steps) has another
+    assert all(0 <= seed < 2**32 for seed in set.union(*seeds.values()))
+
+
+def test_nested_seeds_depend_on_nothing_but_seed_beta_and_steps(compose: Any) -> None:
+    params = compose("sweep=none", "beta=1")
+    cell = params.recipe
+    seed = params.training_seed(cell)
+    assert seed == int.from_bytes(hashlib.sha256(b"0/1.0/32").digest()[:4], "big")
+    # Equal numbers are one cell and one seed, and a larger grid moves none.
+    assert compose("sweep=none", "beta=1.0").training_seed(Cell(loss="ipo", beta=1.0, steps=32)) == seed
+    assert compose("sweep=laptop", "beta=1").training_seed(cell) == seed
+    assert compose("sweep=none", "beta=1", "seed=1").training_seed(cell) != seed
+
+
+def test_shared_seeding_is_the_seed_for_every_cell(compose: Any) -> None:
+    params = compose("seeding=shared", "seed=7")
+    assert {params.training_seed(cell) for cell in params.grid.cells} == {7}
+    assert {CellSettings.of(params, cell.key).seed for cell in params.grid.cells} == {7}
+    nested = compose("seed=7")
+    settings = [CellSettings.of(nested, cell.key) for cell in nested.grid.cells]
+    assert [each.seed for each in settings] == [nested.training_seed(each.cell) for each in settings]
+    assert len({each.seed for each in settings}) == 5
+
+
+# The known reward ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (["reward"], "sample and evaluate without reward"),
+        (["sample"], "reward and evaluate without sample"),
+        (["evaluate"], "reward and sample without evaluate"),
+        (["reward", "sample"], "evaluate without reward, sample"),
+        (["sample", "evaluate"], "reward without sample, evaluate"),
+    ],
+)
+def test_a_known_reward_is_whole(missing: list[str], words: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed()) | dict.fromkeys(missing)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {words}; choose sample and reward, or none of both"
+
+
+def test_sampled_pairs_need_the_stage_that_samples_them(tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed())
+    raw["stages"]["sample"] = ["eval"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"data\.source\.kind: sampled, but stages\.sample has no train; choose sample"):
+        load(path)
+
+
+def test_a_sweep_without_a_known_reward_says_so(compose: Any) -> None:
+    with pytest.raises(UserError, match=r"^sample and reward: null, so this sweep samples nothing; choose sample=rev"):
+        _ = compose("+experiment=demo_pairs").known_reward
+    params = compose()
+    assert params.known_reward == (params.sample, params.reward)
+
+
+def test_an_opponent_answers_mt_bench(compose: Any) -> None:
+    assert compose("judge.against=sigmoid-0.1-32").judge.against == "sigmoid-0.1-32"
+    with pytest.raises(UserError, match=r"judge\.against: 'ipo-0\.1-32' is neither base nor a cell of stages\.mtbench"):
+        compose("judge.against=ipo-0.1-32")
+    assert compose("mtbench=all", "judge.against=ipo-0.1-32").judge.against == "ipo-0.1-32"
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -350,66 +459,6 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         ("grid.loss", [], "grid.loss: [] is refused: list should have at least 1 item after validation, not 0"),
         ("colour", "red", "colour: unknown key (value 'red'); remove it or correct its spelling"),
         ("train.learning_rates", 1, "train.learning_rates: unknown key (value 1); remove it or correct its spelling"),
-        (
-            "losses.robust.label_smoothing",
-            0.5,
-            "losses.robust.label_smoothing: 0.5 is refused: input should be less than 0.5",
-        ),
-        (
-            "losses.exo_pair.label_smoothing",
-            0,
-            "losses.exo_pair.label_smoothing: 0 is refused: input should be greater than 0",
-        ),
-        (
-            "losses.discopop.tau",
-            0,
-            "losses.discopop.tau: 0 is refused: input should be greater than 0",
-        ),
-        (
-            "losses.kto.undesirable_weight",
-            0,
-            "losses.kto.undesirable_weight: 0 is refused: input should be greater than 0",
-        ),
-        (
-            "losses.simpo.gamma",
-            -1,
-            "losses.simpo.gamma: -1 is refused: input should be greater than or equal to 0",
-        ),
-        (
-            "losses.sigmoid.gamma",
-            0.5,
-            "losses.sigmoid.gamma: unknown key (value 0.5); remove it or correct its spelling",
-        ),
-        (
-            "losses.discopop",
-            REMOVE,
-            "losses.discopop: missing; conf/ shows its meaning, `dvc exp run` composes it",
-        ),
-        (
-            "losses.discopop.tau",
-            1.1,
-            "losses.discopop.tau: 1.1 is refused: input should be less than or equal to 1",
-        ),
-        (
-            "losses.robust.label_smoothing",
-            -0.1,
-            "losses.robust.label_smoothing: -0.1 is refused: input should be greater than or equal to 0",
-        ),
-        (
-            "losses.exo_pair.label_smoothing",
-            0.5,
-            "losses.exo_pair.label_smoothing: 0.5 is refused: input should be less than 0.5",
-        ),
-        (
-            "losses.cpo.alpha",
-            -1,
-            "losses.cpo.alpha: -1 is refused: input should be greater than or equal to 0",
-        ),
-        (
-            "losses.kto.desirable_weight",
-            0,
-            "losses.kto.desirable_weight: 0 is refused: input should be greater than 0",
-        ),
         ("train.learning_rate", 0, "train.learning_rate: 0 is refused: input should be greater than 0"),
         ("train.max_grad_norm", 0, "train.max_grad_norm: 0 is refused: input should be greater than 0"),
         ("train.lora.lora_dropout", 1, "train.lora.lora_dropout: 1 is refused: input should be less than 1"),
@@ -501,7 +550,7 @@ HUB = {"kind": "hub", "repo": "someone/chat", "revision": "0" * 40}
         ("judge.name", "a/b", r"judge.name: 'a/b' is refused: string should match pattern '^[\w.-]+$'"),
         ("judge.name", "a\\b", r"judge.name: 'a\\b' is refused: string should match pattern '^[\w.-]+$'"),
         ("judge.name", "a\0", r"judge.name: 'a\x00' is refused: string should match pattern '^[\w.-]+$'"),
-        ("judge.against", "../base", "judge.against: '../base' is neither base nor a cell of the grid"),
+        ("judge.against", "../base", "judge.against: '../base' is neither base nor a cell of stages.mtbench"),
         ("grid.loss.0", "../x", r"grid.loss.0: '../x' is refused: string should match pattern '^\w+$'"),
         (
             "grid.steps.0",
@@ -530,6 +579,52 @@ def test_a_bad_value_ends_with_one_sentence(key: str, value: Any, sentence: str,
     with pytest.raises(UserError) as caught:
         load(path)
     assert str(caught.value) == f"{path}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("robust.label_smoothing", 0.5, "0.5 is refused: input should be less than 0.5"),
+        ("robust.label_smoothing", -0.1, "-0.1 is refused: input should be greater than or equal to 0"),
+        ("exo_pair.label_smoothing", 0, "0.0 is refused: input should be greater than 0"),
+        ("exo_pair.label_smoothing", 0.5, "0.5 is refused: input should be less than 0.5"),
+        ("discopop.tau", 0, "0.0 is refused: input should be greater than 0"),
+        ("discopop.tau", 1.1, "1.1 is refused: input should be less than or equal to 1"),
+        ("kto.desirable_weight", 0, "0.0 is refused: input should be greater than 0"),
+        ("kto.undesirable_weight", 0, "0.0 is refused: input should be greater than 0"),
+        ("simpo.gamma", -1, "-1.0 is refused: input should be greater than or equal to 0"),
+        ("cpo.alpha", -1, "-1.0 is refused: input should be greater than or equal to 0"),
+        ("sigmoid.gamma", 0.5, "unknown key (value 0.5); none are known"),
+        ("cpo.gamma", 0.5, "unknown key (value 0.5); alpha are known"),
+    ],
+)
+def test_a_bad_hyperparameter_ends_with_one_sentence(key: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    """Of every loss, whether or not the grid has it."""
+    raw = yaml.safe_load(composed())
+    loss, name = key.split(".")
+    raw["losses"][loss][name] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    params = load(tmp_path / "params.yaml")
+    with pytest.raises(UserError) as caught:
+        check_losses(params)
+    assert str(caught.value).removeprefix("params.yaml: ") == f"losses.{key}: {sentence}"
+
+
+def test_a_hyperparameter_is_a_number(tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed())
+    raw["losses"]["cpo"]["alpha"] = "0.5"
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"losses\.cpo\.alpha: '0\.5' is refused: input should be a valid number"):
+        load(path)
+
+
+def test_a_loss_of_the_grid_has_a_section(tmp_path: Path) -> None:
+    raw = yaml.safe_load(composed())
+    del raw["losses"]["ipo"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"^params\.yaml: losses\.ipo: missing; `prefscan docs` writes it to conf/"):
+        check_losses(load(tmp_path / "params.yaml"))
 
 
 def test_a_budget_needs_prices(tmp_path: Path) -> None:

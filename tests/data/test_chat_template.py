@@ -12,13 +12,16 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import chat_template_utils
 
+from mtbench_data import local_judge
+from prefscan.common.config import LocalJudge
 from prefscan.common.errors import UserError
 from prefscan.data.chat_template import audit, settle
 from prefscan.data.pairs import Pair, tokenize
 from prefscan.data.sources import set_up_tokenizer
 from prefscan.generation.sampling import end_tokens
 from prefscan.judging.judge import Prompt
-from prefscan.judging.local import ExpectedScore
+from prefscan.judging.local import TokenJudge
+from prefscan.judging.single import MODE
 from prefscan.models.chat import chat_ids, prompt_ids, render, turn_end, without_control
 from prefscan.models.loading import load_tokenizer
 from tiny import CHAT_TEMPLATE, make_tiny_model
@@ -283,7 +286,7 @@ def test_control_tokens_in_a_pair_are_text(tokenizer: Any) -> None:
 
 
 def test_control_tokens_in_a_judges_prompt_are_text(model: Any, tokenizer: Any) -> None:
-    judge = ExpectedScore(model, tokenizer)
+    judge = TokenJudge(model, tokenizer, MODE, LocalJudge.model_validate(local_judge("models/base")))
     ids = judge.tokens(Prompt(system=HOSTILE, user=HOSTILE))
     assert turns(tokenizer, ids) == 3
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\nRating: [[")

@@ -214,7 +214,7 @@ def test_a_vocabulary_that_merges_brackets_and_digits_scores_all_the_same(tiny_m
     model.resize_token_embeddings(len(tokenizer))
     judge = TokenJudge(model, tokenizer, SINGLE, settings_of(tiny_model))
     found = judge.probabilities(judge.tokens(PROMPT), DynamicCache())
-    before = judge._chat(PROMPT.system, PROMPT.user)
+    before = str(tokenizer.decode(judge.tokens(PROMPT))).removesuffix(judge.prefill)
     for option, p in zip(range(1, 11), found.tolist(), strict=True):
         whole = judge._encode(f"{before}Rating: [[{option}]")
         shared = len(judge._encode(before + judge.prefill))
@@ -293,7 +293,8 @@ def test_the_likeliest_letter_wins(chooser: TokenJudge, batch_size: int) -> None
     chooser.batch_size = batch_size
     prompts = [Prompt("Judge.", "Which? " + "so it is β " * n) for n in range(5)]
     for place, verdict in chooser.verdicts(prompts):
-        text = chooser._chat(prompts[place].system, prompts[place].user) + PAIRS.prefill
+        text = chooser.tokenizer.decode(chooser.tokens(prompts[place]))
+        assert text.endswith(PAIRS.prefill)
         expected = [option_probability(chooser, text, letter) for letter in "ABC"]
         letter = "ABC"[expected.index(max(expected))]
         assert verdict.score == {"A": 1, "B": 0, "C": 0.5}[letter]

@@ -1,4 +1,4 @@
-"""Questions of one's own: any number of turns, own categories, some references; and turns without score."""
+"""Questions of one's own: any number of turns, own categories, references where there are some; unscored turns."""
 
 import json
 from pathlib import Path
@@ -71,16 +71,15 @@ def test_pairs_have_any_number_of_turns_too() -> None:
 def test_a_third_turn_is_asked_about_as_fastchat_does_the_second() -> None:
     template = {
         "system_prompt": "focus on the assistant's answer to the second user question.",
-        "prompt_template": (
-            "### User:\n{question_1}\n\n### A:\n{answer_1}\n\n### User:\n{question_2}\n\n### A:\n{answer_2}\n\nEnd"
-        ),
+        "prompt_template": "### User:\n{question_1}\n\n### A:\n{answer_1}\n\n"
+        "### User:\n{question_2}\n\n### A:\n{answer_2}\n\nEnd",
     }
     assert for_turn(template, 2) == template
     third = for_turn(template, 4)
     assert third["system_prompt"].endswith("the last user question.")
     assert third["prompt_template"].endswith(
-        "{answer_2}\n\n### User:\n{question_3}\n\n### A:\n{answer_3}\n\n### User:\n{question_4}\n\n### A:\n"
-        "{answer_4}\n\nEnd"
+        "{answer_2}\n\n### User:\n{question_3}\n\n### A:\n{answer_3}\n\n"
+        "### User:\n{question_4}\n\n### A:\n{answer_4}\n\nEnd"
     )
 
 
