@@ -27,7 +27,7 @@ from prefscan.reporting.contrasts import (
     own_best_contrasts,
 )
 from prefscan.reporting.estimates import Estimate, estimate_mean
-from prefscan.reporting.possible import EFFECTIVE, frontier, share_of_possible, tilted
+from prefscan.reporting.frontier import EFFECTIVE, frontier, share_of_possible, tilted
 from prefscan.reporting.power import Design, Variances, detectable, detectable_difference
 
 Array = NDArray[np.float64]

@@ -28,7 +28,7 @@ from prefscan.common.config import load
 from prefscan.common.errors import UserError, run
 from prefscan.common.io import write_json
 from prefscan.common.paths import SPLITS
-from prefscan.launch.sweep import FETCHED
+from prefscan.launch.schedule import FETCHED
 
 ROOT = Path(__file__).parents[1]
 SHARE = {"train": 0.7, "merge": 0.1, "answer": 0.1, "mtbench": 0.1}  # of a cell's seconds

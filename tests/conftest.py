@@ -37,7 +37,7 @@ FIRST = (
     "benchmarks/test_train_step.py",
     "training/test_trainer.py",
     "endpoints/test_server.py",
-    "launch/test_sweep.py",
+    "launch/test_schedule.py",
     "pipeline/test_review.py",
     "pipeline/test_faults.py",
     "training/test_checkpoints.py",

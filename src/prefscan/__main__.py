@@ -39,8 +39,10 @@ STAGES = {
     "report": Command("stages.report", "write charts, tables, pages and metrics/summary.json"),
 }
 TOOLS = {
-    "launch": Command("launch.sweep", "run what is stale of the sweep, several cells at a time, here or on a cluster"),
-    "plan": Command("launch.plan", "print what a sweep would take, before it runs"),
+    "launch": Command(
+        "launch.schedule", "run what is stale of the sweep, several cells at a time, here or on a cluster"
+    ),
+    "plan": Command("launch.forecast", "print what a sweep would take, before it runs"),
     "partial-report": Command("launch.partial_report", "report the cells that have finished"),
     "serve": Command("endpoints.server", "serve the base and all cells by one vLLM"),
     "review": Command("review.pull_request", "print what a pull request shows its reviewer"),

@@ -15,14 +15,14 @@ import yaml
 from git_data import git
 from launch import make_sleeping
 from prefscan.common.errors import UserError
-from prefscan.launch import partial_report, plan, runner, sweep
+from prefscan.launch import forecast, partial_report, runner, schedule
 from prefscan.repo import cache
 from prefscan.review import compare, pull_request
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Callable[[], object]] = {
-    "launch": lambda: sweep.main([], None, dirty=True),
-    "plan": lambda: plan.main([], None),
+    "launch": lambda: schedule.main([], None, dirty=True),
+    "plan": lambda: forecast.main([], None),
     "partial-report": lambda: partial_report.main(pull=False),
     "review": lambda: pull_request.main("main", "charts"),
     "compare": lambda: compare.main(["main", "other"]),

@@ -24,7 +24,7 @@ from prefscan.reporting.contrasts import (
     near_duplicates,
     own_best_contrasts,
 )
-from prefscan.reporting.possible import Frontier, Share, frontier, share_of_possible
+from prefscan.reporting.frontier import Frontier, Share, frontier, share_of_possible
 
 Array = NDArray[np.float64]
 

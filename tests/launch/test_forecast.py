@@ -25,7 +25,7 @@ from prefscan.common.config import Params, load
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_jsonl
 from prefscan.judging.fastchat import select_questions
-from prefscan.launch import plan
+from prefscan.launch import forecast
 from prefscan.repo.pipeline import CELL_STAGES
 from prefscan.reporting.power import Design, detectable, measured_variances
 from prefscan.stages import judge_check, mtbench
@@ -51,7 +51,7 @@ def prepare(root: Path, judge: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 def planned(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, list[str]]:
     """The printed numbers by model."""
     capsys.readouterr()
-    plan.main([*overrides], workers=None)
+    forecast.main([*overrides], workers=None)
     rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     return {row[0].strip(): [cell.strip().replace(",", "") for cell in row[1:]] for row in rows}
 
@@ -63,8 +63,8 @@ def most_tokens(requests: list[dict[str, Any]]) -> int:
 @pytest.fixture(autouse=True)
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left to run needs a DVC repository: launch/test_estimate.py and pipeline/test_repro.py have that."""
-    monkeypatch.setattr(plan, "stale_stages", lambda **_: [])
-    monkeypatch.setattr(plan, "check_root", lambda: None)
+    monkeypatch.setattr(forecast, "stale_stages", lambda **_: [])
+    monkeypatch.setattr(forecast, "check_root", lambda: None)
 
 
 @pytest.mark.parametrize("mode", ["single", "pair"])
@@ -108,7 +108,7 @@ def test_a_plan_before_any_answer_bounds_what_is_then_asked(
     there = planned(capsys)
     assert int(there["base"][1]) < int(nothing["base"][1]) == int(there[CELL][1])
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "stale_stages", lambda **_: ["answer-base", "mtbench-base"])
+        patch.setattr(forecast, "stale_stages", lambda **_: ["answer-base", "mtbench-base"])
         assert planned(capsys) == nothing
     params = yaml.safe_load(Path("params.yaml").read_text())
     composed = planned(capsys, "judge=gpt4", f"answer.max_new_tokens={params['answer']['max_new_tokens'] + 1}")
@@ -126,7 +126,7 @@ def test_stale_answers_to_compare_with_make_a_pair_of_answers_stale(
         write_lines(in_tmp / f"data/mt_bench/model_answer/{key}.jsonl", make_answers(QUESTIONS, key))
     there = planned(capsys)
     assert there[CELL] != nothing[CELL]
-    monkeypatch.setattr(plan, "stale_stages", lambda **_: ["answer-base"])
+    monkeypatch.setattr(forecast, "stale_stages", lambda **_: ["answer-base"])
     assert planned(capsys)[CELL] == (nothing if mode == "pair" else there)[CELL]
 
 
@@ -154,7 +154,7 @@ def test_a_local_judge_costs_nothing(
 ) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     assert planned(capsys) == {}
-    plan.main([], workers=None)
+    forecast.main([], workers=None)
     printed = capsys.readouterr().out
     assert "1 cells and the base, 8 questions: 32 replies to judge" in printed
     assert "costs nothing" in printed
@@ -167,12 +167,12 @@ def test_what_was_spent_is_shown(
     prepare(in_tmp, openai_judge("http://127.0.0.1:9/v1", prices=prices, budget=2.5), monkeypatch)
     ledger = in_tmp / ".prefscan/judgements/spending.jsonl"
     write_lines(ledger, [{"judge": "a", "usd": 0.75}, {"judge": "b", "usd": 1}])
-    plan.main([], workers=None)
+    forecast.main([], workers=None)
     said = capsys.readouterr().out
     assert "Spent so far: 1.75 USD; judge.budget 2.50 USD." in said
     assert "on average" not in said
     write_lines(ledger, [{"judge": "gpt-4", "usd": 0.01}, {"judge": "b", "usd": 1}, {"judge": "gpt-4", "usd": 0.03}])
-    plan.main([], workers=None)
+    forecast.main([], workers=None)
     assert "2 requests to gpt-4 cost 0.0200 USD on average; at that, 61 calls would cost about 1.22 USD." in " ".join(
         capsys.readouterr().out.split()
     )
@@ -195,12 +195,12 @@ def test_the_detectable_difference_is_the_designs(in_tmp: Path) -> None:
     """On assumed variances, and on those of the workspace's replies where they are there."""
     params = known_reward(in_tmp, grid=GRID, steps=8)
     design = Design(losses=3, betas=3, steps=1, seeds=1, prompts=PROMPTS, replies=REPLIES)
-    (assumed,) = plan.power_sentences(params, params)
-    assert numbers(assumed) == [f"{value:.3f}" for value in detectable(design, plan.ASSUMED)]
+    (assumed,) = forecast.power_sentences(params, params)
+    assert numbers(assumed) == [f"{value:.3f}" for value in detectable(design, forecast.ASSUMED)]
     assert "assumed" in assumed
     write_evaluation(in_tmp)
     workspace = load()
-    (measured,) = plan.power_sentences(params, workspace)
+    (measured,) = forecast.power_sentences(params, workspace)
     rewards: dict[str, list[Any]] = {}
     for cell in workspace.grid.cells:
         rows = read_jsonl(in_tmp / f"data/replies/{cell.key}.jsonl")
@@ -210,7 +210,7 @@ def test_the_detectable_difference_is_the_designs(in_tmp: Path) -> None:
     assert "assumed" not in measured
     assert numbers(measured) != numbers(assumed)
     (in_tmp / "data/replies/ipo-0.5-8.jsonl").unlink()
-    assert plan.power_sentences(params, workspace) == [assumed]
+    assert forecast.power_sentences(params, workspace) == [assumed]
 
 
 @pytest.mark.parametrize(
@@ -223,18 +223,18 @@ def test_the_detectable_difference_is_the_designs(in_tmp: Path) -> None:
 )
 def test_a_design_that_detects_nothing_says_so(in_tmp: Path, changes: dict[str, Any], said: str) -> None:
     params = known_reward(in_tmp, steps=8, **changes)
-    (sentence,) = plan.power_sentences(params, params)
+    (sentence,) = forecast.power_sentences(params, params)
     assert said in sentence
     assert numbers(sentence) == []
 
 
 def test_given_pairs_have_no_reward_to_detect_a_difference_in(params: Params) -> None:
-    assert plan.power_sentences(params, params) == []
+    assert forecast.power_sentences(params, params) == []
 
 
 def test_no_workers_are_refused() -> None:
     with pytest.raises(UserError, match="--workers 0: one at least"):
-        plan.main([], workers=0)
+        forecast.main([], workers=0)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_wrong_override_is_a_sentence(
 ) -> None:
     prepare(in_tmp, local_judge("models/base"), monkeypatch)
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        plan.main([override], workers=None)
+        forecast.main([override], workers=None)
     assert str(caught.value).startswith(f"{override}: ")
     assert "\n" not in str(caught.value)
 
@@ -268,7 +268,7 @@ def test_a_damaged_file_of_conf_is_a_sentence(in_tmp: Path, monkeypatch: pytest.
     shutil.copytree(ROOT / "conf", in_tmp / "conf")
     (in_tmp / "conf/model/smollm2.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"seed=1: .*; correct the override, or the file of conf/") as caught:
-        plan.main(["seed=1"], workers=None)
+        forecast.main(["seed=1"], workers=None)
     assert "\n" not in str(caught.value)
 
 
@@ -280,7 +280,7 @@ def test_the_cells_of_a_changed_hyperparameter_are_left_and_no_others(in_tmp: Pa
     write_params(in_tmp, steps=8, grid=grid, losses=sections, runtime={"gradient_checkpointing": True})
     params = load()
     assert params.runtime != workspace.runtime
-    assert plan.models_settings(params) == plan.models_settings(workspace)
+    assert forecast.models_settings(params) == forecast.models_settings(workspace)
     keys = [cell.key for cell in params.grid.cells if cell.loss == "simpo"]
-    assert plan.retrained(params, workspace) == [f"{stage}@{key}" for key in keys for stage in CELL_STAGES]
-    assert plan.retrained(params, params) == []
+    assert forecast.retrained(params, workspace) == [f"{stage}@{key}" for key in keys for stage in CELL_STAGES]
+    assert forecast.retrained(params, params) == []

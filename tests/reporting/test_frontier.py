@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prefscan.reporting.possible import (
+from prefscan.reporting.frontier import (
     EFFECTIVE,
     best_of_n,
     best_of_n_kl,

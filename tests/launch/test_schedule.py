@@ -23,9 +23,9 @@ from mtbench_data import openai_judge
 from prefscan.common import config
 from prefscan.common.config import Accelerate, Agreement, OpenAIJudge, Params
 from prefscan.common.errors import UserError
-from prefscan.launch import sweep as launch_stage
+from prefscan.launch import schedule as launch_stage
 from prefscan.launch.clone import NOT_RUN, Chain, Outcome
-from prefscan.launch.sweep import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
+from prefscan.launch.schedule import FAILED, STOPPED, plan_chains, refuse_shared_gpus, report_failures
 from prefscan.repo.pipeline import CELL_STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -269,7 +269,7 @@ def test_why_a_chain_failed_is_said_where_the_workspace_has_changed_meanwhile(
 
 def test_importing_it_loads_no_torch() -> None:
     """The launcher, and each of Ray's workers that holds a chain, would take two seconds longer to begin."""
-    script = "import sys, prefscan.launch.runner, prefscan.launch.sweep; sys.exit('torch' in sys.modules)"
+    script = "import sys, prefscan.launch.runner, prefscan.launch.schedule; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
