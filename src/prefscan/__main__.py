@@ -40,7 +40,7 @@ STAGES = {
 }
 TOOLS = {
     "launch": Command(
-        "launch.schedule", "run what is stale of the sweep, several cells at a time, here or on a cluster"
+        "launch.schedule", "run what is stale of the sweep, several cells at a time, here or afar"
     ),
     "plan": Command("launch.forecast", "print what a sweep would take, before it runs"),
     "partial-report": Command("launch.partial_report", "report the cells that have finished"),

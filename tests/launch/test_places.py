@@ -167,7 +167,7 @@ def test_a_launch_works_where_letters_lengths_and_rights_are_unusual(work: Path)
 
     fault.touch()
     code, output = launch()
-    assert code == sweep.FAILED, output
+    assert code == schedule.FAILED, output
     assert re.findall(r"^(\S.*) failed on", output, re.MULTILINE) == ["prepare"]
     skipped = output.split("\nNot run, since what they need failed: ")[1].strip().split(", ")
     assert skipped == ["reference-heldout", "reference-train", "judge-check", "sigmoid-0.1-24"]
