@@ -108,7 +108,7 @@ def test_the_report_says_what_cannot_be_concluded(capsys: pytest.CaptureFixture[
     page = run("main", "other")
     said = capsys.readouterr().out
     assert page.title == "other against main"
-    assert page.leads == said.split("\n\n")[:-1]
+    assert page.leads + page.caveats == said.split("\n\n")[:-1]
     assert "2 revisions, main, other: 3 cells and the base are in all of them, judged on the same 7 questions." in said
     assert "Left out, since another revision lacks them: ipo-0.5-8 of main." in said
     assert "Left out, since another revision did not ask them: 1 question of main." in said
