@@ -151,7 +151,7 @@ def test_the_report_shows_the_scores_and_the_seeds(capsys: pytest.CaptureFixture
         f"{min(seed_sd):.2f} to {max(seed_sd):.2f} points (standard deviation)" in said
     )
     assert "Their judges are not the same" not in said
-    bars, differences, scores = page.tables[0], page.tables[1], page.tables[-3]
+    bars, differences, scores = page.charts[0], page.charts[1], page.tables[-3]
     columns = {name: [name, f"{name}_low", f"{name}_high"] for name in ("score", "lead", "difference")}
     counted = ["wins", "ties", "losses"]
     assert bars[0] == ["cell", "revision", *columns["score"]]
