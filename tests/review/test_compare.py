@@ -108,7 +108,7 @@ def test_the_report_says_what_cannot_be_concluded(capsys: pytest.CaptureFixture[
     page = run("main", "other")
     said = capsys.readouterr().out
     assert page.title == "other against main"
-    assert page.leads == said.split("\n\n")[:-1]
+    assert page.leads + page.caveats == said.split("\n\n")[:-1]
     assert "2 revisions, main, other: 3 cells and the base are in all of them, judged on the same 7 questions." in said
     assert "Left out, since another revision lacks them: ipo-0.5-8 of main." in said
     assert "Left out, since another revision did not ask them: 1 question of main." in said
@@ -151,7 +151,7 @@ def test_the_report_shows_the_scores_and_the_seeds(capsys: pytest.CaptureFixture
         f"{min(seed_sd):.2f} to {max(seed_sd):.2f} points (standard deviation)" in said
     )
     assert "Their judges are not the same" not in said
-    bars, differences, scores = page.tables[0], page.tables[1], page.tables[-3]
+    bars, differences, scores = page.charts[0], page.charts[1], page.tables[-3]
     columns = {name: [name, f"{name}_low", f"{name}_high"] for name in ("score", "lead", "difference")}
     counted = ["wins", "ties", "losses"]
     assert bars[0] == ["cell", "revision", *columns["score"]]
