@@ -142,3 +142,36 @@ def random_adapter(model: Any, scale: float = 1.0, seed: int = 0) -> Any:
         if "lora_B" in name:
             parameter.data *= scale
     return policy
+
+
+def make_reward_model(folder: Path, outputs: int = 1, kind: str = "llama", **changes: Any) -> Path:
+    """A tiny classifier of random weights, with the tokenizer of the tiny chat model; `changes` are to its config."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+    )
+
+    make_tiny_model(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "num_labels": outputs,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+    } | changes
+    torch.manual_seed(0)
+    if kind == "llama":
+        LlamaForSequenceClassification(LlamaConfig(**sizes)).save_pretrained(folder)
+    else:
+        BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
+    return folder

@@ -39,9 +39,7 @@ STAGES = {
     "report": Command("stages.report", "write charts, tables, pages and metrics/summary.json"),
 }
 TOOLS = {
-    "launch": Command(
-        "launch.schedule", "run what is stale of the sweep, several cells at a time, here or afar"
-    ),
+    "launch": Command("launch.schedule", "run what is stale of the sweep, several cells at a time, here or afar"),
     "plan": Command("launch.forecast", "print what a sweep would take, before it runs"),
     "partial-report": Command("launch.partial_report", "report the cells that have finished"),
     "serve": Command("endpoints.server", "serve the base and all cells by one vLLM"),

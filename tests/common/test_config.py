@@ -288,7 +288,7 @@ def test_without_a_sweep_the_recipe_is_the_one_cell(steps: str, compose: Any) ->
 
 
 def leaves(node: yaml.Node, path: str = "") -> list[tuple[str, yaml.Node]]:
-    """Every key whose value is no mapping, or one on a single line, with the value's node; not Hydra's defaults lists."""
+    """Every key whose value is no mapping, or one on a single line, with the value's node; no defaults lists."""
     if not isinstance(node, yaml.MappingNode) or (node.flow_style and node.value):
         return [(path.lstrip("."), node)]
     return [

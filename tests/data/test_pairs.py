@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from hostile import changed
+from mtbench_data import default_params
 from prefscan.common.config import Data, PackagePairs
 from prefscan.common.errors import UserError
 from prefscan.common.io import read_json, read_jsonl
@@ -48,7 +49,7 @@ def limits(**changes: Any) -> Data:
         kind="package", requirement="demo==1", archive="wheel", sha256="0" * 64, train="a.json", heldout="b.json"
     )
     values = {"max_prompt_length": 4000, "max_length": 8000, "heldout_share": 0.3, "heldout_max": None}
-    return Data(name="demo", source=source, **{**values, **changes})
+    return Data(name="demo", folder="data/raw", source=source, **{**values, **changes})
 
 
 Prepared = tuple[list[Any], list[Any], dict[str, Any]]
@@ -266,10 +267,10 @@ def test_an_empty_data_set_is_refused(rows: list[Any] | None, run: Run, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_length": 8}, "0 training pairs are left, 1 needed, of 24 rows: 24 are longer than data.max_length = 8 "),
+        ({"max_length": 8}, r"0 training pairs are left, 1 needed, of 24 rows \(too_long 24; data.max_length = 8, "),
         (
             {"max_prompt_length": 9},
-            "0 training pairs are left, .*data.max_prompt_length = 9 tokens; raise the limits or",
+            r"0 training pairs are left, .*data.max_prompt_length = 9 tokens\); raise the limits or",
         ),
         ({"heldout_share": 0.99}, "0 training pairs are left, 1 needed, .* or lower data.heldout_share"),
         ({"heldout_share": 1e-6}, "0 held-out pairs are left, 2 needed, .* raise the limits, data.heldout_share or"),
@@ -324,7 +325,7 @@ def test_the_order_of_the_rows_changes_nothing(run: Run) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.04, 0.3, 0.5])
 def test_the_held_out_share_of_the_prompts_is_about_the_one_asked_for(share: float) -> None:
     pairs = [Pair((("user", f"Question {i}?"),), GOOD, BAD) for i in range(4000)]
-    got = sum(is_held_out(pair, share) for pair in pairs) / len(pairs)
+    got = sum(is_held_out(pair.prompt_hash, share) for pair in pairs) / len(pairs)
     assert got == pytest.approx(share, abs=4 * (share * (1 - share) / len(pairs)) ** 0.5)
 
 
@@ -471,7 +472,7 @@ def test_a_template_that_does_not_fit_is_refused(template: str, message: str, ti
 
 
 def test_the_command_writes_the_pairs_and_the_metrics(in_tmp: Path, tiny_model: Path) -> None:
-    params = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    params = default_params()
     params["data"] |= {"max_length": 300, "max_prompt_length": 200, "heldout_share": 0.5, "heldout_max": None}
     (in_tmp / "params.yaml").write_text(yaml.safe_dump(params))
     (in_tmp / "models").mkdir()

@@ -43,7 +43,13 @@ def run(tmp_path: Path, tiny_model: Path) -> Callable[..., Any]:
         kind="package", requirement="demo==1", archive="wheel", sha256="0" * 64, train="a.json", heldout="b.json"
     )
     data = Data(
-        name="demo", source=source, max_prompt_length=4000, max_length=8000, heldout_share=0.3, heldout_max=None
+        name="demo",
+        source=source,
+        folder="data/raw",
+        max_prompt_length=4000,
+        max_length=8000,
+        heldout_share=0.3,
+        heldout_max=None,
     )
 
     def run(rows: list[Any], tokenizer: Any = None, positions: int | None = None) -> Any:

@@ -311,6 +311,8 @@ def test_questions_come_in_fastchats_layout(index: Path, tmp_path: Path, capsys:
     corrected = make_wheel(index, {"fixed/gpt-4-0125.jsonl": b'{"question_id": 81, "from": "corrected"}\n'}, "fixed")
     questions = Questions.model_validate(
         {
+            "source": "mt_bench",
+            "folder": "conf/questions",
             "mt_bench": {**mt_bench, "folder": "bench/data"},
             "corrected": {**corrected, "file": "fixed/gpt-4-0125.jsonl"},
         }
@@ -330,7 +332,12 @@ def test_questions_cut_short_are_refused_and_leave_nothing(index: Path, temporar
     mt_bench = make_wheel(
         index, {f"x/{name}": text for name, text in files.items()} | {"x/reference_answer/gpt-4.jsonl": b""}
     )
-    source = {"mt_bench": {**mt_bench, "folder": "x"}, "corrected": {**mt_bench, "file": "x/judge_prompts.jsonl"}}
+    source = {
+        "source": "mt_bench",
+        "folder": "conf/questions",
+        "mt_bench": {**mt_bench, "folder": "x"},
+        "corrected": {**mt_bench, "file": "x/judge_prompts.jsonl"},
+    }
     with pytest.raises(UserError, match=r"question\.jsonl, line 2 is not JSON"):
         fetch_questions(Questions.model_validate(source), tmp_path / "out/questions")
     assert_nothing_left(tmp_path / "out/questions", temporary)
@@ -425,7 +432,7 @@ def remote_code(repo: Path, where: str = "") -> None:
         (lambda repo: (repo / "model.safetensors").unlink(), {}, "model.source: Chat has no safetensors file; "),
         (lambda repo: (repo / "chat_template.jinja").unlink(), {}, "model.source: the tokenizer has no chat template"),
         (remote_code, {}, "model.source: no tokenizer that loads without code of its own ("),
-        (no_tokenizer, {}, "model.source: no tokenizer that loads without code of its own ("),
+        (no_tokenizer, {}, "model.source: no tokenizer that loads ("),
         (
             lambda repo: edit_json(repo / "tokenizer_config.json", pad_token=None),
             {},
@@ -570,7 +577,7 @@ def test_a_pattern_that_no_file_matches_is_refused(
 @pytest.mark.parametrize("what", ["weights", ""])
 def test_the_command_names_what_it_can_fetch(what: str, in_tmp: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", in_tmp)
-    with pytest.raises(UserError, match=r"fetch what\? got .*one of model, pairs, questions"):
+    with pytest.raises(UserError, match=r"fetch what\? got .*one of model, pairs, reward, questions"):
         main(what)
 
 
@@ -626,7 +633,8 @@ def test_the_padding_side_is_stored_with_a_tokenizer_that_says_none(
 
 
 @pytest.mark.parametrize(
-    "template", [CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE, "{%- if messages %}{%- endif %}<u>"]
+    "template",
+    [CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE, "{%- if messages %}{%- endif %}<u>{{ messages[0].content }}"],
 )
 def test_every_prompt_begins_with_one_bos_where_it_shall(tmp_path: Path, template: str) -> None:
     folder = make_tiny_model(tmp_path / "model", chat_template=template)

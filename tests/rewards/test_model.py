@@ -14,7 +14,7 @@ from prefscan.common.config import ModelReward
 from prefscan.common.errors import UserError
 from prefscan.rewards.model import RewardModel, check_pairs, read_known_pairs
 from prefscan.rewards.reward import Prompt, load_reward
-from tiny import make_tiny_model, write_rows
+from tiny import make_reward_model, make_tiny_model, write_rows
 
 PROMPTS: list[Prompt] = [
     "What is 2 + 2?",
@@ -36,39 +36,6 @@ def settings(**changes: Any) -> ModelReward:
         "pairs": None,
     }
     return ModelReward.model_validate(raw | changes)
-
-
-def make_reward_model(folder: Path, outputs: int = 1, kind: str = "llama", **changes: Any) -> Path:
-    """A tiny classifier of random weights, with the tokenizer of the tiny chat model; `changes` are to its config."""
-    from transformers import (
-        AutoTokenizer,
-        BertConfig,
-        BertForSequenceClassification,
-        LlamaConfig,
-        LlamaForSequenceClassification,
-    )
-
-    make_tiny_model(folder)
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 2048,
-        "num_labels": outputs,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": 0.2,
-    } | changes
-    torch.manual_seed(0)
-    if kind == "llama":
-        LlamaForSequenceClassification(LlamaConfig(**sizes)).save_pretrained(folder)
-    else:
-        BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from prefscan.data.sources import fetch_reward
 from prefscan.rewards.reward import load_reward
 from prefscan.stages import reward as stage
 from review_data import review_rows, write_reviews
-from tiny import write_rows
+from tiny import make_reward_model, write_rows
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = sorted(path for path in (REPOSITORY / "conf/reward").glob("*.yaml") if path.stem != "none")
@@ -57,8 +57,6 @@ def test_sentiment(monkeypatch: pytest.MonkeyPatch, params: Any, capsys: pytest.
 
 @pytest.mark.usefixtures("in_tmp")
 def test_model(monkeypatch: pytest.MonkeyPatch, params: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    from test_model import make_reward_model
-
     make_reward_model(Path("mine"))
     Path("mine/modeling_own.py").write_text("raise SystemExit")
     write_rows(Path("pairs.jsonl"), [{"prompt": "q", "chosen": "yes", "rejected": "no " * i} for i in range(1, 9)])
