@@ -254,7 +254,7 @@ def test_a_template_that_renders_nothing_is_a_sentence(tiny_model: Path) -> None
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.chat_template = "{{ raise_exception('tools only') }}"
     judge = TokenJudge(load_model(tiny_model, "fp32"), tokenizer, SINGLE, settings_of(tiny_model))
-    with pytest.raises(UserError, match=r"^judge\.folder: its chat template cannot render a prompt \(tools only\)"):
+    with pytest.raises(UserError, match=r"^judge\.folder: the chat template refuses the conversation \(tools only\)"):
         judge.tokens(PROMPT)
 
 
